@@ -1,0 +1,56 @@
+# Everything runs in $(VENV), made once from the lock files; `make help` lists the targets.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+ARGS ?=
+QUERY ?= parse a date from a string
+
+.DEFAULT_GOAL := help
+.PHONY: help train search test lint format types docs clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1 :/' | column -t -s:
+
+train: $(VENV)/.train ## train the code search model, with the cache and without; resumes where it stopped
+	$(PY) -m examples.code_search train $(ARGS)
+
+search: $(VENV)/.train ## search with what `make train` made: make search QUERY="..."
+	@$(PY) -m examples.code_search search "$(QUERY)" $(ARGS)
+
+test: $(VENV)/.dev ## all tests, with coverage
+	$(PY) -m pytest --cov=negcache_fn --cov-report=term --cov-fail-under=97 $(ARGS)
+
+lint: $(VENV)/.dev ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(VENV)/.dev ## let ruff mend what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: $(VENV)/.dev ## pyright, strict, on the package
+	$(PY) -m pyright --pythonpath $(PY)
+
+docs: $(VENV)/.dev ## build the documentation into site/
+	$(PY) -m mkdocs build --strict
+
+clean: ## remove the environment and what the tools left; trained runs stay
+	rm -rf $(VENV) build dist site *.egg-info .coverage .coverage.* htmlcov .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each stamp is written last, so that an interrupted installation starts again.
+$(VENV)/.venv:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the lock files need Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.train: requirements/train.txt pyproject.toml | $(VENV)/.venv
+	$(PIP) install -r requirements/train.txt
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.train
+	$(PIP) install -r requirements/dev.txt
+	touch $@
