@@ -1,0 +1,279 @@
+"""The assembly: one training step made of the pure functions."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_size
+from negcache_fn.features import Features, fit, leaves, map_features
+from negcache_fn.objective import (
+    REDUCTIONS,
+    STALENESS_CORRECTIONS,
+    Terms,
+    cross_entropy,
+    false_negative_ids,
+    loss_terms,
+    reduce_loss,
+)
+from negcache_fn.sampling import Draw, sample_gumbel
+from negcache_fn.scoring import ScoreTransform
+from negcache_fn.state import live, occupancy, scalar, stalest, stored, stored_features, take
+from negcache_fn.updating import EVICTIONS, copy_state, storable, update_
+
+__all__ = ["StepOutput", "step", "step_"]
+
+Encoder = Callable[[Any], Tensor]
+
+
+class StepOutput(NamedTuple):
+    """What a step gives: `state` is carried to the next one, the rest is looked at."""
+
+    loss: Tensor  # [] or, with reduction "none", [B]; differentiable
+    state: TensorDictBase
+    metrics: dict[str, Tensor]  # 0-d, detached
+    draw: Draw
+
+
+def step(
+    state: TensorDictBase,
+    queries: Tensor,
+    documents: Features,
+    encode: Encoder,
+    *,
+    scale: float | Tensor = 1.0,
+    score_transform: ScoreTransform | None = None,
+    num_samples: int = 1,
+    top_k: int | None = None,
+    in_batch: bool = True,
+    ids: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    share_draws: bool = True,
+    staleness_correction: str = "self_normalized",
+    reduction: str = "mean",
+    refresh_stalest: int = 0,
+    evict: str = "lru",
+) -> StepOutput:
+    """One training step: draw negatives, encode, loss, and the next state of the cache.
+
+    `encode` is called once, on the N documents, the B * k drawn ones and the `refresh_stalest` stalest ones of the
+    cache (whose gradient is cut). What was drawn or refreshed gets its fresh embedding, then the N documents come in.
+
+    Args:
+        state: the cache, C slots.
+        queries: [B, D] floating embeddings, with gradient.
+        documents: features of N documents, B <= N <= C. Row i < B is the positive of query i; the others are further
+            candidates (mined hard negatives, or a random stream of the corpus).
+        encode: the document encoder: features of R documents, nested as `documents`, to [R, D].
+        scale: number or 0-d tensor, learnable.
+        score_transform: elementwise function of the scaled inner products.
+        num_samples: k, draws per query.
+        top_k: restricts each query's softmax to its `top_k` highest cached scores.
+        in_batch: whether all documents are classes of every query.
+        ids: [N] int64 ids of the documents, -1 where anonymous. A cached document that is a positive of the query, or
+            a class in the batch, is no negative; a document whose id is cached replaces that one.
+        log_weights: [N] floating, added to the documents' scores, now and while they are cached.
+        mask: [N] bool, False for documents not to be cached; they are in the loss all the same.
+        share_draws: whether every query uses every draw.
+        staleness_correction: "none", "self_normalized" or "unnormalized", see `loss`.
+        reduction: "mean", "sum" or "none".
+        refresh_stalest: how many of the oldest embeddings to renew besides.
+        evict: "lru" or "fifo", see `update`.
+
+    Returns:
+        Loss, next state, metrics and draw. The metrics, of the cache before the update:
+
+        - `exact_loss`: mean cross entropy with the whole cache as embedded in it, the interpretable loss;
+        - `positive_probability`: mean probability of the positive in that softmax;
+        - `occupancy`: share of live slots;
+        - `cache_age_steps`, `draw_age_steps`: mean age of the embeddings, of all and of the drawn;
+        - `drift`: mean `|fresh - stale|^2 / |fresh|^2` of the drawn;
+        - `effective_sample_size`: mean `(sum w)^2 / sum w^2` of the weights with which a query uses the draws;
+        - `non_finite`: rows that were not written because they were not finite.
+
+    Raises:
+        ValueError, TypeError: whatever does not fit, named; the given state is untouched.
+
+    Example:
+        >>> encoder = torch.nn.Linear(3, 4)
+        >>> state = init_cache(8, 4, features=torch.zeros(1, 3))
+        >>> for _ in range(2):
+        ...     out = step(state, torch.randn(2, 4), torch.randn(2, 3), encoder, scale=20.0)
+        ...     out.loss.backward()
+        ...     state = out.state
+        >>> occupancy(state)
+        tensor(0.5000)
+
+    Reference: Lindgren et al., NeurIPS 2021, algorithm 1.
+    """
+    return step_(
+        copy_state(state),
+        queries,
+        documents,
+        encode,
+        scale=scale,
+        score_transform=score_transform,
+        num_samples=num_samples,
+        top_k=top_k,
+        in_batch=in_batch,
+        ids=ids,
+        log_weights=log_weights,
+        mask=mask,
+        share_draws=share_draws,
+        staleness_correction=staleness_correction,
+        reduction=reduction,
+        refresh_stalest=refresh_stalest,
+        evict=evict,
+    )
+
+
+def step_(
+    state: TensorDictBase,
+    queries: Tensor,
+    documents: Features,
+    encode: Encoder,
+    *,
+    scale: float | Tensor = 1.0,
+    score_transform: ScoreTransform | None = None,
+    num_samples: int = 1,
+    top_k: int | None = None,
+    in_batch: bool = True,
+    ids: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    share_draws: bool = True,
+    staleness_correction: str = "self_normalized",
+    reduction: str = "mean",
+    refresh_stalest: int = 0,
+    evict: str = "lru",
+) -> StepOutput:
+    """`step` in place: writes the rows that change into `state`, which it returns, and copies nothing.
+
+    Arguments, metrics and errors as there.
+
+    Example:
+        >>> state = init_cache(8, 4, features=torch.zeros(1, 3))
+        >>> step_(state, torch.randn(2, 4), torch.randn(2, 3), torch.nn.Linear(3, 4)).state is state
+        True
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("staleness_correction", staleness_correction, STALENESS_CORRECTIONS)
+    check_choice("evict", evict, tuple(EVICTIONS))
+    check_size("refresh_stalest", refresh_stalest, least=0, most=stored(state, "embedding").shape[0])
+    documents, rows = _fit_documents(state, queries, documents)
+    if mask is not None:
+        check_rows("mask", mask, torch.bool, rows, queries.device)
+    exclude_ids = None
+    if ids is not None:
+        check_rows("ids", ids, torch.int64, rows, queries.device)
+        exclude_ids = false_negative_ids(ids, queries.shape[0], in_batch=in_batch)
+
+    draw = sample_gumbel(
+        state,
+        queries,
+        num_samples=num_samples,
+        scale=scale,
+        score_transform=score_transform,
+        exclude_ids=exclude_ids,
+        top_k=top_k,
+    )
+    slots = draw.slot.flatten()
+    drawn_rows = slots.shape[0]
+    if refresh_stalest:
+        slots = torch.cat([slots, stalest(state, refresh_stalest)])
+    embeddings = encode(_join(documents, cast(Features, take(state, slots)), slots))
+    check_embeddings("the output of encode", embeddings, stored(state, "embedding"), rows=rows + slots.shape[0])
+    of_documents, of_slots = embeddings[:rows], embeddings[rows:]
+
+    terms = loss_terms(
+        queries,
+        of_documents,
+        of_slots[:drawn_rows],
+        draw,
+        scale=scale,
+        score_transform=score_transform,
+        in_batch=in_batch,
+        ids=ids,
+        log_weights=log_weights,
+        share_draws=share_draws,
+        staleness_correction=staleness_correction,
+    )
+    loss = reduce_loss(cross_entropy(terms.batch_logits, terms.cache_logit, terms.positive), reduction)
+    with torch.no_grad():  # what is looked at has no gradient
+        metrics = _metrics(state, draw, terms, of_slots[:drawn_rows])
+        metrics["non_finite"] = _count_not_storable(state, embeddings, mask, slots)
+    update_(
+        state,
+        documents,
+        of_documents,
+        ids=ids,
+        log_weights=log_weights,
+        mask=mask,
+        refresh=(slots, of_slots),
+        evict=evict,
+    )
+    return StepOutput(loss, state, metrics, draw)
+
+
+def _fit_documents(state: TensorDictBase, queries: Tensor, documents: Features) -> tuple[Features, int]:
+    """The documents, as wide as the cache stores them, and their number."""
+    check_embeddings("queries", queries, stored(state, "embedding"))
+    name, leaf = next(leaves(documents, "documents"), ("documents", None))
+    if leaf is None or leaf.ndim == 0:
+        raise ValueError(f"{name} holds no rows; expected features of at least {queries.shape[0]} documents")
+    rows, capacity = leaf.shape[0], stored(state, "embedding").shape[0]
+    if not queries.shape[0] <= rows <= capacity:
+        raise ValueError(
+            f"{name} has {rows} rows; expected at least {queries.shape[0]}, the number of queries, "
+            f"and at most {capacity}, the capacity of the cache"
+        )
+    return fit(stored_features(state), documents, rows, "documents"), rows
+
+
+def _join(documents: Features, cached: Features, slots: Tensor) -> Features:
+    """The batch's documents, then the cached ones; where there is no slot, one of the batch stands in.
+
+    A stand-in keeps the shapes fixed and the encoder away from the zeros of an empty slot; it has no part in the loss.
+    """
+
+    def join(of_batch: Tensor, of_cache: Tensor) -> Tensor:
+        stand_in = of_batch[torch.arange(slots.shape[0], device=slots.device) % of_batch.shape[0]]
+        exists = (slots >= 0).view(-1, *[1] * (of_cache.ndim - 1))
+        return torch.cat([of_batch, torch.where(exists, of_cache, stand_in)])
+
+    return map_features(join, documents, cached)
+
+
+def _metrics(state: TensorDictBase, draw: Draw, terms: Terms, fresh: Tensor) -> dict[str, Tensor]:
+    exact = cross_entropy(terms.batch_logits, draw.log_normalizer, terms.positive)
+    age_steps = scalar(state, "step") - stored(state, "embedded_at")
+    drawn = draw.slot >= 0
+    fresh = fresh.to(draw.log_normalizer.dtype)
+    difference = fresh - draw.embedding.flatten(0, 1)
+    drift = difference.square().sum(-1) / fresh.square().sum(-1)
+    sample_size = (2 * terms.log_importance.logsumexp(-1) - (2 * terms.log_importance).logsumexp(-1)).exp()
+    return {
+        "exact_loss": exact.mean(),
+        "positive_probability": (-exact).exp().mean(),
+        "occupancy": occupancy(state),
+        "cache_age_steps": _mean_where(age_steps, live(state)),
+        "draw_age_steps": _mean_where(age_steps[draw.slot.clamp(min=0)], drawn),
+        "drift": _mean_where(drift, drawn.flatten()),
+        "effective_sample_size": _mean_where(sample_size, drawn[:, 0]),
+    }
+
+
+def _mean_where(values: Tensor, where: Tensor) -> Tensor:
+    """Mean of the values that count, 0 where none does."""
+    values = values if values.is_floating_point() else values.to(torch.float32)
+    return torch.where(where, values, 0.0).sum() / where.sum().clamp(min=1)
+
+
+def _count_not_storable(state: TensorDictBase, embeddings: Tensor, mask: Tensor | None, slots: Tensor) -> Tensor:
+    rows = embeddings.shape[0] - slots.shape[0]
+    to_insert = torch.ones(rows, dtype=torch.bool, device=slots.device) if mask is None else mask
+    to_write = torch.cat([to_insert, slots >= 0])
+    return (to_write & ~storable(embeddings, stored(state, "embedding").dtype)).sum()

@@ -1,0 +1,211 @@
+"""Writing: the next state of the cache.
+
+`update_` writes into the state it is given and `update` into a copy; they are otherwise the same. Shapes are fixed
+whatever the data, so that both compile: a row that must not be written repeats the write of one that must.
+"""
+
+from typing import cast
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_size, check_slots, check_state
+from negcache_fn.features import Features, fit, map_features
+from negcache_fn.scoring import find_slots
+from negcache_fn.state import lock, ranked_by_slot, scalar, stored, stored_features
+
+__all__ = ["EVICTIONS", "copy_state", "storable", "update", "update_"]
+
+EVICTIONS = {"lru": "embedded_at", "fifo": "inserted_at"}
+
+
+def update(
+    state: TensorDictBase,
+    features: Features,
+    embeddings: Tensor,
+    *,
+    ids: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    refresh: tuple[Tensor, Tensor] | None = None,
+    evict: str = "lru",
+) -> TensorDictBase:
+    """The cache after one step: re-embeds `refresh`, then puts in the documents of a batch.
+
+    A document whose id is cached replaces that one. The others take, in order, empty slots first and then those that
+    `evict` names, ties by slot. Of several rows with one id the last counts. Rows with a non-finite embedding (as
+    stored), or a log-weight that is NaN or +inf, never enter: they are left out like those with `mask=False`.
+
+    Args:
+        state: the cache, C slots.
+        features: of N <= C documents, nested as in the cache; narrower leaves are padded with zeros on the right.
+        embeddings: [N, D] floating; stored without gradient, in the cache's dtype.
+        ids: [N] int64, -1 where anonymous; all anonymous by default.
+        log_weights: [N] floating, added to the documents' scores from now on; 0 by default.
+        mask: [N] bool, False for rows to leave out.
+        refresh: slots [R] int64 and their fresh embeddings [R, D]; negative and empty slots are ignored, and of
+            several rows for one slot the last counts. The documents' age is that of their embedding from then on.
+        evict: "lru" (oldest embedding) or "fifo" (oldest insertion).
+
+    Returns:
+        The new state, its `step` one further. The given one is untouched.
+
+    Raises:
+        ValueError, TypeError: features unlike those of the cache; N > C; shapes, dtypes or devices that do not fit; an
+            unknown `evict`. Nothing has been written then.
+
+    Example:
+        >>> state = init_cache(8, 4, {"input_ids": torch.zeros(1, 5, dtype=torch.int64)})
+        >>> state = update(state, {"input_ids": torch.ones(2, 3, dtype=torch.int64)}, torch.randn(2, 4))
+        >>> occupancy(state), state["items", "features", "input_ids"][0]
+        (tensor(0.2500), tensor([1, 1, 1, 0, 0]))
+    """
+    check_state(state)
+    return update_(
+        copy_state(state),
+        features,
+        embeddings,
+        ids=ids,
+        log_weights=log_weights,
+        mask=mask,
+        refresh=refresh,
+        evict=evict,
+    )
+
+
+def update_(
+    state: TensorDictBase,
+    features: Features,
+    embeddings: Tensor,
+    *,
+    ids: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    refresh: tuple[Tensor, Tensor] | None = None,
+    evict: str = "lru",
+) -> TensorDictBase:
+    """`update` in place: writes the rows that change into `state` and returns it. Arguments and errors as there.
+
+    Example:
+        >>> state = init_cache(8, 4, torch.zeros(1, 3))
+        >>> update_(state, torch.ones(2, 3), torch.randn(2, 4)) is state
+        True
+    """
+    check_state(state)
+    cached = stored(state, "embedding")
+    check_embeddings("embeddings", embeddings, cached)
+    rows, device = embeddings.shape[0], cached.device
+    if rows > cached.shape[0]:
+        raise ValueError(f"embeddings has {rows} rows; expected at most {cached.shape[0]}, the capacity of the cache")
+    features = fit(stored_features(state), features, rows, "features")
+    if ids is not None:
+        check_rows("ids", ids, torch.int64, rows, device)
+    if log_weights is not None:
+        check_rows("log_weights", log_weights, None, rows, device)
+    if mask is not None:
+        check_rows("mask", mask, torch.bool, rows, device)
+    check_choice("evict", evict, tuple(EVICTIONS))
+    if refresh is not None:
+        _check_refresh(refresh, cached)
+    with torch.no_grad():  # what is cached is a constant
+        if refresh is not None:
+            _refresh_(state, *refresh)
+        ids = torch.full((rows,), -1, device=device) if ids is None else ids
+        log_weights = torch.zeros(rows, device=device) if log_weights is None else log_weights
+        _insert_(state, features, embeddings, ids, log_weights, mask, evict)
+        scalar(state, "step").add_(1)
+    return state
+
+
+def copy_state(state: TensorDictBase) -> TensorDictBase:
+    """A state that shares no storage with `state`, locked like it."""
+    copy = cast(TensorDict, state.clone())
+    return lock(copy) if state.is_locked else copy
+
+
+def storable(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
+    """[rows] bool: whether a row is finite once it is stored in `dtype`."""
+    return embeddings.to(dtype).isfinite().all(-1)
+
+
+def _check_refresh(refresh: tuple[Tensor, Tensor], cached: Tensor) -> None:
+    if not isinstance(refresh, tuple) or len(refresh) != 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"refresh is {type(refresh).__name__}; expected a pair (slots, embeddings)")
+    slots, embeddings = refresh
+    check_slots("refresh[0]", slots, cached.device)
+    if slots.ndim != 1:
+        raise ValueError(f"refresh[0] has shape {tuple(slots.shape)}; expected [rows], a slot each")
+    check_embeddings("refresh[1]", embeddings, cached, rows=slots.shape[0], at_least=0)
+
+
+def _refresh_(state: TensorDictBase, slots: Tensor, embeddings: Tensor) -> None:
+    cached, embedded_at = stored(state, "embedding"), stored(state, "embedded_at")
+    if slots.shape[0] == 0:
+        return
+    inside = (slots >= 0) & (slots < cached.shape[0])
+    wanted = inside & (embedded_at[slots.clamp(0, cached.shape[0] - 1)] >= 0) & storable(embeddings, cached.dtype)
+    target = torch.where(wanted, slots, -1)
+    target = torch.where(_last_of_each(target), target, -1)
+    _write_(cached, target, embeddings)
+    _write_(embedded_at, target, scalar(state, "step").expand_as(target))
+
+
+def _insert_(
+    state: TensorDictBase,
+    features: Tensor | TensorDictBase,
+    embeddings: Tensor,
+    ids: Tensor,
+    log_weights: Tensor,
+    mask: Tensor | None,
+    evict: str,
+) -> None:
+    cached = stored(state, "embedding")
+    wanted = storable(embeddings, cached.dtype) & (log_weights < float("inf"))
+    if mask is not None:
+        wanted = wanted & mask
+    wanted = wanted & _last_of_each(torch.where(wanted, ids, -1))
+    replaced = find_slots(state, torch.where(wanted, ids, -1))
+    # Slots that are replaced by id are not for others to take.
+    order = ranked_by_slot(stored(state, EVICTIONS[evict]))
+    bounds = torch.iinfo(torch.int64)
+    kept = torch.where(replaced >= 0, bounds.max, bounds.min)
+    order = order.scatter_reduce(0, replaced.clamp(min=0), kept, "amax")
+    evicted = order.topk(ids.shape[0], largest=False, sorted=True).indices
+    takes = wanted & (replaced < 0)
+    place = takes.cumsum(0) - 1
+    target = torch.where(takes, evicted[place.clamp(min=0)], torch.where(wanted, replaced, -1))
+
+    now = scalar(state, "step").expand_as(target)
+    map_features(lambda leaf, new: _write_(leaf, target, new), stored_features(state), features)
+    for name, values in (
+        ("embedding", embeddings),
+        ("id", ids),
+        ("embedded_at", now),
+        ("log_weight", log_weights),
+        ("inserted_at", now),
+    ):
+        _write_(stored(state, name), target, values)
+
+
+def _last_of_each(keys: Tensor) -> Tensor:
+    """[M] bool: whether no later row has the same key. Negative keys equal nothing."""
+    rows = torch.arange(keys.shape[0], device=keys.device)
+    keys = torch.where(keys < 0, -1 - rows, keys)
+    ordered, order = keys.sort(stable=True)
+    last = torch.ones_like(ordered, dtype=torch.bool)
+    last[:-1] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(last).scatter_(0, order, last)
+
+
+def _write_(stored_rows: Tensor, target: Tensor, values: Tensor) -> Tensor:
+    """Writes `values` [M, ...] into the rows `target` [M], distinct but for -1: nowhere.
+
+    A row that goes nowhere repeats the first one that goes somewhere; if there is none, all rewrite what slot 0 holds.
+    """
+    somewhere = target >= 0
+    source = torch.where(somewhere, torch.arange(target.shape[0], device=target.device), somewhere.int().argmax())
+    slots = target[source].clamp(min=0)
+    new = values[source].to(stored_rows.dtype)
+    new = torch.where(somewhere.any(), new, stored_rows[slots])
+    return stored_rows.index_copy_(0, slots, new)
