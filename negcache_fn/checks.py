@@ -3,6 +3,7 @@
 Each message names the argument, what was given and what was expected.
 """
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -27,13 +28,13 @@ def check_state(state: Any) -> None:
     """Raises unless `state` has the structure that `init_cache` gives."""
     if not isinstance(state, TensorDictBase):
         raise TypeError(f"state is a {type(state).__name__}; expected a TensorDict made by negcache_fn.init_cache(...)")
-    keys = set(cast("list[str]", list(state.keys())))
+    keys = _keys(state)
     if keys != {"items", "step", "seed"}:
         raise ValueError(
             f"state has keys {sorted(keys)}; expected ['items', 'seed', 'step'], as made by negcache_fn.init_cache(...)"
         )
     items = cast(TensorDictBase, state["items"])
-    item_keys = set(cast("list[str]", list(items.keys())))
+    item_keys = _keys(items)
     if item_keys != _ITEM_KEYS:
         raise ValueError(f"state['items'] has keys {sorted(item_keys)}; expected {sorted(_ITEM_KEYS)}")
 
@@ -108,6 +109,10 @@ def check_scale(scale: Any, device: torch.device) -> None:
         _check_device("scale", scale, device)
     elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"scale is a {type(scale).__name__}; expected a number or a 0-d tensor")
+
+
+def _keys(state: TensorDictBase) -> set[str]:
+    return set(cast("Iterable[str]", state.keys()))
 
 
 def _check_tensor(name: str, value: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 __all__ = ["Features", "as_stored", "check_example", "fit", "leaves", "map_features"]
 
 Features: TypeAlias = "Tensor | Mapping[str, Features] | TensorDictBase"
-FeaturesT = TypeVar("FeaturesT", bound="Tensor | Mapping[str, object] | TensorDictBase")
+FeaturesT = TypeVar("FeaturesT", bound="Features")
 
 
 def map_features(function: Callable[..., Tensor], features: FeaturesT, *others: Features) -> FeaturesT:

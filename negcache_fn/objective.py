@@ -21,7 +21,8 @@ from torch import Tensor
 
 from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_scale, check_size
 from negcache_fn.sampling import Draw
-from negcache_fn.scoring import ScoreTransform, cache_logsumexp, hardest, logsumexp, score_matrix
+from negcache_fn.scoring import hardest, score_matrix
+from negcache_fn.streaming import ScoreTransform, cache_logsumexp, logsumexp
 
 __all__ = [
     "REDUCTIONS",
@@ -97,7 +98,7 @@ def loss(
         ValueError, TypeError: shapes, dtypes or devices that do not fit, fewer documents than queries, an unknown
             `staleness_correction` or `reduction`.
 
-    Example:
+    Examples:
         >>> state = init_cache(8, 4, torch.zeros(1, 3))
         >>> state = update(state, torch.ones(6, 3), torch.randn(6, 4))
         >>> queries, documents = torch.randn(2, 4), torch.randn(2, 4)
@@ -160,7 +161,7 @@ def exact_loss(
     Raises:
         ValueError, TypeError: as `loss`; `top_k` not in 1 ... C.
 
-    Example:
+    Examples:
         >>> state = init_cache(8, 4, torch.zeros(1, 3))
         >>> exact_loss(state, torch.randn(2, 4), torch.randn(2, 4), in_batch=False)
         tensor(0.)
@@ -217,7 +218,7 @@ def loss_terms(
             fresh = similarity.all(queries, negatives) + log_weight
         else:
             log_weight = draw.log_weight
-            fresh = similarity.own(queries, negatives.unflatten(0, draw.slot.shape)) + log_weight
+            fresh = similarity.own(queries, negatives.view(draw.embedding.shape)) + log_weight
         with torch.no_grad():  # weights and stale scores are constants of the estimator
             if share_draws:
                 stale = similarity.all(queries, draw.embedding.flatten(0, 1)) + log_weight

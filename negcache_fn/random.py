@@ -31,7 +31,7 @@ def philox(
     Returns:
         Four int64 tensors of the broadcast shape, values in [0, 2**32).
 
-    Example:
+    Examples:
         >>> zero = torch.tensor(0)
         >>> [hex(int(word)) for word in philox((zero, zero, zero, zero), (zero, zero))]
         ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
@@ -65,16 +65,13 @@ def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, *, level: int)
     Returns:
         [..., 4] float32, `...` being the broadcast shape of `row` and `quad`.
 
-    Example:
+    Examples:
         >>> noise = gumbel(torch.tensor(0), torch.tensor(0), torch.arange(3)[:, None], torch.arange(5), level=0)
         >>> noise.shape, noise.flatten(1).shape
         (torch.Size([3, 5, 4]), torch.Size([3, 20]))
     """
-    row, quad = torch.broadcast_tensors(row, quad)
-    words = philox(
-        (quad, row, (step & _MASK).expand_as(row), torch.full_like(row, level)),
-        (seed & _MASK, (seed >> 32) & _MASK),
-    )
+    counter = (quad, row, step & _MASK, torch.full_like(step, level))
+    words = philox(counter, (seed & _MASK, (seed >> 32) & _MASK))
     uniform = (torch.stack(words, dim=-1).to(torch.float32) + 0.5) * 2.0**-32
     exponential = -torch.log1p(-uniform.clamp(max=_BELOW_ONE))
     return -torch.log(exponential)

@@ -6,7 +6,7 @@ own. This is exact, because the softmax factorises along the tree, and it needs 
 for B * k * C slots. The largest perturbed log-sum-exp of the top level has the law of the largest perturbed score over
 all slots and is independent of which slot attains it, and that is what makes a draw a monoid (`merge_draws`).
 
-Sources: Gumbel-Max after Maddison, Tarlow, Minka, *A\\* sampling*, NeurIPS 2014; the cache softmax after Lindgren,
+Sources: Gumbel-Max after Maddison, Tarlow, Minka, "A* sampling", NeurIPS 2014; the cache softmax after Lindgren,
 Reddi, Guo, Kumar, NeurIPS 2021, section 3.
 """
 
@@ -19,16 +19,9 @@ from torch.nn.functional import pad
 
 from negcache_fn.checks import check_size
 from negcache_fn.random import gumbel
-from negcache_fn.scoring import (
-    BLOCK,
-    ScoreMatrix,
-    ScoreTransform,
-    hardest,
-    reduce_blocks,
-    score_blocks,
-    score_matrix,
-)
+from negcache_fn.scoring import hardest, score_matrix
 from negcache_fn.state import scalar, stored
+from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, reduce_blocks, score_blocks
 
 __all__ = ["Draw", "merge_draws", "sample_gumbel"]
 
@@ -86,7 +79,7 @@ def sample_gumbel(
         ValueError, TypeError: queries that are not [B, D] floating on the device of the state; non-positive
             `num_samples`; `top_k` not in 1 ... C; `exclude_ids` of another shape or dtype.
 
-    Example:
+    Examples:
         >>> state = init_cache(8, 4, torch.zeros(1, 3))
         >>> state = update(state, torch.ones(2, 3), torch.randn(2, 4))
         >>> draw = sample_gumbel(state, torch.randn(5, 4), num_samples=3)
@@ -126,7 +119,7 @@ def merge_draws(a: Draw, b: Draw) -> Draw:
     Raises:
         ValueError: another number of queries, samples or dimensions.
 
-    Example:
+    Examples:
         >>> left, right = (init_cache(8, 4, torch.zeros(1, 3), seed=seed) for seed in (0, 1))
         >>> right = update(right, torch.ones(2, 3), torch.randn(2, 4))
         >>> queries = torch.randn(5, 4)
@@ -177,7 +170,8 @@ class _Chosen(NamedTuple):
 
 def _choose(matrix: ScoreMatrix, noise: _Noise) -> _Chosen:
     blocks = reduce_blocks(matrix, "logsumexp")
-    blocks = pad(blocks, (0, -blocks.shape[1] % _GROUP), value=-_INFINITY).unflatten(1, (-1, _GROUP))
+    blocks = pad(blocks, (0, -blocks.shape[1] % _GROUP), value=-_INFINITY)
+    blocks = blocks.view(blocks.shape[0], -1, _GROUP)
     groups = blocks.logsumexp(-1)
     log_normalizer = groups.logsumexp(-1)
     quads = torch.arange(-(-groups.shape[1] // _QUAD), device=groups.device)
@@ -208,9 +202,9 @@ def _choose_among_hardest(matrix: ScoreMatrix, noise: _Noise, top_k: int) -> _Ch
     cutoff = (last + following)[:, None] / 2 if candidates > top_k else torch.full_like(last, -_INFINITY)[:, None]
     scores, slots = scores[:, :top_k], slots[:, :top_k]
     column = slots.clamp(min=0)[:, None, :]
-    variates = noise.columns(column // _QUAD, _AMONG_SLOTS).unflatten(-1, (-1, _QUAD))
-    lane = (column % _QUAD).expand(variates.shape[:-1])[..., None]
-    perturbed, place = (scores[:, None, :] + variates.gather(-1, lane).squeeze(-1)).max(-1)
+    variates = noise.columns(column // _QUAD, _AMONG_SLOTS)
+    lane = (torch.arange(top_k, device=slots.device) * _QUAD + column % _QUAD).expand(-1, variates.shape[1], -1)
+    perturbed, place = (scores[:, None, :] + variates.gather(-1, lane)).max(-1)
     return _Chosen(slots.gather(1, place), scores.gather(1, place), perturbed, scores.logsumexp(-1), cutoff)
 
 
@@ -219,6 +213,7 @@ def _describe(state: TensorDictBase, matrix: ScoreMatrix, chosen: _Chosen, exclu
     drawn = (chosen.log_normalizer > -_INFINITY)[:, None]
     capacity = matrix.embeddings.shape[0]
     row = chosen.slot.clamp(0, capacity - 1)
+    excluded = row.new_empty(1, 0) if exclude_ids is None else exclude_ids
     return Draw(
         slot=torch.where(drawn, row, -1),
         score=torch.where(drawn, chosen.score, -_INFINITY),
@@ -229,5 +224,5 @@ def _describe(state: TensorDictBase, matrix: ScoreMatrix, chosen: _Chosen, exclu
         log_weight=stored(state, "log_weight")[row],
         source=torch.zeros_like(row),
         cutoff=chosen.cutoff,
-        exclude_ids=matrix.excluded.new_empty(1, 0) if exclude_ids is None else torch.atleast_2d(exclude_ids),
+        exclude_ids=excluded if excluded.ndim == 2 else excluded[None],
     )

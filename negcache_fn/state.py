@@ -2,16 +2,16 @@
 
 Schema (C slots, D dimensions); the invariants hold in every state that this package returns:
 
-| key                     | shape    | dtype          | meaning and invariant                                                 |
-| ----------------------- | -------- | -------------- | --------------------------------------------------------------------- |
-| `items.embedding`       | [C, D]   | floating       | stale embedding; finite                                               |
-| `items.features`        | [C, ...] | as given       | what the document encoder takes: a nested TensorDict, or one tensor   |
-| `items.id`              | [C]      | int64          | document id; -1: anonymous; ids >= 0 of live slots are unique         |
-| `items.embedded_at`     | [C]      | int64          | step of the embedding; -1: empty slot                                 |
-| `items.log_weight`      | [C]      | float32        | added to the document's score; below +inf, never NaN                  |
-| `items.inserted_at`     | [C]      | int64          | step at which the document came in; -1 exactly where `embedded_at` is |
-| `step`                  | []       | int64          | number of updates so far                                              |
-| `seed`                  | []       | int64          | key of the noise                                                      |
+| key                 | shape    | dtype    | meaning and invariant                                                 |
+| ------------------- | -------- | -------- | --------------------------------------------------------------------- |
+| `items.embedding`   | [C, D]   | floating | stale embedding; finite                                               |
+| `items.features`    | [C, ...] | as given | what the document encoder takes: a nested TensorDict, or one tensor   |
+| `items.id`          | [C]      | int64    | document id; -1: anonymous; ids >= 0 of live slots are unique         |
+| `items.embedded_at` | [C]      | int64    | step of the embedding; -1: empty slot                                 |
+| `items.log_weight`  | [C]      | float32  | added to the document's score; below +inf, never NaN                  |
+| `items.inserted_at` | [C]      | int64    | step at which the document came in; -1 exactly where `embedded_at` is |
+| `step`              | []       | int64    | number of updates so far                                              |
+| `seed`              | []       | int64    | key of the noise                                                      |
 
 A slot is *live* when `embedded_at >= 0`. The structure is locked; only functions with a trailing underscore write to
 the storage of a state.
@@ -69,7 +69,7 @@ def init_cache(
         ValueError: non-positive sizes; a feature without a row dimension; features on several devices.
         TypeError: a feature that is no tensor; an embedding dtype that is not floating.
 
-    Example:
+    Examples:
         >>> documents = {"input_ids": torch.zeros(1, 32, dtype=torch.int64)}
         >>> state = init_cache(1024, 16, documents)
         >>> state["items", "embedding"].shape, state["items", "features", "input_ids"].shape
@@ -117,7 +117,7 @@ def take(state: TensorDictBase, slots: Tensor) -> Tensor | TensorDictBase:
     Raises:
         TypeError: slots that are not int64.
 
-    Example:
+    Examples:
         >>> state = init_cache(8, 4, {"input_ids": torch.zeros(1, 3, dtype=torch.int64)})
         >>> take(state, torch.tensor([[0, 5]]))["input_ids"].shape
         torch.Size([1, 2, 3])
@@ -125,13 +125,17 @@ def take(state: TensorDictBase, slots: Tensor) -> Tensor | TensorDictBase:
     check_state(state)
     check_slots("slots", slots, stored(state, "embedding").device)
     rows = slots.clamp(min=0)
-    return map_features(lambda leaf: leaf[rows], stored_features(state))
+
+    def read(leaf: Tensor) -> Tensor:
+        return leaf[rows]
+
+    return map_features(read, stored_features(state))
 
 
 def occupancy(state: TensorDictBase) -> Tensor:
     """Share of live slots: `(embedded_at >= 0).mean()`, [] float32.
 
-    Example:
+    Examples:
         >>> occupancy(init_cache(8, 4, torch.zeros(1, 3)))
         tensor(0.)
     """
@@ -152,7 +156,7 @@ def stalest(state: TensorDictBase, n: int) -> Tensor:
     Raises:
         ValueError: `n` not in 1 ... C.
 
-    Example:
+    Examples:
         >>> stalest(init_cache(8, 4, torch.zeros(1, 3)), 2)
         tensor([-1, -1])
     """
@@ -203,5 +207,5 @@ def lock(state: TensorDict) -> TensorDict:
     for child in state.values():
         if isinstance(child, TensorDict):
             lock(child)
-    state._is_locked = True
+    state._is_locked = True  # pyright: ignore[reportPrivateUsage] - TensorDict has no public way inside a graph
     return state

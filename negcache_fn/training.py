@@ -19,8 +19,8 @@ from negcache_fn.objective import (
     reduce_loss,
 )
 from negcache_fn.sampling import Draw, sample_gumbel
-from negcache_fn.scoring import ScoreTransform
 from negcache_fn.state import live, occupancy, scalar, stalest, stored, stored_features, take
+from negcache_fn.streaming import ScoreTransform
 from negcache_fn.updating import EVICTIONS, copy_state, storable, update_
 
 __all__ = ["StepOutput", "step", "step_"]
@@ -97,7 +97,7 @@ def step(
     Raises:
         ValueError, TypeError: whatever does not fit, named; the given state is untouched.
 
-    Example:
+    Examples:
         >>> encoder = torch.nn.Linear(3, 4)
         >>> state = init_cache(8, 4, features=torch.zeros(1, 3))
         >>> for _ in range(2):
@@ -154,7 +154,7 @@ def step_(
 
     Arguments, metrics and errors as there.
 
-    Example:
+    Examples:
         >>> state = init_cache(8, 4, features=torch.zeros(1, 3))
         >>> step_(state, torch.randn(2, 4), torch.randn(2, 3), torch.nn.Linear(3, 4)).state is state
         True

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_size, check_slots, check_state
+from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_slots, check_state
 from negcache_fn.features import Features, fit, map_features
 from negcache_fn.scoring import find_slots
 from negcache_fn.state import lock, ranked_by_slot, scalar, stored, stored_features
@@ -55,7 +55,7 @@ def update(
         ValueError, TypeError: features unlike those of the cache; N > C; shapes, dtypes or devices that do not fit; an
             unknown `evict`. Nothing has been written then.
 
-    Example:
+    Examples:
         >>> state = init_cache(8, 4, {"input_ids": torch.zeros(1, 5, dtype=torch.int64)})
         >>> state = update(state, {"input_ids": torch.ones(2, 3, dtype=torch.int64)}, torch.randn(2, 4))
         >>> occupancy(state), state["items", "features", "input_ids"][0]
@@ -87,7 +87,7 @@ def update_(
 ) -> TensorDictBase:
     """`update` in place: writes the rows that change into `state` and returns it. Arguments and errors as there.
 
-    Example:
+    Examples:
         >>> state = init_cache(8, 4, torch.zeros(1, 3))
         >>> update_(state, torch.ones(2, 3), torch.randn(2, 4)) is state
         True
@@ -177,7 +177,11 @@ def _insert_(
     target = torch.where(takes, evicted[place.clamp(min=0)], torch.where(wanted, replaced, -1))
 
     now = scalar(state, "step").expand_as(target)
-    map_features(lambda leaf, new: _write_(leaf, target, new), stored_features(state), features)
+
+    def write_(leaf: Tensor, new: Tensor) -> Tensor:
+        return _write_(leaf, target, new)
+
+    map_features(write_, stored_features(state), features)
     for name, values in (
         ("embedding", embeddings),
         ("id", ids),
