@@ -11,7 +11,7 @@ QUERY ?= parse a date from a string
 .PHONY: help train search test lint format types docs clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1 :/' | column -t -s:
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(VENV)/.train ## train the code search model, with the cache and without; resumes where it stopped
 	$(PY) -m examples.code_search train $(ARGS)
@@ -34,7 +34,7 @@ types: $(VENV)/.dev ## pyright, strict, on the package
 	$(PY) -m pyright --pythonpath $(PY)
 
 docs: $(VENV)/.dev ## build the documentation into site/
-	$(PY) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 clean: ## remove the environment and what the tools left; trained runs stay
 	rm -rf $(VENV) build dist site *.egg-info .coverage .coverage.* htmlcov .pytest_cache .ruff_cache .hypothesis
