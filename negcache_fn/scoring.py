@@ -10,6 +10,7 @@ from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, reduce_blo
 
 __all__ = ["find_slots", "hardest", "score", "score_matrix", "top_negatives"]
 
+_SLAB = 32  # blocks rescored at a time
 _INFINITY = float("inf")
 
 
@@ -130,10 +131,22 @@ def hardest(matrix: ScoreMatrix, n: int) -> tuple[Tensor, Tensor]:
     which has an element that precedes every element of it.
     """
     maxima = reduce_blocks(matrix, "max")
-    blocks = _stable_top(maxima, min(n, maxima.shape[1]))[1].sort(dim=1).values
-    scores, places = _stable_top(score_blocks(matrix, blocks).flatten(1), n)
-    slots = blocks.gather(1, places // BLOCK) * BLOCK + places % BLOCK
+    blocks = _top(maxima, maxima.new_empty(maxima.shape[0], 0), n)[1].sort(dim=1).values
+    scores = maxima.new_empty(maxima.shape[0], 0)
+    slots = blocks.new_empty(blocks.shape[0], 0)
+    # Slots ascend from slab to slab, so that a stable sort breaks ties by slot.
+    for slab in torch.split(blocks, _SLAB, dim=1):
+        found = score_blocks(matrix, slab).flatten(1)
+        places = (slab[..., None] * BLOCK + torch.arange(BLOCK, device=slab.device)).flatten(1)
+        scores, order = _top(scores, found, n)
+        slots = torch.cat([slots, places], dim=1).gather(1, order)
     return scores, slots.masked_fill(scores == -_INFINITY, -1)
+
+
+def _top(left: Tensor, right: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The `n` largest values of each row of `cat([left, right], 1)`, descending, ties by column; their columns."""
+    ordered, columns = torch.cat([left, right], dim=1).sort(dim=1, descending=True, stable=True)
+    return ordered[:, :n], columns[:, :n]
 
 
 def _look_up(state: TensorDictBase, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,8 +156,3 @@ def _look_up(state: TensorDictBase, ids: Tensor) -> tuple[Tensor, Tensor]:
     ordered = ids.sort().values
     place = torch.searchsorted(ordered, known).clamp(max=ordered.shape[0] - 1)
     return place, (ordered[place] == known) & (known >= 0) & live(state)
-
-
-def _stable_top(values: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    ordered, places = values.sort(dim=1, descending=True, stable=True)
-    return ordered[:, :n], places[:, :n]
