@@ -1,0 +1,232 @@
+"""Small problems in float64: queries, documents, a tiny encoder, a cache, and the draw of any joint outcome."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from negcache_fn import Draw
+
+from .. import oracles
+
+Loss = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A small problem: B queries, N documents, C cached documents of a tiny encoder `tanh(X W)`, k draws a query."""
+
+    rows: int = 2
+    documents: int = 3
+    capacity: int = 4
+    samples: int = 1
+    in_batch: bool = True
+    ids: tuple[int, ...] | None = None
+    cache_ids: tuple[int, ...] | None = None
+    log_weights: tuple[float, ...] | None = None
+    cache_log_weight: tuple[float, ...] | None = None
+    live: tuple[bool, ...] | None = None
+    transform: Callable[[Tensor], Tensor] | None = None
+    top_k: int | None = None
+    split: int | None = None
+    scale: float = 3.0
+    drift: float = 0.0
+    seed: int = 0
+
+
+@dataclass
+class Problem:
+    """A scenario's tensors in float64; the leaves are what gradients are compared for."""
+
+    scenario: Scenario
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        it, generator = self.scenario, torch.Generator().manual_seed(100 + self.scenario.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.cached = normal(it.capacity, 3)
+        self.leaves = {
+            "queries": normal(it.rows, 2),
+            "documents": normal(it.documents, 2),
+            "encoder": normal(3, 2),
+            "scale": torch.tensor(it.scale, dtype=torch.float64),
+        }
+        self.stale = torch.tanh(self.cached @ (self.leaves["encoder"] + it.drift * normal(3, 2)))
+        self.row_weight = 0.5 + torch.rand(it.rows, generator=generator, dtype=torch.float64)
+        for leaf in self.leaves.values():
+            leaf.requires_grad_()
+        self.ids = None if it.ids is None else torch.tensor(it.ids)
+        self.weights = None if it.log_weights is None else torch.tensor(it.log_weights, dtype=torch.float32)
+        cached = it.cache_log_weight or (0.0,) * it.capacity
+        self.cache_weight = torch.tensor(cached, dtype=torch.float32)
+        self.names = it.cache_ids or (-1,) * it.capacity
+        self.exclude = oracles.excluded_ids(it.ids, it.rows, in_batch=it.in_batch)
+        self.parts = [(0, it.capacity)] if it.split is None else [(0, it.split), (it.split, it.capacity)]
+        self.stale_scores = self.scores(self.stale).detach()
+        self.probability = oracles.probabilities(self.stale_scores)
+        self.normalizer = oracles.log_normalizer(self.stale_scores)
+
+    def encode(self) -> Tensor:
+        """Fresh embeddings of all cached documents."""
+        return torch.tanh(self.cached @ self.leaves["encoder"])
+
+    def scores(self, embedding: Tensor) -> Tensor:
+        """`[B, C]` scores of negatives; what is excluded, or under the stale `top_k` of its part, is -inf."""
+        it, out = self.scenario, []
+        for start, stop in self.parts:
+            options: dict[str, Any] = {
+                "log_weight": self.cache_weight[start:stop],
+                "live": None if it.live is None else it.live[start:stop],
+                "ids": self.names[start:stop],
+                "exclude": self.exclude,
+                "scale": self.leaves["scale"],
+                "transform": it.transform,
+            }
+            queries = self.leaves["queries"]
+            scores = oracles.cache_scores(queries, embedding[start:stop], **options)
+            if it.top_k is not None:
+                held = oracles.cache_scores(queries, self.stale[start:stop], top_k=it.top_k, **options)
+                scores = torch.where(held.detach() > -math.inf, scores, -math.inf)
+            out.append(scores)
+        return torch.cat(out, 1)
+
+    def exact(self) -> Tensor:
+        """`[B]` exact losses over batch and fresh cache, differentiable."""
+        return self._cross_entropy(oracles.log_normalizer(self.scores(self.encode())))
+
+    def _cross_entropy(self, logits: Tensor) -> Tensor:
+        it = self.scenario
+        return oracles.cross_entropy(
+            self.leaves["queries"],
+            self.leaves["documents"],
+            logits,
+            ids=it.ids,
+            log_weights=self.weights,
+            in_batch=it.in_batch,
+            scale=self.leaves["scale"],
+            transform=it.transform,
+        )
+
+    def by_formula(self, slots: Sequence[Sequence[int]], *, share_draws: bool, staleness_correction: str) -> Tensor:
+        """`[B]` sampled losses of one joint draw, by the formulas of the design."""
+        flat = [max(j, 0) for row in slots for j in row]
+        valid = torch.tensor([j >= 0 for row in slots for j in row])
+        logits = oracles.sampled_cache_logits(
+            self.scores(self.encode())[:, flat],
+            self.stale_scores[:, flat],
+            torch.from_numpy(self.probability)[:, flat] * valid,
+            self.normalizer,
+            self.scenario.samples,
+            share_draws=share_draws,
+            staleness_correction=staleness_correction,
+        )
+        return self._cross_entropy(logits)
+
+    def draw(self, slots: Sequence[Sequence[int]]) -> Draw:
+        """The `Draw` that a sampler would have given for these slots."""
+        it, slot = self.scenario, torch.tensor(slots)
+        place = slot.clamp_min(0)
+        start = torch.tensor([0 if it.split is None or int(j) < it.split else it.split for j in place.flatten()])
+        score = self.stale_scores.gather(1, place)
+        exclude = torch.tensor(self.exclude if self.exclude is not None else [[]], dtype=torch.int64)
+        return Draw(
+            slot=torch.where(slot >= 0, slot - start.view_as(slot), -1),
+            score=torch.where(slot >= 0, score, -math.inf),
+            perturbed=score + 1.0,
+            log_normalizer=self.normalizer,
+            embedding=self.stale[place],
+            id=torch.where(slot >= 0, torch.tensor(self.names)[place], -1),
+            log_weight=self.cache_weight[place],
+            source=(start > 0).long().view_as(slot),
+            cutoff=self._cutoff(),
+            exclude_ids=exclude[:1] if it.in_batch and self.exclude is not None else exclude,
+        )
+
+    def _cutoff(self) -> Tensor:
+        it = self.scenario
+        cutoff = torch.full((it.rows, len(self.parts)), -math.inf, dtype=torch.float64)
+        if it.top_k is not None:
+            everything = Problem(Scenario(**{**it.__dict__, "top_k": None})).stale_scores
+            for n, (start, stop) in enumerate(self.parts):
+                best = everything[:, start:stop].sort(dim=-1, descending=True).values
+                if it.top_k < stop - start:
+                    cutoff[:, n] = (best[:, it.top_k - 1] + best[:, it.top_k]) / 2
+        return cutoff
+
+    def call(self, loss: Loss, slots: Sequence[Sequence[int]], **options: Any) -> Tensor:
+        """`loss` of one joint draw, the drawn documents encoded with gradient, `reduction="none"`."""
+        it = self.scenario
+        flat = [max(j, 0) for row in slots for j in row]
+        options = {"reduction": "none", **options}
+        return loss(
+            self.leaves["queries"],
+            self.leaves["documents"],
+            self.encode()[flat],
+            self.draw(slots),
+            scale=self.leaves["scale"],
+            score_transform=it.transform,
+            in_batch=it.in_batch,
+            ids=self.ids,
+            log_weights=self.weights,
+            **options,
+        )
+
+    def gradients(self, losses: Tensor) -> dict[str, Tensor]:
+        """Gradients of a weighted sum of the rows with respect to every leaf."""
+        given = torch.autograd.grad((self.row_weight * losses).sum(), list(self.leaves.values()), allow_unused=True)
+        zero = {name: torch.zeros_like(leaf) for name, leaf in self.leaves.items()}
+        return {name: g if g is not None else zero[name] for name, g in zip(self.leaves, given, strict=True)}
+
+
+def scenarios() -> dict[str, Scenario]:
+    """Small problems that together reach every argument of the loss."""
+    squash = {"transform": _squash}
+    ids = {"ids": (3, 5, 9), "cache_ids": (5, -1, 9, 3)}
+    return {
+        "plain": Scenario(),
+        "one query": Scenario(rows=1, documents=1, samples=3),
+        "two samples": Scenario(samples=2, capacity=3, documents=2),
+        "three queries": Scenario(rows=3, documents=3, capacity=3),
+        "extra documents": Scenario(documents=6),
+        "no in-batch": Scenario(in_batch=False),
+        "ids": Scenario(capacity=5, **{**ids, "cache_ids": (5, -1, 8, 3, 7)}),
+        "ids, own positives only": Scenario(in_batch=False, **ids),
+        "duplicate ids": Scenario(documents=5, ids=(3, 3, 8, 8, -1), cache_ids=(-1, 4, 8, -1)),
+        "anonymous": Scenario(documents=4, ids=(-1, -1, -1, 2), cache_ids=(-1, -1, 2, -1)),
+        "nothing left for one": Scenario(
+            capacity=3, in_batch=False, ids=(3, 5, 9), cache_ids=(-1, 5, -1), live=(False, True, False)
+        ),
+        "nothing left for any": Scenario(capacity=3, ids=(3, 5, 9), cache_ids=(5, 3, 9)),
+        "log-weights": Scenario(log_weights=(0.5, -1.0, 0.25), cache_log_weight=(1.5, 0.0, -0.75, 0.5)),
+        "empty slots": Scenario(capacity=5, live=(False, True, True, False, True)),
+        "transform": Scenario(**squash),
+        "top_k": Scenario(top_k=2),
+        "top_k of one": Scenario(top_k=1, samples=2),
+        "top_k beyond": Scenario(top_k=4, live=(True, False, True, True)),
+        "merged": Scenario(capacity=5, split=2),
+        "merged top_k": Scenario(capacity=6, split=3, top_k=2),
+        "all at once": Scenario(
+            documents=5,
+            capacity=6,
+            ids=(3, 5, 9, 5, -1),
+            cache_ids=(9, -1, -1, 2, 7, -1),
+            log_weights=(0.5, -1.0, 0.25, 0.0, 1.0),
+            cache_log_weight=(1.5, 0.0, -0.75, 0.5, 0.25, 0.0),
+            live=(True, True, False, True, True, True),
+            top_k=3,
+            **squash,
+        ),
+        "sharp": Scenario(scale=25.0),
+    }
+
+
+def _squash(scores: Tensor) -> Tensor:
+    return 4 * torch.tanh(scores / 4)

@@ -1,0 +1,231 @@
+"""What is right, written naively: float64, materialised, loops, and nothing of the package.
+
+Formulas are those of the design: `s_ij = t(scale * q_i . e_j) + log_weight_j`, the cache one class with logit `c_i`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+Transform = Callable[[Tensor], Tensor]
+
+
+def identity(scores: Tensor) -> Tensor:
+    """No transform."""
+    return scores
+
+
+def cache_scores(
+    queries: Tensor,
+    embedding: Tensor,
+    *,
+    live: Sequence[bool] | None = None,
+    log_weight: Tensor | None = None,
+    ids: Sequence[int] | None = None,
+    exclude: Sequence[Sequence[int]] | None = None,
+    scale: float | Tensor = 1.0,
+    transform: Transform | None = None,
+    top_k: int | None = None,
+) -> Tensor:
+    """`[B, C]` float64 scores, -inf where a slot is empty, excluded for that query, or below its `top_k` best.
+
+    `exclude[i]` lists the ids that are no negatives of query i; -1 is anonymous and matches nothing.
+    """
+    queries, embedding = queries.double(), embedding.double()
+    rows, capacity = queries.shape[0], embedding.shape[0]
+    scores = (transform or identity)(scale * (queries @ embedding.T))
+    if log_weight is not None:
+        scores = scores + log_weight.double()
+    keep = np.ones((rows, capacity), dtype=bool)
+    for i in range(rows):
+        banned = {int(x) for x in exclude[i] if int(x) >= 0} if exclude is not None else set()
+        for j in range(capacity):
+            if live is not None and not bool(live[j]):
+                keep[i, j] = False
+            if banned and ids is not None and int(ids[j]) in banned:
+                keep[i, j] = False
+    if top_k is not None:
+        values = scores.detach().numpy()
+        for i in range(rows):
+            candidates = sorted((j for j in range(capacity) if keep[i, j]), key=lambda j: (-values[i, j], j))
+            for j in candidates[top_k:]:
+                keep[i, j] = False
+    return torch.where(torch.from_numpy(keep), scores, torch.full_like(scores, -math.inf))
+
+
+def log_normalizer(scores: Tensor) -> Tensor:
+    """`[B]` logsumexp over a row, -inf where nothing is live, and a zero (not NaN) gradient there."""
+    out = []
+    for row in scores:
+        finite = row[torch.isfinite(row.detach())]
+        out.append(torch.logsumexp(finite, 0) if len(finite) else torch.tensor(-math.inf, dtype=torch.float64))
+    return torch.stack(out)
+
+
+def probabilities(scores: Tensor) -> np.ndarray:
+    """`[B, C]` softmax as numpy; a row with nothing live is all zero."""
+    values = scores.detach().numpy()
+    out = np.zeros_like(values)
+    for i, row in enumerate(values):
+        if np.isfinite(row).any():
+            weights = np.exp(row - row.max())
+            out[i] = weights / weights.sum()
+    return out
+
+
+def excluded_ids(ids: Sequence[int] | None, rows: int, *, in_batch: bool) -> list[list[int]] | None:
+    """Ids that are no negatives: every document's with `in_batch`, else each query's own positive's."""
+    if ids is None:
+        return None
+    return [[int(x) for x in ids] if in_batch else [int(ids[i])] for i in range(rows)]
+
+
+def batch_classes(rows: int, documents: int, ids: Sequence[int] | None, *, in_batch: bool) -> list[list[int]]:
+    """For each query the documents that are classes beside its positive.
+
+    None without `in_batch`; not those with the id of its positive; of several with one id only the first.
+    """
+    classes: list[list[int]] = []
+    for i in range(rows):
+        mine = []
+        for j in range(documents if in_batch else 0):
+            if j == i:
+                continue
+            if ids is not None and int(ids[j]) >= 0:
+                if int(ids[j]) == int(ids[i]):
+                    continue
+                if any(int(ids[e]) == int(ids[j]) for e in range(j)):
+                    continue
+            mine.append(j)
+        classes.append(mine)
+    return classes
+
+
+def cross_entropy(
+    queries: Tensor,
+    documents: Tensor,
+    cache_logit: Tensor,
+    *,
+    ids: Sequence[int] | None = None,
+    log_weights: Tensor | None = None,
+    in_batch: bool = True,
+    scale: float | Tensor = 1.0,
+    transform: Transform | None = None,
+) -> Tensor:
+    """`[B]` losses `logsumexp(s_pos, in-batch scores, c_i) - s_pos` with the cache as one class of logit `c_i`."""
+    queries, documents = queries.double(), documents.double()
+    scores = (transform or identity)(scale * (queries @ documents.T))
+    if log_weights is not None:
+        scores = scores + log_weights.double()
+    classes = batch_classes(len(queries), len(documents), ids, in_batch=in_batch)
+    losses = []
+    for i in range(len(queries)):
+        logits = [scores[i, i]] + [scores[i, j] for j in classes[i]]
+        if math.isfinite(float(cache_logit[i].detach())):
+            logits.append(cache_logit[i])
+        losses.append(torch.logsumexp(torch.stack(logits), 0) - scores[i, i])
+    return torch.stack(losses)
+
+
+def sampled_cache_logits(
+    fresh: Tensor,
+    stale: Tensor,
+    probability: Tensor,
+    normalizer: Tensor,
+    num_samples: int,
+    *,
+    share_draws: bool,
+    staleness_correction: str,
+) -> Tensor:
+    """`[B]` logits `c_i` of the cache class from `B*k` draws, by the formulas, one weight at a time.
+
+    `fresh`, `stale` and `probability` are `[B, B*k]`: every query's score, and probability, of every draw.
+    """
+    stale = stale.detach()
+    logits = []
+    for i in range(len(fresh)):
+        first, weight_sum, ratio_sum, linear = i * num_samples, 0.0, 0.0, 0.0
+        for m in range(fresh.shape[1]):
+            if float(probability[i, m]) == 0.0:
+                continue
+            if share_draws:
+                weight = float(probability[i, m]) / (num_samples * sum(float(p) for p in probability[:, m]))
+            else:
+                weight = 1.0 / num_samples if first <= m < first + num_samples else 0.0
+            if weight > 0.0:
+                weight_sum = weight_sum + weight
+                ratio_sum = ratio_sum + weight * torch.exp(fresh[i, m] - stale[i, m])
+                linear = linear + weight * (fresh[i, m] - fresh[i, m].detach())
+        if weight_sum == 0.0:
+            logits.append(normalizer[i])
+        elif staleness_correction == "none":
+            logits.append(normalizer[i] + linear)
+        elif staleness_correction == "self_normalized":
+            logits.append(normalizer[i] + torch.log(ratio_sum / weight_sum))
+        else:
+            logits.append(normalizer[i] + torch.log(ratio_sum))
+    return torch.stack(logits)
+
+
+def joint_outcomes(probability: np.ndarray, num_samples: int) -> Iterator[tuple[list[list[int]], float]]:
+    """Every joint draw of `num_samples` slots by each query, with its probability: `C^(B*k)` outcomes.
+
+    A query that can draw nothing draws -1.
+    """
+    choices = [[j for j in range(probability.shape[1]) if row[j] > 0] or [-1] for row in probability]
+    for flat in itertools.product(*(c for c in choices for _ in range(num_samples))):
+        slots = [list(flat[i * num_samples : (i + 1) * num_samples]) for i in range(len(probability))]
+        weight = math.prod(float(probability[i, j]) for i, row in enumerate(slots) for j in row if j >= 0)
+        yield slots, weight
+
+
+def philox4x32(counter: Sequence[int], key: Sequence[int], rounds: int = 10) -> list[int]:
+    """Philox-4x32 in Python integers (Salmon, Moraes, Dror, Shaw, SC 2011)."""
+    word = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        first, second = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (second >> 32) ^ c1 ^ k0, second & word, (first >> 32) ^ c3 ^ k1, first & word
+        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+    return [c0, c1, c2, c3]
+
+
+def chi_square_pvalue(counts: np.ndarray, probability: np.ndarray, min_expected: float = 8.0) -> float:
+    """p-value of `counts` under `probability`, 0.0 if anything impossible was counted.
+
+    Rare categories are pooled, in order, until each bin expects `min_expected`. A test that fails below p raises a
+    false alarm with probability p: callers use `FALSE_ALARM`.
+    """
+    if counts[probability == 0].sum() > 0:
+        return 0.0
+    total = counts.sum()
+    observed, expected = [], []
+    pooled_count = pooled_expectation = 0.0
+    for j in np.argsort(-probability, kind="stable"):
+        pooled_count += counts[j]
+        pooled_expectation += probability[j] * total
+        if pooled_expectation >= min_expected:
+            observed.append(pooled_count)
+            expected.append(pooled_expectation)
+            pooled_count = pooled_expectation = 0.0
+    if pooled_expectation > 0:
+        if not expected:
+            return 1.0
+        observed[-1] += pooled_count
+        expected[-1] += pooled_expectation
+    if len(expected) == 1:
+        return 1.0
+    statistic = sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True))
+    return float(stats.chi2.sf(statistic, len(expected) - 1))
+
+
+FALSE_ALARM = 1e-6
+"""A statistical check fails where a right implementation would do so with this probability (seeds are fixed)."""

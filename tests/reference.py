@@ -1,0 +1,273 @@
+"""A naive right implementation of the contract, and the same with one named fault.
+
+The checks in `checks/` take an implementation. They must pass on the package and on `Reference()`, and fail on every
+`Reference(fault)`: that is what `test_oracles_bite.py` shows. Materialised, slow, and nothing of the package but its
+`Draw` type.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from negcache_fn import Draw
+
+from .model import ListCache
+
+SAMPLING_FAULTS = (
+    "no exclusion",
+    "no log-weight",
+    "wrong scale",
+    "one noise for all rows",
+    "one noise for all samples",
+    "truncated tail",
+    "draws empty slots",
+    "top_k off by one",
+    "biased to early slots",
+    "noise ignores the step",
+    "normalizer off",
+)
+LOSS_FAULTS = (
+    "weights ignore the number of samples",
+    "shared weights ignore the others",
+    "shared weights forget exclusions",
+    "shared weights forget the cutoff",
+    "stale scores have gradient",
+    "positive counted twice",
+    "duplicates counted twice",
+    "document log-weights missing",
+    "draw log-weights missing",
+    "transform missing",
+    "correction upside down",
+)
+UPDATE_FAULTS = (
+    "eviction off by one",
+    "ties by the highest slot",
+    "lru for fifo",
+    "duplicate id takes a new slot",
+    "first of repeated ids counts",
+    "first of repeated refreshes counts",
+    "writes non-finite rows",
+    "refresh counts as insertion",
+    "refreshes empty slots",
+    "mask ignored",
+    "log-weight not written",
+    "step not counted",
+    "writes to its argument",
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The contract done naively, with at most one fault."""
+
+    fault: str = ""
+
+    def _scores(self, state: TensorDictBase, queries: Tensor, scale: Any, transform: Any) -> Tensor:
+        items = state["items"]
+        if self.fault == "wrong scale":
+            scale = 1.25 * scale
+        scores = scale * queries.double() @ items["embedding"].double().T
+        scores = transform(scores) if transform else scores
+        if self.fault != "no log-weight":
+            scores = scores + items["log_weight"].double()
+        if self.fault == "draws empty slots":
+            return scores
+        return scores.masked_fill(items["embedded_at"] < 0, -math.inf)
+
+    def sample_gumbel(
+        self,
+        state: TensorDictBase,
+        queries: Tensor,
+        *,
+        num_samples: int = 1,
+        scale: Any = 1.0,
+        score_transform: Any = None,
+        exclude_ids: Tensor | None = None,
+        top_k: int | None = None,
+    ) -> Draw:
+        """Gumbel-Max over the materialised scores."""
+        items = state["items"]
+        rows, capacity = len(queries), len(items["id"])
+        scores = self._scores(state, queries.detach(), scale, score_transform)
+        banned = torch.empty(1, 0, dtype=torch.int64) if exclude_ids is None else exclude_ids
+        banned = banned.view(-1, banned.shape[-1])
+        if self.fault != "no exclusion":
+            hit = (items["id"][None, :, None] == banned[:, None, :]) & (banned >= 0)[:, None, :]
+            scores = scores.masked_fill(hit.any(-1), -math.inf)
+        cutoff = torch.full((rows, 1), -math.inf, dtype=scores.dtype)
+        if top_k is not None and top_k < capacity:
+            kept = top_k + 1 if self.fault == "top_k off by one" and top_k + 1 < capacity else top_k
+            best = scores.sort(dim=-1, descending=True).values
+            cutoff = ((best[:, kept - 1] + best[:, kept]) / 2)[:, None]
+            scores = scores.masked_fill(scores < cutoff, -math.inf)
+        count = 0 if self.fault == "noise ignores the step" else int(state["step"])
+        generator = torch.Generator().manual_seed(1_000_003 * int(state["seed"]) + count)
+        uniform = torch.rand(rows, num_samples, capacity, generator=generator, dtype=torch.float64)
+        if self.fault == "one noise for all rows":
+            uniform = uniform[:1].expand_as(uniform)
+        if self.fault == "one noise for all samples":
+            uniform = uniform[:, :1].expand_as(uniform)
+        noise = -torch.log(-torch.log1p(-uniform.clamp(1e-18, 1 - 1e-16)))
+        if self.fault == "truncated tail":
+            noise = noise.clamp(max=3.0) + 1e-9 * noise
+        if self.fault == "biased to early slots":
+            noise = noise - 0.2 * torch.arange(capacity) / capacity
+        perturbed, slot = (scores[:, None, :] + noise).max(-1)
+        normalizer = torch.logsumexp(scores, -1)
+        normalizer = normalizer.nan_to_num(nan=-math.inf)
+        if self.fault == "normalizer off":
+            normalizer = normalizer + 1e-2
+        drawn = perturbed > -math.inf
+        score = torch.where(drawn, scores.gather(1, slot), -math.inf)
+        return Draw(
+            slot=torch.where(drawn, slot, -1),
+            score=score.float(),
+            perturbed=perturbed.float(),
+            log_normalizer=normalizer.float() if queries.dtype != torch.float64 else normalizer,
+            embedding=items["embedding"][slot],
+            id=torch.where(drawn, items["id"][slot], -1),
+            log_weight=items["log_weight"][slot],
+            source=torch.zeros_like(slot),
+            cutoff=cutoff.to(queries.dtype if queries.dtype == torch.float64 else torch.float32),
+            exclude_ids=banned,
+        )
+
+    def loss(
+        self,
+        queries: Tensor,
+        documents: Tensor,
+        negatives: Tensor,
+        draw: Draw,
+        *,
+        scale: Any = 1.0,
+        score_transform: Any = None,
+        in_batch: bool = True,
+        ids: Tensor | None = None,
+        log_weights: Tensor | None = None,
+        share_draws: bool = True,
+        staleness_correction: str = "self_normalized",
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Section 2 of the design with materialised [B, B*k] weights."""
+        rows, samples = draw.slot.shape
+        transform = score_transform if score_transform and self.fault != "transform missing" else lambda x: x
+        slot, source = draw.slot.flatten(), draw.source.flatten()
+        weight = draw.log_weight.flatten().to(queries.dtype)
+        weight = weight * 0 if self.fault == "draw log-weights missing" else weight
+        fresh = transform(scale * queries @ negatives.T) + weight
+        stale = transform(scale * queries @ draw.embedding.flatten(0, 1).to(queries.dtype).T) + weight
+        if self.fault != "stale scores have gradient":
+            stale = stale.detach()
+        allowed = (slot >= 0)[None].repeat(rows, 1)
+        if self.fault != "shared weights forget exclusions":
+            banned = draw.exclude_ids[:, None, :]
+            hit = (draw.id.flatten()[None, :, None] == banned) & (banned >= 0)
+            allowed = allowed & ~hit.any(-1)
+        if self.fault != "shared weights forget the cutoff":
+            allowed = allowed & (stale >= draw.cutoff[:, source])
+        own = torch.arange(rows * samples) // samples == torch.arange(rows)[:, None]
+        probability = torch.where(allowed, torch.exp(stale - draw.log_normalizer[:, None]), 0.0).detach()
+        if not share_draws or self.fault == "shared weights ignore the others":
+            w = (own & allowed).to(queries.dtype) / samples
+        else:
+            w = probability / (samples * probability.sum(0)).clamp_min(1e-300)
+        if self.fault == "weights ignore the number of samples":
+            w = w * samples
+        change = fresh - stale if self.fault != "correction upside down" else 2 * stale - fresh - stale
+        if staleness_correction == "none":
+            cache = draw.log_normalizer + (w * (fresh - fresh.detach())).sum(-1)
+        else:
+            ratio = (w * torch.exp(torch.where(w > 0, change, 0.0))).sum(-1)
+            ratio = ratio / w.sum(-1) if staleness_correction == "self_normalized" else ratio
+            cache = draw.log_normalizer + torch.where(draw.log_normalizer > -math.inf, torch.log(ratio), 0.0)
+        scores = transform(scale * queries @ documents.T)
+        if log_weights is not None and self.fault != "document log-weights missing":
+            scores = scores + log_weights.to(scores.dtype)
+        positive = scores[:, : len(queries)].diagonal()
+        keep = torch.full(scores.shape, in_batch)
+        if self.fault != "positive counted twice":
+            keep &= torch.arange(scores.shape[1]) != torch.arange(rows)[:, None]
+        if ids is not None:
+            keep &= ~((ids[None] == ids[:rows, None]) & (ids[None] >= 0))
+            if self.fault != "duplicates counted twice":
+                first = [not any(int(e) == int(x) >= 0 for e in ids[:j]) for j, x in enumerate(ids)]
+                keep &= torch.tensor(first)
+        logits = torch.cat([positive[:, None], scores.masked_fill(~keep, -math.inf), cache[:, None]], 1)
+        losses = torch.logsumexp(logits, 1) - positive
+        return {"none": losses, "sum": losses.sum(), "mean": losses.mean()}[reduction]
+
+    def update(self, state: TensorDictBase, features: Any, embeddings: Tensor, **options: Any) -> TensorDict:
+        """Through the list of dicts."""
+        items = state["items"]
+        flat = dict(items["features"].items(True, True))
+        given = TensorDict(features, batch_size=[len(embeddings)]).items(True, True)
+        cache = _Faulty(len(items["id"]), items["embedding"].dtype, {k: v[0] for k, v in flat.items()})
+        cache.fault, cache.step = self.fault, int(state["step"])
+        for j in range(len(items["id"])):
+            if int(items["embedded_at"][j]) >= 0:
+                scalars = {k: items[k][j].item() for k in ("id", "embedded_at", "inserted_at", "log_weight")}
+                cache.slots[j] = {"embedding": items["embedding"][j], **scalars, **{k: v[j] for k, v in flat.items()}}
+        if self.fault == "lru for fifo":
+            options["evict"] = "lru"
+        if self.fault == "mask ignored":
+            options["mask"] = None
+        if options.get("refresh") is not None:
+            options["refresh"] = (options["refresh"][0].tolist(), options["refresh"][1])
+        cache.update(dict(given), embeddings, **options)
+        out = state.clone()
+        for j, held in enumerate(cache.slots):
+            if held is not None:
+                for key in ("embedding", "id", "embedded_at", "inserted_at", "log_weight"):
+                    if key != "log_weight" or self.fault != "log-weight not written":
+                        out["items"][key][j] = held[key]
+                for key in flat:
+                    out["items"]["features"].get(key)[j] = held[key]
+        out["step"] = torch.tensor(cache.step - (self.fault == "step not counted"))
+        if self.fault == "writes to its argument":
+            items["embedding"].copy_(out["items"]["embedding"])
+        return out.lock_() if state.is_locked else out
+
+
+class _Faulty(ListCache):
+    fault: str = ""
+
+    def keeps(self, embedding: Tensor, log_weight: float, mask: bool) -> bool:
+        return mask if self.fault == "writes non-finite rows" else super().keeps(embedding, log_weight, mask)
+
+    def age_key(self, slot: int, evict: str) -> Any:
+        key = super().age_key(slot, evict)
+        if self.fault == "eviction off by one":
+            return (key + 1) % (self.step + 1)
+        return (key, -slot) if self.fault == "ties by the highest slot" else key
+
+    def refresh(self, slots: Any, embeddings: Tensor) -> None:
+        pairs = list(zip(slots, embeddings, strict=True))
+        if self.fault == "first of repeated refreshes counts":
+            pairs = pairs[::-1]
+        for slot, embedding in pairs:
+            if self.fault == "refreshes empty slots" and self.slots[slot] is None:
+                blank = {k: torch.zeros_like(v) for k, v in self.feature_slots.items()}
+                self.slots[slot] = {"id": -1, "log_weight": 0.0, "inserted_at": self.step, **blank}
+                self.slots[slot]["embedding"] = torch.zeros_like(embedding)  # type: ignore[index]
+            super().refresh([slot], embedding[None])
+            if self.fault == "refresh counts as insertion" and slot >= 0 and self.slots[slot] is not None:
+                self.slots[slot]["inserted_at"] = self.step  # type: ignore[index]
+
+    def update(self, features: Any, embeddings: Tensor, **options: Any) -> None:
+        if self.fault == "duplicate id takes a new slot":
+            names = [] if options.get("ids") is None else [int(x) for x in options["ids"]]
+            for j, held in enumerate(self.slots):
+                if held is not None and held["id"] in names:
+                    self.slots[j] = {**held, "id": -1}
+        if self.fault == "first of repeated ids counts" and options.get("ids") is not None:
+            names = [int(x) for x in options["ids"]]
+            mask = options.get("mask")
+            seen = [n not in names[:i] or n < 0 for i, n in enumerate(names)]
+            options["mask"] = [s and (mask is None or bool(mask[i])) for i, s in enumerate(seen)]
+        super().update(features, embeddings, **options)
