@@ -96,7 +96,7 @@ class Reference:
         rows, capacity = len(queries), len(items["id"])
         scores = self._scores(state, queries.detach(), scale, score_transform)
         banned = torch.empty(1, 0, dtype=torch.int64) if exclude_ids is None else exclude_ids
-        banned = banned.view(-1, banned.shape[-1])
+        banned = banned[None] if banned.ndim == 1 else banned
         if self.fault != "no exclusion":
             hit = (items["id"][None, :, None] == banned[:, None, :]) & (banned >= 0)[:, None, :]
             scores = scores.masked_fill(hit.any(-1), -math.inf)
