@@ -62,3 +62,20 @@ def test_a_failing_block_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     page.write_text("```python\nvalue = 1\n```\n```python\nassert value == 2\n```\n", encoding="utf-8")
     with pytest.raises(AssertionError):
         test_blocks_run(page, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.name
+)
+def test_links_outside_the_site_exist(page: Path) -> None:
+    """`mkdocs build --strict` checks those of docs/; these are read where the repository is."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        if "://" in path:
+            continue
+        assert (ROOT / path).exists(), f"{page.name} links to {path}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {
+                re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+            }
