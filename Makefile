@@ -6,6 +6,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 ARGS ?=
 QUERY ?= parse a date from a string
+export QUERY
 
 .DEFAULT_GOAL := help
 .PHONY: help train search test lint format types docs clean
@@ -17,7 +18,7 @@ train: $(VENV)/.train ## train the code search model, with the cache and without
 	$(PY) -m examples.code_search train $(ARGS)
 
 search: $(VENV)/.train ## search with what `make train` made: make search QUERY="..."
-	@$(PY) -m examples.code_search search "$(QUERY)" $(ARGS)
+	@$(PY) -m examples.code_search search $(ARGS) -- "$$QUERY"
 
 test: $(VENV)/.dev ## all tests, with coverage
 	$(PY) -m pytest --cov=negcache_fn --cov-report=term --cov-fail-under=97 $(ARGS)
