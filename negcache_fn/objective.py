@@ -47,7 +47,7 @@ class Terms(NamedTuple):
     batch_logits: Tensor  # [B, N], or [B, 1] without in-batch classes; -inf: no class of this query
     positive: Tensor  # [B]
     cache_logit: Tensor  # [B]; -inf: nothing in the cache
-    log_importance: Tensor  # [B, m] log(w_im) + f_im - g_im, without gradient; -inf: no weight
+    log_importance: Tensor  # [B, m] log of the weights that f_im gets in c_i, corrected, unnormalised; -inf: none
 
 
 def loss(
@@ -231,7 +231,10 @@ def loss_terms(
         cache_logit = _cache_logit(draw.log_normalizer, log_weights_of_draws, fresh, stale, staleness_correction)
         # Without draws the log-normaliser is -inf; if the queries have diverged it is NaN, and should be seen.
         cache_logit = torch.where(has_draws[:, 0], cache_logit, draw.log_normalizer)
-        log_importance = (log_weights_of_draws + fresh.detach() - stale).masked_fill(~has_draws, -_INFINITY)
+        log_importance = log_weights_of_draws
+        if staleness_correction != "none":
+            log_importance = log_importance + fresh.detach() - stale
+        log_importance = log_importance.masked_fill(~has_draws, -_INFINITY)
     return Terms(batch_logits, positive, cache_logit, log_importance)
 
 

@@ -80,7 +80,7 @@ def top_negatives(
         >>> scores.shape, slots[0]
         (torch.Size([2, 3]), tensor([-1, -1, -1]))
     """
-    with torch.no_grad():  # mining is a look-up
+    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):  # mining is a look-up
         matrix = score_matrix(state, queries, scale=scale, score_transform=score_transform, exclude_ids=exclude_ids)
         check_size("n", n, most=matrix.embeddings.shape[0])
         return hardest(matrix, n)
@@ -121,7 +121,7 @@ def find_slots(state: TensorDictBase, ids: Tensor) -> Tensor:
     place, hit = _look_up(state, ordered)
     slots = torch.arange(hit.shape[0], device=ids.device).masked_fill(~hit, -1)
     found = torch.full_like(ordered, -1).scatter_reduce(0, place, slots, "amax")
-    return found[torch.searchsorted(ordered, ids)].masked_fill(ids < 0, -1)
+    return found[torch.searchsorted(ordered, ids.contiguous())].masked_fill(ids < 0, -1)
 
 
 def hardest(matrix: ScoreMatrix, n: int) -> tuple[Tensor, Tensor]:
