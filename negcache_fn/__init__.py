@@ -1,8 +1,9 @@
 """Negative cache for training retrieval models: pure functions on an explicit state."""
 
+from negcache_fn.mining import top_negatives
 from negcache_fn.objective import exact_loss, loss
 from negcache_fn.sampling import Draw, merge_draws, sample_gumbel
-from negcache_fn.scoring import score, top_negatives
+from negcache_fn.scoring import score
 from negcache_fn.state import init_cache, occupancy, stalest, take
 from negcache_fn.training import StepOutput, step, step_
 from negcache_fn.updating import update, update_

@@ -20,8 +20,9 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_scale, check_size
+from negcache_fn.mining import hardest
 from negcache_fn.sampling import Draw
-from negcache_fn.scoring import hardest, score_matrix
+from negcache_fn.scoring import score_matrix
 from negcache_fn.streaming import ScoreTransform, cache_logsumexp, logsumexp
 
 __all__ = [

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from negcache_fn.checks import check_size
+from negcache_fn.mining import hardest
 from negcache_fn.random import gumbel
-from negcache_fn.scoring import hardest, score_matrix
+from negcache_fn.scoring import score_matrix
 from negcache_fn.state import scalar, stored
 from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, reduce_blocks, score_blocks
 

@@ -1,16 +1,15 @@
-"""Scores of queries against the cache: their definition, and exact mining of the highest."""
+"""Scores of queries against the cache: their definition, and the checks that all readers of them share."""
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn.checks import check_embeddings, check_ids, check_scale, check_size, check_state
+from negcache_fn.checks import check_embeddings, check_ids, check_scale, check_state
 from negcache_fn.state import live, stored
-from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, reduce_blocks, score_blocks
+from negcache_fn.streaming import ScoreMatrix, ScoreTransform
 
-__all__ = ["find_slots", "hardest", "score", "score_matrix", "top_negatives"]
+__all__ = ["find_slots", "score", "score_matrix"]
 
-_SLAB = 32  # blocks rescored at a time
 _INFINITY = float("inf")
 
 
@@ -49,43 +48,6 @@ def score(
         return (products if score_transform is None else score_transform(products)) + matrix.bias
 
 
-def top_negatives(
-    state: TensorDictBase,
-    queries: Tensor,
-    n: int,
-    *,
-    scale: float | Tensor = 1.0,
-    score_transform: ScoreTransform | None = None,
-    exclude_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The `n` cached documents of highest score of every query: exact, streaming, ties by slot.
-
-    Args:
-        state: the cache.
-        queries: [B, D] floating.
-        n: how many, at most the capacity.
-        scale: number or 0-d tensor.
-        score_transform: elementwise function of the scaled inner products.
-        exclude_ids: int64 ids of documents to leave out, [P] for all queries or [B, P] for each; -1 means none.
-
-    Returns:
-        Scores [B, n] in descending order, without gradient, and slots [B, n] int64; (-inf, -1) where there are fewer.
-
-    Raises:
-        ValueError, TypeError: as `score`; `n` not in 1 ... C; `exclude_ids` of another shape or dtype.
-
-    Examples:
-        >>> state = init_cache(8, 4, torch.zeros(1, 3))
-        >>> scores, slots = top_negatives(state, torch.ones(2, 4), 3)
-        >>> scores.shape, slots[0]
-        (torch.Size([2, 3]), tensor([-1, -1, -1]))
-    """
-    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):  # mining is a look-up
-        matrix = score_matrix(state, queries, scale=scale, score_transform=score_transform, exclude_ids=exclude_ids)
-        check_size("n", n, most=matrix.embeddings.shape[0])
-        return hardest(matrix, n)
-
-
 def score_matrix(
     state: TensorDictBase,
     queries: Tensor,
@@ -122,31 +84,6 @@ def find_slots(state: TensorDictBase, ids: Tensor) -> Tensor:
     slots = torch.arange(hit.shape[0], device=ids.device).masked_fill(~hit, -1)
     found = torch.full_like(ordered, -1).scatter_reduce(0, place, slots, "amax")
     return found[torch.searchsorted(ordered, ids.contiguous())].masked_fill(ids < 0, -1)
-
-
-def hardest(matrix: ScoreMatrix, n: int) -> tuple[Tensor, Tensor]:
-    """The `n` highest scores of each row and their slots, by (score descending, slot ascending); (-inf, -1) if fewer.
-
-    The `n` blocks of largest maximum, ties by block, hold them all: a block outside is preceded by `n` others, each of
-    which has an element that precedes every element of it.
-    """
-    maxima = reduce_blocks(matrix, "max")
-    blocks = _top(maxima, maxima.new_empty(maxima.shape[0], 0), n)[1].sort(dim=1).values
-    scores = maxima.new_empty(maxima.shape[0], 0)
-    slots = blocks.new_empty(blocks.shape[0], 0)
-    # Slots ascend from slab to slab, so that a stable sort breaks ties by slot.
-    for slab in torch.split(blocks, _SLAB, dim=1):
-        found = score_blocks(matrix, slab).flatten(1)
-        places = (slab[..., None] * BLOCK + torch.arange(BLOCK, device=slab.device)).flatten(1)
-        scores, order = _top(scores, found, n)
-        slots = torch.cat([slots, places], dim=1).gather(1, order)
-    return scores, slots.masked_fill(scores == -_INFINITY, -1)
-
-
-def _top(left: Tensor, right: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The `n` largest values of each row of `cat([left, right], 1)`, descending, ties by column; their columns."""
-    ordered, columns = torch.cat([left, right], dim=1).sort(dim=1, descending=True, stable=True)
-    return ordered[:, :n], columns[:, :n]
 
 
 def _look_up(state: TensorDictBase, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType] - untyped in torch
 
+from negcache_fn.kernels import cpu
+
 __all__ = ["BLOCK", "ScoreMatrix", "ScoreTransform", "cache_logsumexp", "logsumexp", "reduce_blocks", "score_blocks"]
 
 BLOCK = 64
@@ -139,6 +141,8 @@ def _chunk_logsumexp(
 
 @torch.library.custom_op("negcache_fn::reduce_blocks", mutates_args=())
 def _reduce_blocks_op(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, reduction: str) -> Tensor:
+    if reduction == "logsumexp" and cpu.supports(queries, embeddings):
+        return cpu.block_logsumexp(queries, embeddings, bias, excluded)
     return _reduce_blocks(queries, embeddings, bias, excluded, None, reduction)
 
 
@@ -149,6 +153,8 @@ def _(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, reduc
 
 @torch.library.custom_op("negcache_fn::score_blocks", mutates_args=())
 def _score_blocks_op(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, blocks: Tensor) -> Tensor:
+    if cpu.supports(queries, embeddings):
+        return cpu.score_blocks(queries, embeddings, bias, excluded, blocks)
     return _score_blocks(queries, embeddings, bias, excluded, None, blocks)
 
 
@@ -159,6 +165,8 @@ def _(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, block
 
 @torch.library.custom_op("negcache_fn::cache_logsumexp", mutates_args=())
 def _cache_logsumexp_op(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
+    if cpu.supports(queries, embeddings):
+        return cpu.block_logsumexp(queries, embeddings, bias, excluded).logsumexp(1)
     return _reduce_blocks(queries, embeddings, bias, excluded, None, "logsumexp").logsumexp(1)
 
 

@@ -1,0 +1,1 @@
+"""Kernels behind the streaming passes, one file each. None is required: plain torch computes the same."""

@@ -1,0 +1,485 @@
+// Passes over the scores of a batch of queries against the cache, fused so that no score leaves a core's own cache.
+// Built on the user's machine by cpu.py, without any header of torch; never required.
+//
+// Vectors are those of GCC and Clang, 16 floats wide; -march=native lowers them to what the machine has. Where it
+// multiplies bfloat16 tiles (AMX), products of float32 are made of bfloat16 parts, x = high + low: high * high +
+// high * low + low * high, accumulated in float32, with an error of about 2^-17 of |q| |e| at most.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define NEGCACHE_AMX 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+constexpr int64_t kBlock = 64;  // negcache_fn.streaming.BLOCK
+constexpr int kLanes = 16;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef _Float16 Float16s __attribute__((vector_size(32)));
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+template <typename Vector, typename T>
+inline Vector load_vector(const T* from) {
+  Vector to;
+  std::memcpy(&to, from, sizeof(to));
+  return to;
+}
+
+inline Floats load(const float* from) { return load_vector<Floats>(from); }
+inline Floats load(const _Float16* from) { return __builtin_convertvector(load_vector<Float16s>(from), Floats); }
+inline Floats load(const Bfloat16* from) {
+  return (Floats)(__builtin_convertvector(load_vector<Halves>(from), Words) << 16);
+}
+
+// The first `count` of 16 numbers; zeros from there on.
+template <typename T>
+inline Floats load(const T* from, int64_t count) {
+  if (count >= kLanes) return load(from);
+  T padded[kLanes] = {};
+  std::copy(from, from + std::max<int64_t>(0, count), padded);
+  return load(padded);
+}
+
+inline void store(float* to, Floats from) { std::memcpy(to, &from, sizeof(from)); }
+
+inline Floats splat(float value) { return value - Floats{}; }
+
+inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
+
+template <typename Combine>
+inline float reduce(Floats v, Combine combine) {
+  float lane[kLanes];
+  store(lane, v);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] = combine(lane[i], lane[i + half]);
+  return lane[0];
+}
+
+inline float largest(Floats v) {
+  return reduce(v, [](float a, float b) { return a > b ? a : b; });
+}
+
+inline float sum(Floats v) {
+  return reduce(v, [](float a, float b) { return a + b; });
+}
+
+// exp(x) for x <= 0, to 2 ulp; below -86, where float32 all but ends, exp(-86). NaN stays NaN. (Cephes expf.)
+inline Floats exponential(Floats x) {
+  x = x < -86.0f ? splat(-86.0f) : x;
+  const Floats shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+  const Floats n = shifted - 12582912.0f;
+  Floats r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  // The integer sits in the low bits of `shifted`: add it to the exponent.
+  return (Floats)((Words)p + ((Words)shifted << 23));
+}
+
+// log(x) for x > 0, to 2 ulp. NaN stays NaN. (Cephes logf.)
+inline Floats logarithm(Floats x) {
+  const Ints bits = (Ints)x;
+  Floats m = (Floats)((bits & 0x007fffff) | 0x3f000000);  // [0.5, 1)
+  Floats e = __builtin_convertvector((bits >> 23) - 126, Floats);
+  const Ints low = m < 0.707106781186547524f;
+  e = low ? e - 1.0f : e;
+  m = (low ? m + m : m) - 1.0f;
+  const Floats z = m * m;
+  Floats y = m * 7.0376836292e-2f - 1.1514610310e-1f;
+  y = y * m + 1.1676998740e-1f;
+  y = y * m - 1.2420140846e-1f;
+  y = y * m + 1.4249322787e-1f;
+  y = y * m - 1.6668057665e-1f;
+  y = y * m + 2.0000714765e-1f;
+  y = y * m - 2.4999993993e-1f;
+  y = y * m + 3.3333331174e-1f;
+  y = y * m * z - e * 2.12194440e-4f - z * 0.5f;
+  const Floats result = m + y + e * 0.693359375f;
+  return x == x ? result : x;
+}
+
+template <typename T>
+inline float dot(const float* query, const T* embedding, int64_t dim) {
+  Floats total[2] = {};
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
+    total[0] += load(query + d) * load(embedding + d);
+    total[1] += load(query + d + kLanes) * load(embedding + d + kLanes);
+  }
+  for (; d < dim; d += kLanes) total[0] += load(query + d, dim - d) * load(embedding + d, dim - d);
+  return sum(total[0] + total[1]);
+}
+
+// Calls `function` with a pointer of the storage's type: 0 float32, 1 bfloat16, 2 float16.
+template <typename Function>
+void with_storage(const void* embeddings, int storage, Function function) {
+  if (storage == 0) function((const float*)embeddings);
+  if (storage == 1) function((const Bfloat16*)embeddings);
+  if (storage == 2) function((const _Float16*)embeddings);
+}
+
+struct Problem {
+  int64_t capacity, dim, rows;
+  const float* queries;     // [rows, dim]
+  const float* bias;        // [capacity]
+  const int64_t* excluded;  // [rows, exclusions]
+  int64_t exclusions;
+};
+
+template <typename T>
+void score_blocks(const T* embeddings, const Problem& problem, const int64_t* blocks, int64_t samples, float* out) {
+  const int64_t dim = problem.dim;
+#pragma omp parallel for schedule(static)
+  for (int64_t pair = 0; pair < problem.rows * samples; ++pair) {
+    const int64_t row = pair / samples, first = blocks[pair] * kBlock;
+    const int64_t count = std::min(kBlock, problem.capacity - first);
+    float* scores = out + pair * kBlock;
+    std::fill(scores + count, scores + kBlock, -kInfinity);
+    for (int64_t j = 0; j < count; ++j)
+      scores[j] = dot(problem.queries + row * dim, embeddings + (first + j) * dim, dim) + problem.bias[first + j];
+    for (int64_t p = 0; p < problem.exclusions; ++p) {
+      const int64_t place = problem.excluded[row * problem.exclusions + p] - first;
+      if (place >= 0 && place < count) scores[place] = -kInfinity;
+    }
+  }
+}
+
+#ifdef NEGCACHE_AMX
+
+constexpr int kTile = 16;   // rows of a tile: queries or slots
+constexpr int kDepth = 32;  // bfloat16 in a row of a tile
+constexpr int kTileSize = kTile * kDepth;
+constexpr int kPanelBytes = 1 << 20;  // of packed queries: they should stay in the cache of a core
+
+inline void split(Floats x, __m256bh* high, __m256bh* low) {
+  *high = _mm512_cvtneps_pbh((__m512)x);
+  Bfloat16 rounded[kLanes];
+  std::memcpy(rounded, high, sizeof(rounded));
+  *low = _mm512_cvtneps_pbh((__m512)(x - load(rounded)));
+}
+
+// Queries as the right operands of the tile product: for each group of 16 queries and each 32 dimensions, a tile of the
+// high and one of the low parts, [16 pairs of dimensions][16 queries][2].
+void pack_queries(const float* queries, int64_t rows, int64_t dim, int64_t depths, uint16_t* packed) {
+  const int64_t groups = (rows + kTile - 1) / kTile;
+#pragma omp parallel for schedule(static)
+  for (int64_t group = 0; group < groups; ++group) {
+    uint16_t* to = packed + group * depths * 2 * kTileSize;
+    std::memset(to, 0, depths * 2 * kTileSize * sizeof(uint16_t));
+    for (int64_t i = 0; i < std::min<int64_t>(kTile, rows - group * kTile); ++i) {
+      const float* query = queries + (group * kTile + i) * dim;
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        __m256bh parts[2];
+        split(load(query + d, dim - d), &parts[0], &parts[1]);
+        for (int part = 0; part < 2; ++part) {
+          uint16_t value[kLanes];
+          std::memcpy(value, &parts[part], sizeof(value));
+          uint16_t* tile = to + ((d / kDepth) * 2 + part) * kTileSize + (d % kDepth / 2) * kDepth;
+          for (int j = 0; j < kLanes; ++j) tile[(j / 2) * kDepth + 2 * i + j % 2] = value[j];
+        }
+      }
+    }
+  }
+}
+
+// A block of embeddings as left operands: the high parts [64][depths * 32], then the low parts unless `T` has none.
+template <typename T>
+void pack_block(const T* embeddings, int64_t count, int64_t dim, int64_t depths, uint16_t* packed) {
+  const int64_t width = depths * kDepth;
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t d = 0; d < width; d += kLanes) {
+      __m256bh parts[2];
+      split(load(embeddings + i * dim + std::min(d, dim), dim - d), &parts[0], &parts[1]);
+      std::memcpy(packed + i * width + d, &parts[0], sizeof(parts[0]));
+      if (!std::is_same<T, Bfloat16>::value)
+        std::memcpy(packed + (kBlock + i) * width + d, &parts[1], sizeof(parts[1]));
+    }
+  }
+}
+
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {};
+  uint8_t rows[16] = {};
+  TileConfig() {
+    for (int i = 0; i < 8; ++i) bytes_per_row[i] = 64, rows[i] = kTile;
+  }
+};
+
+// products [64 slots][16 queries] of one block and one group of queries: all of high and low but low * low.
+template <bool kHasLow>
+inline void multiply(const uint16_t* block, const uint16_t* group, int64_t depths, float* products) {
+  const int64_t width = depths * kDepth, stride = width * sizeof(uint16_t), quarter = kTile * width;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t depth = 0; depth < depths; ++depth) {
+    const uint16_t* high = block + depth * kDepth;
+    _tile_loadd(4, group + depth * 2 * kTileSize, 64);
+    _tile_loadd(5, group + (depth * 2 + 1) * kTileSize, 64);
+    _tile_loadd(6, high, stride);
+    _tile_dpbf16ps(0, 6, 4);
+    _tile_dpbf16ps(0, 6, 5);
+    _tile_loadd(7, high + quarter, stride);
+    _tile_dpbf16ps(1, 7, 4);
+    _tile_dpbf16ps(1, 7, 5);
+    _tile_loadd(6, high + 2 * quarter, stride);
+    _tile_dpbf16ps(2, 6, 4);
+    _tile_dpbf16ps(2, 6, 5);
+    _tile_loadd(7, high + 3 * quarter, stride);
+    _tile_dpbf16ps(3, 7, 4);
+    _tile_dpbf16ps(3, 7, 5);
+    if (kHasLow) {
+      const uint16_t* low = high + kBlock * width;
+      _tile_loadd(6, low, stride);
+      _tile_dpbf16ps(0, 6, 4);
+      _tile_loadd(7, low + quarter, stride);
+      _tile_dpbf16ps(1, 7, 4);
+      _tile_loadd(6, low + 2 * quarter, stride);
+      _tile_dpbf16ps(2, 6, 4);
+      _tile_loadd(7, low + 3 * quarter, stride);
+      _tile_dpbf16ps(3, 7, 4);
+    }
+  }
+  _tile_stored(0, products, 64);
+  _tile_stored(1, products + kTile * kTile, 64);
+  _tile_stored(2, products + 2 * kTile * kTile, 64);
+  _tile_stored(3, products + 3 * kTile * kTile, 64);
+}
+
+// Streams the cache. Each thread makes a consumer of its own, and hands it the scores of every block of a contiguous
+// range of them: consume(block, first row, rows, scores [64 slots][16 rows]).
+template <typename T, typename MakeConsumer>
+void stream(const T* embeddings, const Problem& problem, MakeConsumer make_consumer) {
+  constexpr bool kHasLow = !std::is_same<T, Bfloat16>::value;
+  const int64_t blocks = (problem.capacity + kBlock - 1) / kBlock, depths = (problem.dim + kDepth - 1) / kDepth;
+  const int64_t group_size = depths * 2 * kTileSize;
+  const int64_t panel = std::max<int64_t>(1, kPanelBytes / (group_size * sizeof(uint16_t))) * kTile;
+  std::vector<uint16_t> packed((std::min(panel, problem.rows) + kTile - 1) / kTile * group_size);
+  for (int64_t first = 0; first < problem.rows; first += panel) {
+    const int64_t rows = std::min(panel, problem.rows - first);
+    pack_queries(problem.queries + first * problem.dim, rows, problem.dim, depths, packed.data());
+#pragma omp parallel
+    {
+      auto consume = make_consumer();
+      const TileConfig config;
+      _tile_loadconfig(&config);
+      std::vector<uint16_t> parts(kBlock * depths * kDepth * (kHasLow ? 2 : 1));
+      alignas(64) float scores[kBlock * kTile];
+      float bias[kBlock];
+#pragma omp for schedule(static)
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t slot = block * kBlock, count = std::min(kBlock, problem.capacity - slot);
+        pack_block(embeddings + slot * problem.dim, count, problem.dim, depths, parts.data());
+        std::fill(bias + count, bias + kBlock, -kInfinity);
+        std::copy(problem.bias + slot, problem.bias + slot + count, bias);
+        for (int64_t group = 0; group < rows; group += kTile) {
+          const int64_t row = first + group, lanes = std::min<int64_t>(kTile, rows - group);
+          multiply<kHasLow>(parts.data(), packed.data() + group / kTile * group_size, depths, scores);
+          // Past the end the operands are what an earlier block left, and may be anything: replace, do not add.
+          for (int64_t j = 0; j < kBlock; ++j)
+            store(scores + j * kTile, j < count ? load(scores + j * kTile) + bias[j] : splat(-kInfinity));
+          for (int64_t i = 0; i < lanes; ++i)
+            for (int64_t p = 0; p < problem.exclusions; ++p) {
+              const int64_t place = problem.excluded[(row + i) * problem.exclusions + p] - slot;
+              if (place >= 0 && place < kBlock) scores[place * kTile + i] = -kInfinity;
+            }
+          consume(block, row, lanes, scores);
+        }
+      }
+      _tile_release();
+    }
+  }
+}
+
+// The logsumexp of each column of a block's scores.
+inline Floats column_logsumexp(const float* scores) {
+  Floats top = splat(-kInfinity);
+  for (int64_t j = 0; j < kBlock; ++j) top = maximum(load(scores + j * kTile), top);
+  const Floats shift = top == -kInfinity ? splat(0.0f) : top;
+  Floats total = {};
+  for (int64_t j = 0; j < kBlock; ++j) total += exponential(load(scores + j * kTile) - shift);
+  return top + logarithm(total);
+}
+
+struct Candidate {
+  float score;
+  int64_t slot;
+  bool operator<(const Candidate& other) const {  // better first
+    return score > other.score || (score == other.score && slot < other.slot);
+  }
+};
+
+// For every row the best candidates so far: all that may be among the `keep` best of what was offered.
+struct Candidates {
+  int64_t keep, room;
+  std::vector<Candidate> all;
+  std::vector<int64_t> counts;
+  std::vector<float> thresholds;
+
+  Candidates(int64_t rows, int64_t keep)
+      : keep(keep), room(2 * keep + kBlock), all(rows * room), counts(rows, 0), thresholds(rows + kTile, -kInfinity) {}
+
+  // Slots must ascend: one that equals the threshold comes after `keep` that are as good.
+  void offer(int64_t slot, int64_t row, int64_t lanes, Floats scores) {
+    const Ints better = scores > load(thresholds.data() + row);
+    uint32_t mask = _mm512_movepi32_mask((__m512i)better) & ((1u << lanes) - 1);
+    for (; mask; mask &= mask - 1) {
+      const int64_t lane = __builtin_ctz(mask), i = row + lane;
+      Candidate* mine = all.data() + i * room;
+      mine[counts[i]++] = {scores[lane], slot};
+      if (counts[i] == room) {
+        std::nth_element(mine, mine + keep - 1, mine + room);
+        counts[i] = keep;
+        thresholds[i] = mine[keep - 1].score;
+      }
+    }
+  }
+};
+
+template <typename T>
+void hardest(const T* embeddings, const Problem& problem, int64_t keep, float* scores, int64_t* slots) {
+  std::vector<Candidates*> of_threads(omp_get_max_threads(), nullptr);
+  stream(embeddings, problem, [&] {
+    Candidates*& mine = of_threads[omp_get_thread_num()];
+    if (!mine) mine = new Candidates(problem.rows, keep);
+    return [mine](int64_t block, int64_t row, int64_t lanes, const float* tile) {
+      for (int64_t j = 0; j < kBlock; ++j) mine->offer(block * kBlock + j, row, lanes, load(tile + j * kTile));
+    };
+  });
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < problem.rows; ++row) {
+    std::vector<Candidate> found;
+    for (const Candidates* theirs : of_threads)
+      if (theirs) {
+        const Candidate* first = theirs->all.data() + row * theirs->room;
+        found.insert(found.end(), first, first + theirs->counts[row]);
+      }
+    const int64_t count = std::min<int64_t>(keep, found.size());
+    std::partial_sort(found.begin(), found.begin() + count, found.end());
+    for (int64_t i = 0; i < count; ++i) {
+      const T* embedding = embeddings + found[i].slot * problem.dim;
+      found[i].score = dot(problem.queries + row * problem.dim, embedding, problem.dim) + problem.bias[found[i].slot];
+    }
+    std::sort(found.begin(), found.begin() + count);
+    for (int64_t i = 0; i < keep; ++i) {
+      scores[row * keep + i] = i < count ? found[i].score : -kInfinity;
+      slots[row * keep + i] = i < count ? found[i].slot : -1;
+    }
+  }
+  for (Candidates* theirs : of_threads) delete theirs;
+}
+
+#endif  // NEGCACHE_AMX
+
+}  // namespace
+
+extern "C" {
+
+// Whether this machine multiplies bfloat16 tiles, and the operating system lets it.
+int negcache_has_amx() {
+#ifdef NEGCACHE_AMX
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return 0;
+#endif
+}
+
+// out[row, block] = logsumexp over the block of (products[row, :] + bias), of a [rows, width] chunk of the products; -inf
+// for a block without a finite score.
+void negcache_chunk_logsumexp(const float* products, int64_t rows, int64_t width, int64_t stride, const float* bias,
+                              const int64_t* excluded, int64_t exclusions, int64_t start, float* out,
+                              int64_t out_stride) {
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* from = products + row * stride;
+    for (int64_t first = 0; first * kBlock < width; first += kLanes) {
+      const int count = (int)std::min<int64_t>(kLanes, (width + kBlock - 1) / kBlock - first);
+      float tops[kLanes] = {}, totals[kLanes];
+      std::fill(totals, totals + kLanes, 1.0f);
+      for (int i = 0; i < count; ++i) {
+        const int64_t slot = (first + i) * kBlock, filled = std::min(kBlock, width - slot);
+        float scores[kBlock];
+        for (int64_t j = 0; j < filled; ++j) scores[j] = from[slot + j] + bias[slot + j];
+        std::fill(scores + filled, scores + kBlock, -kInfinity);
+        for (int64_t p = 0; p < exclusions; ++p) {
+          const int64_t place = excluded[row * exclusions + p] - start - slot;
+          if (place >= 0 && place < kBlock) scores[place] = -kInfinity;
+        }
+        Floats top = splat(-kInfinity), total = {};
+        for (int64_t j = 0; j < kBlock; j += kLanes) top = maximum(load(scores + j), top);
+        tops[i] = largest(top);
+        const float shift = tops[i] == -kInfinity ? 0.0f : tops[i];
+        for (int64_t j = 0; j < kBlock; j += kLanes) total += exponential(load(scores + j) - shift);
+        totals[i] = sum(total);
+      }
+      float result[kLanes];
+      store(result, load(tops) + logarithm(load(totals)));
+      std::copy(result, result + count, out + row * out_stride + first);
+    }
+  }
+}
+
+// out[row, sample, :] = scores of the block blocks[row, sample].
+void negcache_score_blocks(const void* embeddings, int storage, int64_t capacity, int64_t dim, const float* queries,
+                           int64_t rows, const float* bias, const int64_t* excluded, int64_t exclusions,
+                           const int64_t* blocks, int64_t samples, float* out) {
+  const Problem problem{capacity, dim, rows, queries, bias, excluded, exclusions};
+  with_storage(embeddings, storage, [&](auto* typed) { score_blocks(typed, problem, blocks, samples, out); });
+}
+
+#ifdef NEGCACHE_AMX
+
+// out[row, block] = logsumexp over the block's slots of the scores; -inf for a block without a finite score.
+void negcache_block_logsumexp(const void* embeddings, int storage, int64_t capacity, int64_t dim, const float* queries,
+                              int64_t rows, const float* bias, const int64_t* excluded, int64_t exclusions,
+                              float* out) {
+  const Problem problem{capacity, dim, rows, queries, bias, excluded, exclusions};
+  const int64_t blocks = (capacity + kBlock - 1) / kBlock;
+  with_storage(embeddings, storage, [&](auto* typed) {
+    stream(typed, problem, [=] {
+      return [=](int64_t block, int64_t row, int64_t lanes, const float* scores) {
+        const Floats logsumexp = column_logsumexp(scores);
+        for (int64_t i = 0; i < lanes; ++i) out[(row + i) * blocks + block] = logsumexp[i];
+      };
+    });
+  });
+}
+
+// The `keep` best scores of each row and their slots, by (score descending, slot ascending); (-inf, -1) if fewer. They
+// are found among the tile products and then rescored in float32.
+void negcache_hardest(const void* embeddings, int storage, int64_t capacity, int64_t dim, const float* queries,
+                      int64_t rows, const float* bias, const int64_t* excluded, int64_t exclusions, int64_t keep,
+                      float* scores, int64_t* slots) {
+  const Problem problem{capacity, dim, rows, queries, bias, excluded, exclusions};
+  with_storage(embeddings, storage, [&](auto* typed) { hardest(typed, problem, keep, scores, slots); });
+}
+
+#endif  // NEGCACHE_AMX
+
+}  // extern "C"

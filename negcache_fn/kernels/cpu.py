@@ -1,0 +1,170 @@
+"""The CPU kernels of `cpu.cpp`: built once by the machine's C++ compiler, called through ctypes.
+
+They need no header of torch, so that building takes a few seconds and one build serves every version of it. (That is
+why `torch.utils.cpp_extension.load` is not used: it needs ninja besides, and a build that is killed leaves a lock that
+later ones wait for.) Where there is no compiler, or with NEGCACHE_FN_NATIVE=0 in the environment, plain torch computes
+the same, in two to three times the time.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["block_logsumexp", "finds_hardest", "hardest", "library", "score_blocks", "supports"]
+
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w")
+_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_CHUNK = 2048  # slots scored at a time without tile products: their scores stay in the cache of the cores
+_BLOCK = 64
+_MOST_HARDEST = 1024  # above it, candidates take more memory than they save time
+_LOGGER = logging.getLogger(__name__)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, built if need be; None where they cannot be had."""
+    if os.environ.get("NEGCACHE_FN_NATIVE", "1") == "0":
+        return None
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        _LOGGER.info("no C++ compiler: the streaming passes run in plain torch")
+        return None
+    try:
+        return ctypes.CDLL(str(_build(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        _LOGGER.info("the CPU kernels could not be built, the streaming passes run in plain torch: %s", error)
+        return None
+
+
+def supports(queries: Tensor, embeddings: Tensor) -> bool:
+    """Whether the kernels take these: CPU, float32 queries, contiguous float32, bfloat16 or float16 embeddings."""
+    return (
+        queries.device.type == "cpu"
+        and queries.dtype == torch.float32
+        and embeddings.dtype in _STORAGE
+        and embeddings.is_contiguous()
+        and library() is not None
+    )
+
+
+def finds_hardest(n: int) -> bool:
+    """Whether `hardest` is there, for `n` documents per query."""
+    return n <= _MOST_HARDEST and _multiplies_tiles()
+
+
+def block_logsumexp(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
+    """[B, ceil(C / BLOCK)]: the log-sum-exp of every block of scores; arguments as the fields of `ScoreMatrix`."""
+    capacity = embeddings.shape[0]
+    out = queries.new_empty(queries.shape[0], -(-capacity // _BLOCK))
+    if _multiplies_tiles():
+        _call("negcache_block_logsumexp", *_problem(queries, embeddings, bias, excluded), out)
+        return out
+    products = queries.new_empty(queries.shape[0], _CHUNK)
+    for start in range(0, capacity, _CHUNK):
+        rows = embeddings[start : start + _CHUNK].to(torch.float32)
+        width = rows.shape[0]
+        torch.mm(queries, rows.T, out=products[:, :width])
+        _call(
+            "negcache_chunk_logsumexp",
+            products,
+            queries.shape[0],
+            width,
+            _CHUNK,
+            bias[start:],
+            excluded.contiguous(),
+            excluded.shape[1],
+            start,
+            out[:, start // _BLOCK :],
+            out.stride(0),
+        )
+    return out
+
+
+def score_blocks(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, blocks: Tensor) -> Tensor:
+    """[B, m, BLOCK]: the scores in the blocks [B, m], read where they lie."""
+    out = queries.new_empty(*blocks.shape, _BLOCK)
+    problem = _problem(queries, embeddings, bias, excluded)
+    _call("negcache_score_blocks", *problem, blocks.contiguous(), blocks.shape[1], out)
+    return out
+
+
+def hardest(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The `n` highest scores of each query and their slots, by (score descending, slot ascending); (-inf, -1) if fewer."""
+    scores = queries.new_empty(queries.shape[0], n)
+    slots = torch.empty_like(scores, dtype=torch.int64)
+    _call("negcache_hardest", *_problem(queries, embeddings, bias, excluded), n, scores, slots)
+    return scores, slots
+
+
+@functools.cache
+def _multiplies_tiles() -> bool:
+    kernels = library()
+    return kernels is not None and bool(kernels.negcache_has_amx())
+
+
+def _problem(
+    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor
+) -> tuple[Tensor | ctypes.c_int | int, ...]:
+    return (
+        embeddings,
+        ctypes.c_int(_STORAGE[embeddings.dtype]),
+        embeddings.shape[0],
+        embeddings.shape[1],
+        queries.contiguous(),
+        queries.shape[0],
+        bias.contiguous(),
+        excluded.contiguous(),
+        excluded.shape[1],
+    )
+
+
+def _call(name: str, *arguments: Tensor | ctypes.c_int | int) -> None:
+    """Calls a kernel: tensors as pointers to their first element, integers as int64."""
+    converted = [
+        ctypes.c_void_p(argument.data_ptr())
+        if isinstance(argument, Tensor)
+        else ctypes.c_int64(argument)
+        if isinstance(argument, int)
+        else argument
+        for argument in arguments
+    ]
+    getattr(library(), name)(*converted)
+
+
+def _build(compiler: str) -> Path:
+    """The path of the compiled kernels. A build has a name of its own until it is whole, so that none is seen half."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "negcache_fn"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="negcache_fn_"))
+    path = folder / f"cpu-{_fingerprint(compiler)}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as workplace:
+            built = Path(workplace) / path.name
+            subprocess.run([compiler, *_FLAGS, "-o", str(built), str(_SOURCE)], check=True, capture_output=True)
+            built.replace(path)
+    return path
+
+
+def _fingerprint(compiler: str) -> str:
+    """Of all that the build depends on: a home folder may be shared by machines of several kinds."""
+    cpu_info = Path("/proc/cpuinfo")
+    features = (
+        [line for line in cpu_info.read_text().splitlines() if line.startswith("flags")][:1]
+        if cpu_info.exists()
+        else []
+    )
+    parts = [_SOURCE.read_text(), compiler, *_FLAGS, platform.platform(), *features]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

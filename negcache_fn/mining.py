@@ -1,0 +1,98 @@
+"""Mining: the cached documents of highest score, exactly, without the [B, C] matrix of scores."""
+
+from typing import cast
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from negcache_fn.checks import check_size
+from negcache_fn.kernels import cpu
+from negcache_fn.scoring import score_matrix
+from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, reduce_blocks, score_blocks
+
+__all__ = ["hardest", "top_negatives"]
+
+_SLAB = 32  # blocks rescored at a time
+_INFINITY = float("inf")
+
+
+def top_negatives(
+    state: TensorDictBase,
+    queries: Tensor,
+    n: int,
+    *,
+    scale: float | Tensor = 1.0,
+    score_transform: ScoreTransform | None = None,
+    exclude_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The `n` cached documents of highest score of every query: exact, streaming, ties by slot.
+
+    Args:
+        state: the cache.
+        queries: [B, D] floating.
+        n: how many, at most the capacity.
+        scale: number or 0-d tensor.
+        score_transform: elementwise function of the scaled inner products.
+        exclude_ids: int64 ids of documents to leave out, [P] for all queries or [B, P] for each; -1 means none.
+
+    Returns:
+        Scores [B, n] in descending order, without gradient, and slots [B, n] int64; (-inf, -1) where there are fewer.
+
+    Raises:
+        ValueError, TypeError: as `score`; `n` not in 1 ... C; `exclude_ids` of another shape or dtype.
+
+    Examples:
+        >>> state = init_cache(8, 4, torch.zeros(1, 3))
+        >>> scores, slots = top_negatives(state, torch.ones(2, 4), 3)
+        >>> scores.shape, slots[0]
+        (torch.Size([2, 3]), tensor([-1, -1, -1]))
+    """
+    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):  # mining is a look-up
+        matrix = score_matrix(state, queries, scale=scale, score_transform=score_transform, exclude_ids=exclude_ids)
+        check_size("n", n, most=matrix.embeddings.shape[0])
+        return hardest(matrix, n)
+
+
+def hardest(matrix: ScoreMatrix, n: int) -> tuple[Tensor, Tensor]:
+    """The `n` highest scores of each row and their slots, by (score descending, slot ascending); (-inf, -1) if fewer."""
+    if matrix.transform is not None:
+        return _hardest(matrix, n)
+    return cast("tuple[Tensor, Tensor]", _hardest_op(*matrix[:4], n))
+
+
+def _hardest(matrix: ScoreMatrix, n: int) -> tuple[Tensor, Tensor]:
+    """`hardest` in plain torch.
+
+    The `n` blocks of largest maximum, ties by block, hold them all: a block outside is preceded by `n` others, each of
+    which has an element that precedes every element of it.
+    """
+    maxima = reduce_blocks(matrix, "max")
+    blocks = _top(maxima, maxima.new_empty(maxima.shape[0], 0), n)[1].sort(dim=1).values
+    scores = maxima.new_empty(maxima.shape[0], 0)
+    slots = blocks.new_empty(blocks.shape[0], 0)
+    # Slots ascend from slab to slab, so that a stable sort breaks ties by slot.
+    for slab in torch.split(blocks, _SLAB, dim=1):
+        found = score_blocks(matrix, slab).flatten(1)
+        places = (slab[..., None] * BLOCK + torch.arange(BLOCK, device=slab.device)).flatten(1)
+        scores, order = _top(scores, found, n)
+        slots = torch.cat([slots, places], dim=1).gather(1, order)
+    return scores, slots.masked_fill(scores == -_INFINITY, -1)
+
+
+def _top(left: Tensor, right: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The `n` largest values of each row of `cat([left, right], 1)`, descending, ties by column; their columns."""
+    ordered, columns = torch.cat([left, right], dim=1).sort(dim=1, descending=True, stable=True)
+    return ordered[:, :n], columns[:, :n]
+
+
+@torch.library.custom_op("negcache_fn::hardest", mutates_args=())
+def _hardest_op(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    if cpu.supports(queries, embeddings) and cpu.finds_hardest(n):
+        return cpu.hardest(queries, embeddings, bias, excluded, n)
+    return _hardest(ScoreMatrix(queries, embeddings, bias, excluded, None), n)
+
+
+@_hardest_op.register_fake
+def _(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    return queries.new_empty(queries.shape[0], n), excluded.new_empty(queries.shape[0], n)
