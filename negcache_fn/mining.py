@@ -55,7 +55,7 @@ def top_negatives(
 
 
 def hardest(matrix: ScoreMatrix, n: int) -> tuple[Tensor, Tensor]:
-    """The `n` highest scores of each row and their slots, by (score descending, slot ascending); (-inf, -1) if fewer."""
+    """The `n` highest scores of each row and their slots, ties by slot; (-inf, -1) where there are fewer."""
     if matrix.transform is not None:
         return _hardest(matrix, n)
     return cast("tuple[Tensor, Tensor]", _hardest_op(*matrix[:4], n))

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ def score_blocks(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Te
 
 
 def hardest(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The `n` highest scores of each query and their slots, by (score descending, slot ascending); (-inf, -1) if fewer."""
+    """The `n` highest scores of each query and their slots, ties by slot; (-inf, -1) if there are fewer."""
     scores = queries.new_empty(queries.shape[0], n)
     slots = torch.empty_like(scores, dtype=torch.int64)
     _call("negcache_hardest", *_problem(queries, embeddings, bias, excluded), n, scores, slots)
@@ -113,9 +114,10 @@ def _multiplies_tiles() -> bool:
     return kernels is not None and bool(kernels.negcache_has_amx())
 
 
-def _problem(
-    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor
-) -> tuple[Tensor | ctypes.c_int | int, ...]:
+_Argument: TypeAlias = Tensor | ctypes.c_int | int
+
+
+def _problem(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> tuple[_Argument, ...]:
     return (
         embeddings,
         ctypes.c_int(_STORAGE[embeddings.dtype]),
@@ -129,7 +131,7 @@ def _problem(
     )
 
 
-def _call(name: str, *arguments: Tensor | ctypes.c_int | int) -> None:
+def _call(name: str, *arguments: _Argument) -> None:
     """Calls a kernel: tensors as pointers to their first element, integers as int64."""
     converted = [
         ctypes.c_void_p(argument.data_ptr())
@@ -139,7 +141,10 @@ def _call(name: str, *arguments: Tensor | ctypes.c_int | int) -> None:
         else argument
         for argument in arguments
     ]
-    getattr(library(), name)(*converted)
+    kernels = library()
+    if kernels is None:
+        raise RuntimeError("the CPU kernels are not available: ask `supports` first")
+    kernels[name](*converted)
 
 
 def _build(compiler: str) -> Path:
@@ -161,10 +166,7 @@ def _build(compiler: str) -> Path:
 def _fingerprint(compiler: str) -> str:
     """Of all that the build depends on: a home folder may be shared by machines of several kinds."""
     cpu_info = Path("/proc/cpuinfo")
-    features = (
-        [line for line in cpu_info.read_text().splitlines() if line.startswith("flags")][:1]
-        if cpu_info.exists()
-        else []
-    )
-    parts = [_SOURCE.read_text(), compiler, *_FLAGS, platform.platform(), *features]
+    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
+    features = next((line for line in lines if line.startswith("flags")), "")
+    parts = [_SOURCE.read_text(), compiler, *_FLAGS, platform.platform(), features]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
