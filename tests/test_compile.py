@@ -53,7 +53,7 @@ def options_at(n: int, variant: dict[str, Any]) -> dict[str, Any]:
         "log_weights": torch.linspace(-1, 1, TOTAL) * n,
         "mask": torch.arange(TOTAL) != n,
     }
-    return {key: made[key] if key in made else value for key, value in variant.items()}
+    return {key: made.get(key, value) for key, value in variant.items()}
 
 
 def train(
