@@ -1,0 +1,1 @@
+"""Worked examples of negcache_fn, one folder each."""

@@ -1,0 +1,168 @@
+"""One run: a method trained for a number of steps, with evaluations and checkpoints on the way.
+
+A run is a function of its data and options: stopped anywhere, it goes on from its checkpoint to the same result, bit
+for bit. One thread does the arithmetic of a step, so that the number of cores does not change it either.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from tqdm import tqdm
+
+import negcache_fn
+from examples.code_search import checkpoint
+from examples.code_search.data import Data
+from examples.code_search.evaluate import evaluate
+from examples.code_search.features import rows_of
+from examples.code_search.methods import Method, cache_step, in_batch_step
+from examples.code_search.model import EMBEDDING_DIM, DualEncoder, optimizers
+
+__all__ = ["Options", "Run"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run depends on besides its data and method."""
+
+    batch_size: int = 16
+    cache_size: int = 8192
+    num_samples: int = 4
+    seed: int = 0
+    evaluate_every: int = 250
+    validation_queries: int = 1500
+    """How many are asked at each evaluation; the final one asks all of the test modules."""
+
+
+class Run:
+    """Encoder, optimisers and cache of one method, at some step."""
+
+    def __init__(self, method: Method, options: Options, data: Data, folder: Path) -> None:
+        self.method = method
+        self.options = options
+        self.data = data
+        self.folder = folder
+        self.step = 0
+        self.seconds = 0.0
+        """Spent in training steps so far."""
+        self.history: list[dict[str, float]] = []
+        """One row a step: loss, the cache's metrics, and mrr@10 and recall@10 where evaluated."""
+        self.model = DualEncoder(seed=options.seed)
+        self.optimizers = optimizers(self.model)
+        self.cache: TensorDictBase | None = None
+        if method.cached:
+            example = rows_of(data.documents, slice(0, 1))
+            self.cache = negcache_fn.init_cache(options.cache_size, EMBEDDING_DIM, example, seed=options.seed)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be continued."""
+        return {"method": self.method.name, "corpus": self.data.corpus.key, **asdict(self.options)}
+
+    def train(self, steps: int) -> None:
+        """Goes on to ``steps`` steps, from the checkpoint if there is one.
+
+        Raises:
+            InterruptedRunError: after SIGINT or SIGTERM, when all is saved.
+        """
+        self._resume(steps)
+        if self.step == steps:
+            return
+        progress = tqdm(
+            total=steps, initial=self.step, desc=self.method.label, unit="step", mininterval=0.5, dynamic_ncols=True
+        )
+        with progress, checkpoint.interruptions_deferred() as interrupted, self._metrics_file() as metrics:
+            while self.step < steps:
+                with one_thread():
+                    row = self._train_step()
+                is_milestone = self.step == steps or self.step % self.options.evaluate_every == 0
+                if is_milestone:
+                    row |= self._evaluate()
+                    progress.set_postfix(loss=f"{row['loss']:.3f}", mrr=f"{row['mrr@10']:.3f}", refresh=False)
+                self.history.append(row)
+                metrics.write(json.dumps(row) + "\n")
+                progress.update()
+                if is_milestone or interrupted.is_set:
+                    self._save()
+                if interrupted.is_set:
+                    raise checkpoint.InterruptedRunError
+
+    def _train_step(self) -> dict[str, float]:
+        started = time.perf_counter()
+        batch = self.data.batch(
+            self.options.seed,
+            self.step,
+            batch_size=self.options.batch_size,
+            random_documents=self.method.random_documents(self.options.batch_size, self.options.num_samples),
+        )
+        metrics: dict[str, Tensor] = {}
+        if self.cache is None:
+            loss = in_batch_step(self.model, batch)
+        else:
+            loss, metrics = cache_step(self.model, batch, self.cache, num_samples=self.options.num_samples)
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        self.seconds += time.perf_counter() - started
+        values = {name: value.item() for name, value in metrics.items()}
+        return {"step": self.step, "loss": loss.item(), "scale": self.model.scale.item(), **values}
+
+    def _evaluate(self) -> dict[str, float]:
+        queries, positives = self.data.held_out("validation", at_most=self.options.validation_queries)
+        return evaluate(self.model, queries, positives, self.data.documents)
+
+    def _save(self) -> None:
+        saved = {
+            "identity": self.identity,
+            "step": self.step,
+            "seconds": self.seconds,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "cache": self.cache,
+        }
+        checkpoint.save(saved, self.folder / "checkpoint.pt")
+
+    def _resume(self, steps: int) -> None:
+        saved = checkpoint.load(self.folder / "checkpoint.pt")
+        if saved is None:
+            return
+        if saved["identity"] != self.identity or saved["step"] > steps:
+            print(f"{self.method.label}: what is in {self.folder} is of other data or options; starting over")
+            return
+        self.step = saved["step"]
+        self.seconds = saved["seconds"]
+        self.history = saved["history"]
+        self.model.load_state_dict(saved["model"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.cache = saved["cache"]
+
+    def _metrics_file(self) -> TextIO:
+        """Opened behind the rows of the steps so far; what a killed run wrote after its checkpoint goes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = (self.folder / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
+        file.writelines(json.dumps(row) + "\n" for row in self.history)
+        return file
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Lets torch compute with one thread: the steps are small, and the order of its sums is then always the same."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
