@@ -2,8 +2,9 @@
 // Built on the user's machine by cpu.py, without any header of torch; never required.
 //
 // Vectors are those of GCC and Clang, 16 floats wide; -march=native lowers them to what the machine has. Where it
-// multiplies bfloat16 tiles (AMX), products of float32 are made of bfloat16 parts, x = high + low: high * high +
-// high * low + low * high, accumulated in float32, with an error of about 2^-17 of |q| |e| at most.
+// multiplies bfloat16 tiles (AMX), numbers are split into bfloat16 parts, x = x0 + x1 + ..., each 2^-8 of the one before,
+// and a product of P parts is the sum of x_i y_j over i + j < P, accumulated in float32: P = 3 has the precision of
+// float32, P = 2 an error of about 2^-17 |x| |y|.
 
 #include <omp.h>
 
@@ -174,30 +175,32 @@ constexpr int kDepth = 32;  // bfloat16 in a row of a tile
 constexpr int kTileSize = kTile * kDepth;
 constexpr int kPanelBytes = 1 << 20;  // of packed queries: they should stay in the cache of a core
 
-inline void split(Floats x, __m256bh* high, __m256bh* low) {
-  *high = _mm512_cvtneps_pbh((__m512)x);
+// The bfloat16 part of x; what is left goes back into x.
+inline __m256bh next_part(Floats* x) {
+  const __m256bh part = _mm512_cvtneps_pbh((__m512)*x);
   Bfloat16 rounded[kLanes];
-  std::memcpy(rounded, high, sizeof(rounded));
-  *low = _mm512_cvtneps_pbh((__m512)(x - load(rounded)));
+  std::memcpy(rounded, &part, sizeof(rounded));
+  *x -= load(rounded);
+  return part;
 }
 
-// Queries as the right operands of the tile product: for each group of 16 queries and each 32 dimensions, a tile of the
-// high and one of the low parts, [16 pairs of dimensions][16 queries][2].
-void pack_queries(const float* queries, int64_t rows, int64_t dim, int64_t depths, uint16_t* packed) {
-  const int64_t groups = (rows + kTile - 1) / kTile;
+// Queries as the right operands of the tile product: for each group of 16 queries and each 32 dimensions, one tile a
+// part, [16 pairs of dimensions][16 queries][2].
+void pack_queries(const float* queries, int64_t rows, int64_t dim, int64_t depths, int parts, uint16_t* packed) {
+  const int64_t groups = (rows + kTile - 1) / kTile, group_size = depths * parts * kTileSize;
 #pragma omp parallel for schedule(static)
   for (int64_t group = 0; group < groups; ++group) {
-    uint16_t* to = packed + group * depths * 2 * kTileSize;
-    std::memset(to, 0, depths * 2 * kTileSize * sizeof(uint16_t));
+    uint16_t* to = packed + group * group_size;
+    std::memset(to, 0, group_size * sizeof(uint16_t));
     for (int64_t i = 0; i < std::min<int64_t>(kTile, rows - group * kTile); ++i) {
       const float* query = queries + (group * kTile + i) * dim;
       for (int64_t d = 0; d < dim; d += kLanes) {
-        __m256bh parts[2];
-        split(load(query + d, dim - d), &parts[0], &parts[1]);
-        for (int part = 0; part < 2; ++part) {
+        Floats rest = load(query + d, dim - d);
+        for (int part = 0; part < parts; ++part) {
+          const __m256bh numbers = next_part(&rest);
           uint16_t value[kLanes];
-          std::memcpy(value, &parts[part], sizeof(value));
-          uint16_t* tile = to + ((d / kDepth) * 2 + part) * kTileSize + (d % kDepth / 2) * kDepth;
+          std::memcpy(value, &numbers, sizeof(value));
+          uint16_t* tile = to + ((d / kDepth) * parts + part) * kTileSize + (d % kDepth / 2) * kDepth;
           for (int j = 0; j < kLanes; ++j) tile[(j / 2) * kDepth + 2 * i + j % 2] = value[j];
         }
       }
@@ -205,17 +208,17 @@ void pack_queries(const float* queries, int64_t rows, int64_t dim, int64_t depth
   }
 }
 
-// A block of embeddings as left operands: the high parts [64][depths * 32], then the low parts unless `T` has none.
-template <typename T>
+// A block of embeddings as left operands: [parts][64][depths * 32].
+template <int kParts, typename T>
 void pack_block(const T* embeddings, int64_t count, int64_t dim, int64_t depths, uint16_t* packed) {
   const int64_t width = depths * kDepth;
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t d = 0; d < width; d += kLanes) {
-      __m256bh parts[2];
-      split(load(embeddings + i * dim + std::min(d, dim), dim - d), &parts[0], &parts[1]);
-      std::memcpy(packed + i * width + d, &parts[0], sizeof(parts[0]));
-      if (!std::is_same<T, Bfloat16>::value)
-        std::memcpy(packed + (kBlock + i) * width + d, &parts[1], sizeof(parts[1]));
+      Floats rest = load(embeddings + i * dim + std::min(d, dim), dim - d);
+      for (int part = 0; part < kParts; ++part) {
+        const __m256bh numbers = next_part(&rest);
+        std::memcpy(packed + (part * kBlock + i) * width + d, &numbers, sizeof(numbers));
+      }
     }
   }
 }
@@ -229,41 +232,40 @@ struct TileConfig {
   }
 };
 
-// products [64 slots][16 queries] of one block and one group of queries: all of high and low but low * low.
-template <bool kHasLow>
+// One part of 16 slots, in tile 7, times the parts of the queries, in tiles 4 ...; tile numbers must be literals.
+#define NEGCACHE_ACCUMULATE(quarter)                                                     \
+  _tile_loadd(7, rows + quarter * kTile * width, width * sizeof(uint16_t));              \
+  _tile_dpbf16ps(quarter, 7, 4);                                                         \
+  if constexpr (kProducts > 1) _tile_dpbf16ps(quarter, 7, 5);                            \
+  if constexpr (kProducts > 2) _tile_dpbf16ps(quarter, 7, 6);
+
+template <int kProducts>
+inline void accumulate(const uint16_t* rows, int64_t width) {
+  NEGCACHE_ACCUMULATE(0)
+  NEGCACHE_ACCUMULATE(1)
+  NEGCACHE_ACCUMULATE(2)
+  NEGCACHE_ACCUMULATE(3)
+}
+
+#undef NEGCACHE_ACCUMULATE
+
+// products [64 slots][16 queries] of one block and one group of queries.
+template <int kParts, int kBlockParts>
 inline void multiply(const uint16_t* block, const uint16_t* group, int64_t depths, float* products) {
-  const int64_t width = depths * kDepth, stride = width * sizeof(uint16_t), quarter = kTile * width;
+  const int64_t width = depths * kDepth;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t depth = 0; depth < depths; ++depth) {
-    const uint16_t* high = block + depth * kDepth;
-    _tile_loadd(4, group + depth * 2 * kTileSize, 64);
-    _tile_loadd(5, group + (depth * 2 + 1) * kTileSize, 64);
-    _tile_loadd(6, high, stride);
-    _tile_dpbf16ps(0, 6, 4);
-    _tile_dpbf16ps(0, 6, 5);
-    _tile_loadd(7, high + quarter, stride);
-    _tile_dpbf16ps(1, 7, 4);
-    _tile_dpbf16ps(1, 7, 5);
-    _tile_loadd(6, high + 2 * quarter, stride);
-    _tile_dpbf16ps(2, 6, 4);
-    _tile_dpbf16ps(2, 6, 5);
-    _tile_loadd(7, high + 3 * quarter, stride);
-    _tile_dpbf16ps(3, 7, 4);
-    _tile_dpbf16ps(3, 7, 5);
-    if (kHasLow) {
-      const uint16_t* low = high + kBlock * width;
-      _tile_loadd(6, low, stride);
-      _tile_dpbf16ps(0, 6, 4);
-      _tile_loadd(7, low + quarter, stride);
-      _tile_dpbf16ps(1, 7, 4);
-      _tile_loadd(6, low + 2 * quarter, stride);
-      _tile_dpbf16ps(2, 6, 4);
-      _tile_loadd(7, low + 3 * quarter, stride);
-      _tile_dpbf16ps(3, 7, 4);
-    }
+    const uint16_t* queries = group + depth * kParts * kTileSize;
+    const uint16_t* rows = block + depth * kDepth;
+    _tile_loadd(4, queries, 64);
+    if constexpr (kParts > 1) _tile_loadd(5, queries + kTileSize, 64);
+    if constexpr (kParts > 2) _tile_loadd(6, queries + 2 * kTileSize, 64);
+    accumulate<kParts>(rows, width);
+    if constexpr (kBlockParts > 1) accumulate<kParts - 1>(rows + kBlock * width, width);
+    if constexpr (kBlockParts > 2) accumulate<kParts - 2>(rows + 2 * kBlock * width, width);
   }
   _tile_stored(0, products, 64);
   _tile_stored(1, products + kTile * kTile, 64);
@@ -273,33 +275,34 @@ inline void multiply(const uint16_t* block, const uint16_t* group, int64_t depth
 
 // Streams the cache. Each thread makes a consumer of its own, and hands it the scores of every block of a contiguous
 // range of them: consume(block, first row, rows, scores [64 slots][16 rows]).
-template <typename T, typename MakeConsumer>
-void stream(const T* embeddings, const Problem& problem, MakeConsumer make_consumer) {
-  constexpr bool kHasLow = !std::is_same<T, Bfloat16>::value;
+template <int kParts, typename T, typename MakeConsumer>
+void stream_parts(const T* embeddings, const Problem& problem, MakeConsumer make_consumer) {
+  constexpr int kExactParts = std::is_same<T, Bfloat16>::value ? 1 : std::is_same<T, _Float16>::value ? 2 : 3;
+  constexpr int kBlockParts = kParts < kExactParts ? kParts : kExactParts;
   const int64_t blocks = (problem.capacity + kBlock - 1) / kBlock, depths = (problem.dim + kDepth - 1) / kDepth;
-  const int64_t group_size = depths * 2 * kTileSize;
+  const int64_t group_size = depths * kParts * kTileSize;
   const int64_t panel = std::max<int64_t>(1, kPanelBytes / (group_size * sizeof(uint16_t))) * kTile;
   std::vector<uint16_t> packed((std::min(panel, problem.rows) + kTile - 1) / kTile * group_size);
   for (int64_t first = 0; first < problem.rows; first += panel) {
     const int64_t rows = std::min(panel, problem.rows - first);
-    pack_queries(problem.queries + first * problem.dim, rows, problem.dim, depths, packed.data());
+    pack_queries(problem.queries + first * problem.dim, rows, problem.dim, depths, kParts, packed.data());
 #pragma omp parallel
     {
       auto consume = make_consumer();
       const TileConfig config;
       _tile_loadconfig(&config);
-      std::vector<uint16_t> parts(kBlock * depths * kDepth * (kHasLow ? 2 : 1));
+      std::vector<uint16_t> parts(kBlockParts * kBlock * depths * kDepth);
       alignas(64) float scores[kBlock * kTile];
       float bias[kBlock];
 #pragma omp for schedule(static)
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t slot = block * kBlock, count = std::min(kBlock, problem.capacity - slot);
-        pack_block(embeddings + slot * problem.dim, count, problem.dim, depths, parts.data());
+        pack_block<kBlockParts>(embeddings + slot * problem.dim, count, problem.dim, depths, parts.data());
         std::fill(bias + count, bias + kBlock, -kInfinity);
         std::copy(problem.bias + slot, problem.bias + slot + count, bias);
         for (int64_t group = 0; group < rows; group += kTile) {
           const int64_t row = first + group, lanes = std::min<int64_t>(kTile, rows - group);
-          multiply<kHasLow>(parts.data(), packed.data() + group / kTile * group_size, depths, scores);
+          multiply<kParts, kBlockParts>(parts.data(), packed.data() + group / kTile * group_size, depths, scores);
           // Past the end the operands are what an earlier block left, and may be anything: replace, do not add.
           for (int64_t j = 0; j < kBlock; ++j)
             store(scores + j * kTile, j < count ? load(scores + j * kTile) + bias[j] : splat(-kInfinity));
@@ -314,6 +317,13 @@ void stream(const T* embeddings, const Problem& problem, MakeConsumer make_consu
       _tile_release();
     }
   }
+}
+
+template <typename T, typename MakeConsumer>
+void stream(const T* embeddings, const Problem& problem, int parts, MakeConsumer make_consumer) {
+  if (parts == 1) stream_parts<1>(embeddings, problem, make_consumer);
+  if (parts == 2) stream_parts<2>(embeddings, problem, make_consumer);
+  if (parts == 3) stream_parts<3>(embeddings, problem, make_consumer);
 }
 
 // The logsumexp of each column of a block's scores.
@@ -362,9 +372,9 @@ struct Candidates {
 };
 
 template <typename T>
-void hardest(const T* embeddings, const Problem& problem, int64_t keep, float* scores, int64_t* slots) {
+void hardest(const T* embeddings, const Problem& problem, int parts, int64_t keep, float* scores, int64_t* slots) {
   std::vector<Candidates*> of_threads(omp_get_max_threads(), nullptr);
-  stream(embeddings, problem, [&] {
+  stream(embeddings, problem, parts, [&] {
     Candidates*& mine = of_threads[omp_get_thread_num()];
     if (!mine) mine = new Candidates(problem.rows, keep);
     return [mine](int64_t block, int64_t row, int64_t lanes, const float* tile) {
@@ -457,12 +467,12 @@ void negcache_score_blocks(const void* embeddings, int storage, int64_t capacity
 
 // out[row, block] = logsumexp over the block's slots of the scores; -inf for a block without a finite score.
 void negcache_block_logsumexp(const void* embeddings, int storage, int64_t capacity, int64_t dim, const float* queries,
-                              int64_t rows, const float* bias, const int64_t* excluded, int64_t exclusions,
+                              int64_t rows, const float* bias, const int64_t* excluded, int64_t exclusions, int parts,
                               float* out) {
   const Problem problem{capacity, dim, rows, queries, bias, excluded, exclusions};
   const int64_t blocks = (capacity + kBlock - 1) / kBlock;
   with_storage(embeddings, storage, [&](auto* typed) {
-    stream(typed, problem, [=] {
+    stream(typed, problem, parts, [=] {
       return [=](int64_t block, int64_t row, int64_t lanes, const float* scores) {
         const Floats logsumexp = column_logsumexp(scores);
         for (int64_t i = 0; i < lanes; ++i) out[(row + i) * blocks + block] = logsumexp[i];
@@ -474,10 +484,10 @@ void negcache_block_logsumexp(const void* embeddings, int storage, int64_t capac
 // The `keep` best scores of each row and their slots, by (score descending, slot ascending); (-inf, -1) if fewer. They
 // are found among the tile products and then rescored in float32.
 void negcache_hardest(const void* embeddings, int storage, int64_t capacity, int64_t dim, const float* queries,
-                      int64_t rows, const float* bias, const int64_t* excluded, int64_t exclusions, int64_t keep,
-                      float* scores, int64_t* slots) {
+                      int64_t rows, const float* bias, const int64_t* excluded, int64_t exclusions, int parts,
+                      int64_t keep, float* scores, int64_t* slots) {
   const Problem problem{capacity, dim, rows, queries, bias, excluded, exclusions};
-  with_storage(embeddings, storage, [&](auto* typed) { hardest(typed, problem, keep, scores, slots); });
+  with_storage(embeddings, storage, [&](auto* typed) { hardest(typed, problem, parts, keep, scores, slots); });
 }
 
 #endif  // NEGCACHE_AMX

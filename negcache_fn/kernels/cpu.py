@@ -69,7 +69,7 @@ def block_logsumexp(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded:
     capacity = embeddings.shape[0]
     out = queries.new_empty(queries.shape[0], -(-capacity // _BLOCK))
     if _multiplies_tiles():
-        _call("negcache_block_logsumexp", *_problem(queries, embeddings, bias, excluded), out)
+        _call("negcache_block_logsumexp", *_problem(queries, embeddings, bias, excluded), _parts(), out)
         return out
     products = queries.new_empty(queries.shape[0], _CHUNK)
     for start in range(0, capacity, _CHUNK):
@@ -104,7 +104,7 @@ def hardest(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor,
     """The `n` highest scores of each query and their slots, ties by slot; (-inf, -1) if there are fewer."""
     scores = queries.new_empty(queries.shape[0], n)
     slots = torch.empty_like(scores, dtype=torch.int64)
-    _call("negcache_hardest", *_problem(queries, embeddings, bias, excluded), n, scores, slots)
+    _call("negcache_hardest", *_problem(queries, embeddings, bias, excluded), _parts(), n, scores, slots)
     return scores, slots
 
 
@@ -112,6 +112,11 @@ def hardest(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor,
 def _multiplies_tiles() -> bool:
     kernels = library()
     return kernels is not None and bool(kernels.negcache_has_amx())
+
+
+def _parts() -> ctypes.c_int:
+    """Of how many bfloat16 parts a number is made, as `torch.set_float32_matmul_precision` asks."""
+    return ctypes.c_int({"highest": 3, "high": 2, "medium": 1}[torch.get_float32_matmul_precision()])
 
 
 _Argument: TypeAlias = Tensor | ctypes.c_int | int
