@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
 ARGS ?=
 QUERY ?= parse a date from a string
 export QUERY
@@ -48,6 +48,7 @@ $(VENV)/.venv:
 	touch $@
 
 $(VENV)/.train: requirements/train.txt pyproject.toml | $(VENV)/.venv
+	@echo "installing requirements/train.txt: a minute, or more where torch brings CUDA"
 	$(PIP) install -r requirements/train.txt
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@

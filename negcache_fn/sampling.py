@@ -222,7 +222,7 @@ def _describe(state: TensorDictBase, matrix: ScoreMatrix, chosen: _Chosen, exclu
         log_normalizer=chosen.log_normalizer,
         embedding=matrix.embeddings[row],
         id=torch.where(drawn, stored(state, "id")[row], -1),
-        log_weight=stored(state, "log_weight")[row],
+        log_weight=torch.where(drawn, stored(state, "log_weight")[row], 0.0),
         source=torch.zeros_like(row),
         cutoff=chosen.cutoff,
         exclude_ids=excluded if excluded.ndim == 2 else excluded[None],

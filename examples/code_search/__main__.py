@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--batch-size", type=_positive, default=16, help="queries in a step")
     train.add_argument("--cache-size", type=_positive, default=8192, help="documents in the cache")
     train.add_argument("--num-samples", type=_positive, default=4, help="negatives each query draws from the cache")
+    train.add_argument("--embedding-dim", type=_positive, default=256, help="of queries and documents")
     train.add_argument("--evaluate-every", type=_positive, default=250, help="steps between evaluations")
     train.add_argument("--seed", type=int, default=0, help="of encoder, batches and draws")
     train.add_argument("--mask-names", action="store_true", help="hide a function's own name from its document")
@@ -71,6 +72,7 @@ def _train(options: argparse.Namespace) -> int:
         if not root.is_dir():
             raise FileNotFoundError(f"--root {root} is no folder")
     run_options = Options(
+        embedding_dim=options.embedding_dim,
         batch_size=options.batch_size,
         cache_size=options.cache_size,
         num_samples=options.num_samples,

@@ -12,18 +12,19 @@ from examples.code_search.tokens import PADDING, VOCABULARY_SIZE
 
 __all__ = ["DualEncoder", "optimizers"]
 
-EMBEDDING_DIM = 128
-HIDDEN_DIM = 512
-INITIAL_SCALE = 20.0
+INITIAL_SCALE = 10.0
+WORD_RATE = 0.02
+HEAD_RATE = 3e-4
+SCALE_RATE = 3e-3
 
 
 class ResidualHead(nn.Module):
     """``x + W2 gelu(W1 x)``, the identity at first."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.inner = nn.Linear(dim, hidden)
-        self.outer = nn.Linear(hidden, dim)
+        self.inner = nn.Linear(dim, 2 * dim)
+        self.outer = nn.Linear(2 * dim, dim)
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
 
@@ -37,13 +38,13 @@ class DualEncoder(nn.Module):
     Both towers start as the same random projection of the tf-idf vector, so that training begins near lexical search.
     """
 
-    def __init__(self, *, seed: int = 0, dim: int = EMBEDDING_DIM, hidden: int = HIDDEN_DIM) -> None:
+    def __init__(self, dim: int, *, seed: int = 0) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.words = nn.EmbeddingBag(VOCABULARY_SIZE, dim, mode="sum", sparse=True, padding_idx=PADDING)
-            self.query_head = ResidualHead(dim, hidden)
-            self.document_head = ResidualHead(dim, hidden)
+            self.query_head = ResidualHead(dim)
+            self.document_head = ResidualHead(dim)
             self.log_scale = nn.Parameter(torch.tensor(math.log(INITIAL_SCALE)))
 
     @property
@@ -63,8 +64,10 @@ class DualEncoder(nn.Module):
         return self.words(features["tokens"], per_sample_weights=features["weights"])
 
 
-def optimizers(model: DualEncoder, *, word_rate: float = 0.01, head_rate: float = 1e-3) -> list[torch.optim.Optimizer]:
+def optimizers(model: DualEncoder) -> list[torch.optim.Optimizer]:
     """Adam, sparse for the word vectors: a step touches only the words it saw."""
-    words = list(model.words.parameters())
-    others = [parameter for name, parameter in model.named_parameters() if not name.startswith("words.")]
-    return [torch.optim.SparseAdam(words, lr=word_rate), torch.optim.Adam(others, lr=head_rate)]
+    heads = [*model.query_head.parameters(), *model.document_head.parameters()]
+    return [
+        torch.optim.SparseAdam(list(model.words.parameters()), lr=WORD_RATE),
+        torch.optim.Adam([{"params": heads, "lr": HEAD_RATE}, {"params": [model.log_scale], "lr": SCALE_RATE}]),
+    ]

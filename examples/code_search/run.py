@@ -25,7 +25,7 @@ from examples.code_search.data import Data
 from examples.code_search.evaluate import evaluate
 from examples.code_search.features import rows_of
 from examples.code_search.methods import Method, cache_step, in_batch_step
-from examples.code_search.model import EMBEDDING_DIM, DualEncoder, optimizers
+from examples.code_search.model import DualEncoder, optimizers
 
 __all__ = ["Options", "Run"]
 
@@ -34,6 +34,7 @@ __all__ = ["Options", "Run"]
 class Options:
     """What a run depends on besides its data and method."""
 
+    embedding_dim: int = 256
     batch_size: int = 16
     cache_size: int = 8192
     num_samples: int = 4
@@ -56,12 +57,12 @@ class Run:
         """Spent in training steps so far."""
         self.history: list[dict[str, float]] = []
         """One row a step: loss, the cache's metrics, and mrr@10 and recall@10 where evaluated."""
-        self.model = DualEncoder(seed=options.seed)
+        self.model = DualEncoder(options.embedding_dim, seed=options.seed)
         self.optimizers = optimizers(self.model)
         self.cache: TensorDictBase | None = None
         if method.cached:
             example = rows_of(data.documents, slice(0, 1))
-            self.cache = negcache_fn.init_cache(options.cache_size, EMBEDDING_DIM, example, seed=options.seed)
+            self.cache = negcache_fn.init_cache(options.cache_size, options.embedding_dim, example, seed=options.seed)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def search(sentence: str, out: Path, *, count: int = 10) -> list[Hit]:
     bags = Bags.of([Counter(token_ids(sentence))])
     if not len(bags.tokens):
         raise ValueError(f"there is no word in {sentence!r}; say what the function does, in a few English words")
-    model = DualEncoder()
+    model = DualEncoder(index["embeddings"].shape[1])
     model.load_state_dict(index["model"])
     query = model.encode_queries(padded(bags, index["idf"].numpy(), QUERY_WIDTH))
     scores = (index["embeddings"].float() @ query[0]).topk(min(count, len(index["names"])))
