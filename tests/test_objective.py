@@ -159,6 +159,28 @@ def test_any_state_and_batch_is_finite(data: st.DataObject, share_draws: bool, s
         assert is_close(value, expected, tolerance), "nothing is stale: the value is the exact loss"
 
 
+@pytest.mark.parametrize("correction", ["self_normalized", "unnormalized"])
+@share
+def test_extreme_drift_does_not_overflow(correction: str, share_draws: bool) -> None:
+    """At scale 1000 in float32 `exp(f - g)` is far beyond float32; the logit `L + f - g` is not.
+
+    One query, one draw: the weight is one and `c = L + f - g`, whatever the correction.
+    """
+    state = make_state(unit(1, 4, 0))
+    queries, documents, negatives = (unit(1, 4, n).requires_grad_() for n in (1, 2, 3))
+    for sign in (1.0, -1.0):
+        draw = negcache_fn.sample_gumbel(state, queries, scale=1000.0 * sign)
+        options: dict[str, Any] = {"share_draws": share_draws, "staleness_correction": correction}
+        value = negcache_fn.loss(queries, documents, negatives, draw, scale=1000.0 * sign, **options)
+        fresh = 1000.0 * sign * (queries.double() * negatives.double()).sum(-1)
+        expected = oracles.cross_entropy(queries, documents, fresh, scale=1000.0 * sign).mean()
+        assert is_close(value, expected, 1e-4)
+        leaves = [queries, documents, negatives]
+        given_gradient = torch.autograd.grad(value, leaves)
+        for mine, right in zip(given_gradient, torch.autograd.grad(expected, leaves), strict=True):
+            assert is_close(mine, right, 1e-3)
+
+
 @every_scenario
 def test_exact_loss_against_the_naive_one(name: str) -> None:
     """Value and gradient with respect to queries, documents and scale in float64, stale cache."""

@@ -38,6 +38,16 @@ def test_distribution_at_every_capacity(capacity: int) -> None:
     draws.distribution(sample, varied(capacity), unit(3, 8, 9), scale=5.0)
 
 
+def test_distribution_closely() -> None:
+    """Eight times the draws: relative errors of 5 % in the probabilities would be seen."""
+    draws.distribution(sample, varied(130), unit(1, 8, 9), scale=3.0, copies=256)
+
+
+def test_distribution_of_a_large_cache() -> None:
+    """Seventy thousand slots: many chunks, the last one partial."""
+    draws.distribution(sample, varied(70_001), unit(2, 8, 9), scale=6.0, copies=16)
+
+
 @pytest.mark.parametrize("scale", [0.01, 1.0, 20.0, 100.0])
 def test_distribution_at_every_scale(scale: float) -> None:
     """From flat to nearly one-hot."""
@@ -158,6 +168,16 @@ def test_ties_are_drawn_alike() -> None:
     """Equal scores, equal chances, within one block and across."""
     state = make_state(unit(1, 8, 0).expand(200, 8))
     draws.distribution(sample, state, unit(2, 8, 9), scale=20.0)
+
+
+def test_ties_at_the_cutoff_draw_nothing_below() -> None:
+    """Which of the tied are in is open; every better one is, and no worse one."""
+    state = make_state(torch.tensor([[1.0], [2.0], [2.0], [2.0], [3.0], [0.0]]).repeat(30, 1)[:100])
+    values = state["items", "embedding"][:, 0]
+    for top_k, floor in ((5, 3.0), (20, 2.0), (len(values), 0.0)):
+        for step in range(5):
+            draw = sample(at_step(state, step), torch.ones(4, 1), num_samples=50, top_k=top_k, scale=0.1)
+            assert float(values[draw.slot].min()) >= floor
 
 
 def test_nothing_to_draw() -> None:

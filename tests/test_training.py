@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tensordict import TensorDictBase
 from torch import Tensor
 
@@ -240,6 +242,72 @@ def test_masked_rows_are_not_counted_as_non_finite() -> None:
     )
     assert float(out.metrics["non_finite"]) == 0
     assert bool(torch.isfinite(out.loss))
+
+
+@given(case=strategies.cases(max_scale=1000.0), data=st.data())
+def test_step_on_any_state(case: strategies.Case, data: st.DataObject) -> None:
+    """Finite loss and metrics, finite gradients, a state that is one, or an error for a batch too large."""
+    capacity, dim = case.state["items", "embedding"].shape
+    table = unit(997, dim, 5, case.queries.dtype).requires_grad_()
+    queries = case.queries.clone().requires_grad_()
+    options = case.loss_options | {"num_samples": case.num_samples, "top_k": case.top_k, "reduction": "mean"}
+    options |= {
+        "refresh_stalest": data.draw(st.integers(0, capacity)),
+        "evict": data.draw(st.sampled_from(["lru", "fifo"])),
+    }
+    options |= {"mask": data.draw(st.none() | strategies.masks(len(case.documents)))}
+    options |= {"share_draws": data.draw(st.booleans())}
+    options |= {"staleness_correction": data.draw(st.sampled_from(["none", "self_normalized", "unnormalized"]))}
+    features = {"x": torch.arange(2 * len(case.documents)).view(-1, 2) + 500}
+
+    def encode(rows: Any) -> Tensor:
+        return table[rows["x"][:, 0]]
+
+    if len(case.documents) > capacity:
+        with pytest.raises(ValueError, match="documents"):
+            negcache_fn.step(case.state, queries, features, encode, **options)
+        return
+    out = negcache_fn.step(case.state, queries, features, encode, **options)
+    assert bool(torch.isfinite(out.loss))
+    for gradient in torch.autograd.grad(out.loss, [queries, table], allow_unused=True):
+        assert gradient is None or bool(torch.isfinite(gradient).all())
+    for key, value in out.metrics.items():
+        assert bool(torch.isfinite(value)), key
+    assert 0 <= float(out.metrics["positive_probability"]) <= 1 + 1e-6
+    items = out.state["items"]
+    live = items["embedded_at"] >= 0
+    assert torch.equal(live, items["inserted_at"] >= 0)
+    assert bool((items["embedded_at"] >= items["inserted_at"]).all())
+    names = items["id"][items["id"] >= 0].tolist()
+    assert len(names) == len(set(names))
+    assert out.state.is_locked == case.state.is_locked
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+def test_step_under_autocast(storage: torch.dtype) -> None:
+    """Towers that give bfloat16: scores, loss and gradients are those of the same numbers in float32."""
+    tower, batch = Tower(), documents(5, 1)
+    state = negcache_fn.init_cache(9, 6, batch, embedding_dtype=storage)
+    state = negcache_fn.update(state, documents(6, 2), tower(documents(6, 2)).detach())
+    results = []
+    for low in (True, False):
+        queries = unit(3, 6, 77).bfloat16()
+        queries = queries.requires_grad_() if low else queries.float().requires_grad_()
+
+        def encode(features: Any, low: bool = low) -> Tensor:
+            return tower(features).bfloat16() if low else tower(features).bfloat16().float()
+
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+            out = negcache_fn.step(state, queries, batch, encode, scale=20.0, num_samples=2)
+        results.append((out, torch.autograd.grad(out.loss, [queries, tower.table])))
+    (one, low_gradients), (other, gradients) = results
+    assert torch.equal(one.draw.slot, other.draw.slot)
+    assert is_close(one.loss, other.loss, 1e-5)
+    for a, b in zip(low_gradients, gradients, strict=True):
+        assert is_close(a, b, 2e-2)
+    for key, value in other.state.items(True, True):
+        same = one.state[key]
+        assert is_close(same, value, 1e-6) if value.is_floating_point() else torch.equal(same, value), key
 
 
 def test_scale_is_learnable() -> None:

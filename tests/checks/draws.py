@@ -68,7 +68,7 @@ def distribution(
     queries: Tensor,
     *,
     steps: int = 4,
-    copies: int = 32,
+    copies: int = 16,
     num_samples: int = 64,
     **options: Any,
 ) -> None:
