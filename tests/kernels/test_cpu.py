@@ -1,0 +1,158 @@
+"""The CPU kernels against float64, over shapes, storages and precisions, and the path without them."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from negcache_fn import mining, streaming
+from negcache_fn.kernels import cpu
+
+PRECISIONS = ("highest", "high", "medium")
+STORAGES = (torch.float32, torch.bfloat16, torch.float16)
+# Error of a product of P bfloat16 parts relative to |q| |e|: 2^-8 is the unit roundoff of one part.
+ERRORS = {"highest": 2.0**-21, "high": 2.0**-15, "medium": 2.0**-7}
+
+needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler on this machine")
+
+
+@contextmanager
+def configured(precision: str, *, tiles: bool) -> Iterator[None]:
+    """With a precision of float32 products; with tile products, where the machine has them, or without."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    with pytest.MonkeyPatch.context() as patch:
+        if not tiles:
+            patch.setattr(cpu, "_multiplies_tiles", lambda: False)
+        yield
+    torch.set_float32_matmul_precision(before)
+
+
+def problem(rows: int, capacity: int, dim: int, storage: torch.dtype, exclusions: int, seed: int) -> tuple[Tensor, ...]:
+    """Queries, embeddings, bias with empty slots, and excluded slots."""
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(rows, dim, generator=generator) * 10 / math.sqrt(dim)
+    embeddings = torch.randn(capacity, dim, generator=generator).to(storage)
+    bias = torch.randn(capacity, generator=generator)
+    bias[torch.rand(capacity, generator=generator) < 0.2] = -math.inf
+    excluded = torch.randint(-1, capacity, (rows, exclusions), generator=generator)
+    return queries, embeddings, bias, excluded
+
+
+def exact_scores(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
+    scores = queries.double() @ embeddings.double().T + bias
+    for row, slots in enumerate(excluded.tolist()):
+        scores[row, [slot for slot in slots if slot >= 0]] = -math.inf
+    return scores
+
+
+def largest_error(computed: Tensor, expected: Tensor) -> float:
+    assert torch.equal(computed == -math.inf, expected == -math.inf)
+    assert not bool(computed.isnan().any())
+    return float((computed.double() - expected).nan_to_num().abs().max())
+
+
+shapes = st.tuples(st.integers(1, 40), st.integers(1, 300), st.integers(1, 80), st.integers(0, 3), st.integers(0, 999))
+
+
+@needs_kernels
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "chunks"])
+@given(shape=shapes)
+@example(shape=(1, 1, 1, 0, 0))
+@example(shape=(17, 64, 32, 1, 1))
+@example(shape=(16, 65, 33, 2, 2))
+def test_block_logsumexp_is_exact(
+    tiles: bool, precision: str, storage: torch.dtype, shape: tuple[int, int, int, int, int]
+) -> None:
+    if tiles and not cpu.finds_hardest(1):
+        pytest.skip("this CPU does not multiply bfloat16 tiles")
+    rows, capacity, dim, exclusions, seed = shape
+    arguments = problem(rows, capacity, dim, storage, exclusions, seed)
+    scores = exact_scores(*arguments)
+    padded = torch.nn.functional.pad(scores, (0, -capacity % 64), value=-math.inf)
+    with configured(precision, tiles=tiles):
+        computed = cpu.block_logsumexp(*arguments)
+    norms = float(arguments[0].norm(dim=1).max() * arguments[1].float().norm(dim=1).max())
+    bound = ERRORS[precision] * norms + 1e-5  # without tiles, torch may round as much but need not
+    assert largest_error(computed, padded.view(rows, -1, 64).logsumexp(-1)) <= bound
+
+
+@needs_kernels
+@pytest.mark.parametrize("storage", STORAGES)
+@given(shape=shapes)
+def test_score_blocks_is_exact(storage: torch.dtype, shape: tuple[int, int, int, int, int]) -> None:
+    rows, capacity, dim, exclusions, seed = shape
+    arguments = problem(rows, capacity, dim, storage, exclusions, seed)
+    blocks = torch.randint(0, -(-capacity // 64), (rows, 2), generator=torch.Generator().manual_seed(seed))
+    padded = torch.nn.functional.pad(exact_scores(*arguments), (0, -capacity % 64), value=-math.inf)
+    expected = padded.view(rows, -1, 64).gather(1, blocks[..., None].expand(-1, -1, 64))
+    assert largest_error(cpu.score_blocks(*arguments, blocks), expected) <= 2e-4
+
+
+@needs_kernels
+@pytest.mark.parametrize("storage", STORAGES)
+@given(shape=shapes, data=st.data())
+def test_hardest_equals_plain_torch(
+    storage: torch.dtype, shape: tuple[int, int, int, int, int], data: st.DataObject
+) -> None:
+    """Small integers are exact in every storage, and full of ties, which go by slot."""
+    if not cpu.finds_hardest(1):
+        pytest.skip("this CPU does not multiply bfloat16 tiles")
+    rows, capacity, dim, exclusions, seed = shape
+    n = data.draw(st.integers(1, capacity))
+    generator = torch.Generator().manual_seed(seed)
+    _, _, bias, excluded = problem(rows, capacity, dim, storage, exclusions, seed)
+    queries = torch.randint(-2, 3, (rows, dim), generator=generator).float()
+    embeddings = torch.randint(-2, 3, (capacity, dim), generator=generator).to(storage)
+    bias = torch.where(bias > -math.inf, 0.0, bias)
+    scores, slots = cpu.hardest(queries, embeddings, bias, excluded, n)
+    matrix = streaming.ScoreMatrix(queries, embeddings, bias, excluded, None)
+    expected_scores, expected_slots = mining._hardest(matrix, n)
+    assert torch.equal(scores, expected_scores)
+    assert torch.equal(slots, expected_slots)
+
+
+@needs_kernels
+def test_many_rows_and_threads() -> None:
+    """More queries than one panel holds, more candidates than room for them before the first selection."""
+    arguments = problem(700, 3000, 768, torch.float32, 1, 0)
+    expected = exact_scores(*arguments)
+    blocks = torch.nn.functional.pad(expected, (0, -3000 % 64), value=-math.inf).view(700, -1, 64)
+    assert largest_error(cpu.block_logsumexp(*arguments), blocks.logsumexp(-1)) <= 1e-3
+    if cpu.finds_hardest(100):
+        scores, slots = cpu.hardest(*arguments, 100)
+        assert largest_error(scores, expected.topk(100).values) <= 1e-3
+        assert largest_error(scores, expected.gather(1, slots)) <= 1e-3
+
+
+@needs_kernels
+def test_nan_is_seen() -> None:
+    queries, embeddings, bias, excluded = problem(20, 200, 40, torch.float32, 0, 0)
+    queries[3, 7] = math.nan
+    found = cpu.block_logsumexp(queries, embeddings, bias, excluded).isnan()
+    assert bool(found[3].all())
+    assert not bool(found[[0, 19]].any())
+
+
+def test_without_a_compiler_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cpu.library.cache_clear()
+    monkeypatch.setenv("NEGCACHE_FN_NATIVE", "0")
+    try:
+        assert cpu.library() is None
+        assert not cpu.supports(torch.zeros(1, 2), torch.zeros(3, 2))
+        cpu.library.cache_clear()
+        monkeypatch.setenv("NEGCACHE_FN_NATIVE", "1")
+        monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert cpu.library() is None
+    finally:
+        monkeypatch.undo()
+        cpu.library.cache_clear()
