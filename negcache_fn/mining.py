@@ -8,7 +8,7 @@ from torch import Tensor
 
 from negcache_fn.checks import check_size
 from negcache_fn.kernels import cpu
-from negcache_fn.scoring import score_matrix
+from negcache_fn.scoring import full_precision, score_matrix
 from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, reduce_blocks, score_blocks
 
 __all__ = ["hardest", "top_negatives"]
@@ -48,7 +48,7 @@ def top_negatives(
         >>> scores.shape, slots[0]
         (torch.Size([2, 3]), tensor([-1, -1, -1]))
     """
-    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):  # mining is a look-up
+    with torch.no_grad(), full_precision(state):  # mining is a look-up
         matrix = score_matrix(state, queries, scale=scale, score_transform=score_transform, exclude_ids=exclude_ids)
         check_size("n", n, most=matrix.embeddings.shape[0])
         return hardest(matrix, n)

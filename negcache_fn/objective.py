@@ -21,8 +21,8 @@ from torch import Tensor
 
 from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_scale, check_size
 from negcache_fn.mining import hardest
-from negcache_fn.sampling import Draw
-from negcache_fn.scoring import score_matrix
+from negcache_fn.sampling import Draw, check_draw
+from negcache_fn.scoring import full_precision, score_matrix
 from negcache_fn.streaming import ScoreTransform, cache_logsumexp, logsumexp
 
 __all__ = [
@@ -170,7 +170,7 @@ def exact_loss(
     Reference: Lindgren et al., NeurIPS 2021, equation 1.
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    with torch.autocast(queries.device.type, enabled=False):
+    with full_precision(state):
         exclude_ids = None
         if ids is not None:
             check_rows("ids", ids, torch.int64, documents.shape[0], queries.device)
@@ -206,6 +206,7 @@ def loss_terms(
 ) -> Terms:
     """What `loss` is made of; arguments as there."""
     check_choice("staleness_correction", staleness_correction, STALENESS_CORRECTIONS)
+    check_draw("draw", draw)
     check_embeddings("queries", queries, draw.embedding, rows=draw.slot.shape[0])
     check_embeddings("negatives", negatives, queries, rows=draw.slot.numel())
     check_scale(scale, queries.device)

@@ -20,11 +20,11 @@ from torch.nn.functional import pad
 from negcache_fn.checks import check_size
 from negcache_fn.mining import hardest
 from negcache_fn.random import gumbel
-from negcache_fn.scoring import score_matrix
+from negcache_fn.scoring import full_precision, score_matrix
 from negcache_fn.state import scalar, stored
 from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, reduce_blocks, score_blocks
 
-__all__ = ["Draw", "merge_draws", "sample_gumbel"]
+__all__ = ["Draw", "check_draw", "merge_draws", "sample_gumbel"]
 
 _GROUP = 16  # blocks
 _QUAD = 4  # variates that one Philox call gives
@@ -89,7 +89,7 @@ def sample_gumbel(
 
     Reference: Lindgren et al., NeurIPS 2021, section 3 and algorithm 1.
     """
-    with torch.no_grad(), torch.autocast(queries.device.type, enabled=False):  # sampling has no gradient
+    with torch.no_grad(), full_precision(state):  # sampling has no gradient
         matrix = score_matrix(state, queries, scale=scale, score_transform=score_transform, exclude_ids=exclude_ids)
         check_size("num_samples", num_samples)
         rows = queries.shape[0]
@@ -127,6 +127,8 @@ def merge_draws(a: Draw, b: Draw) -> Draw:
         >>> merge_draws(sample_gumbel(left, queries), sample_gumbel(right, queries)).source.unique()
         tensor([1])
     """
+    check_draw("a", a)
+    check_draw("b", b)
     if a.embedding.shape != b.embedding.shape:
         raise ValueError(
             f"b has embeddings of shape {tuple(b.embedding.shape)}; "
@@ -149,6 +151,14 @@ def merge_draws(a: Draw, b: Draw) -> Draw:
         cutoff=torch.cat([a.cutoff, b.cutoff], dim=1),
         exclude_ids=a.exclude_ids,
     )
+
+
+def check_draw(name: str, value: object) -> None:
+    """Raises unless `value` is a `Draw`."""
+    if not isinstance(value, Draw):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; expected a Draw, as made by negcache_fn.sample_gumbel(...)"
+        )
 
 
 class _Noise(NamedTuple):

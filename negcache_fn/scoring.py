@@ -8,7 +8,7 @@ from negcache_fn.checks import check_embeddings, check_ids, check_scale, check_s
 from negcache_fn.state import live, stored
 from negcache_fn.streaming import ScoreMatrix, ScoreTransform
 
-__all__ = ["find_slots", "score", "score_matrix"]
+__all__ = ["find_slots", "full_precision", "score", "score_matrix"]
 
 _INFINITY = float("inf")
 
@@ -42,8 +42,8 @@ def score(
         >>> score(state, torch.ones(2, 4)).shape
         torch.Size([2, 8])
     """
-    matrix = score_matrix(state, queries, scale=scale, score_transform=score_transform)
-    with torch.autocast(queries.device.type, enabled=False):
+    with full_precision(state):
+        matrix = score_matrix(state, queries, scale=scale, score_transform=score_transform)
         products = matrix.queries @ matrix.embeddings.to(matrix.queries.dtype).T
         return (products if score_transform is None else score_transform(products)) + matrix.bias
 
@@ -75,6 +75,12 @@ def score_matrix(
     dtype = torch.promote_types(torch.promote_types(queries.dtype, embeddings.dtype), torch.float32)
     bias = stored(state, "log_weight").to(dtype).masked_fill(~kept, -_INFINITY)
     return ScoreMatrix(queries.to(dtype) * scale, embeddings, bias, excluded, score_transform)
+
+
+def full_precision(state: TensorDictBase) -> torch.autocast:
+    """A context without autocast: scores are accumulated in float32 or wider whatever surrounds the call."""
+    check_state(state)
+    return torch.autocast(stored(state, "embedding").device.type, enabled=False)
 
 
 def find_slots(state: TensorDictBase, ids: Tensor) -> Tensor:

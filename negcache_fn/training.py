@@ -7,7 +7,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_size
+from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_size, check_state
 from negcache_fn.features import Features, fit, leaves, map_features
 from negcache_fn.objective import (
     REDUCTIONS,
@@ -159,6 +159,9 @@ def step_(
         >>> step_(state, torch.randn(2, 4), torch.randn(2, 3), torch.nn.Linear(3, 4)).state is state
         True
     """
+    check_state(state)
+    if not callable(encode):
+        raise TypeError(f"encode is a {type(encode).__name__}; expected a function of features, such as a module")
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("staleness_correction", staleness_correction, STALENESS_CORRECTIONS)
     check_choice("evict", evict, tuple(EVICTIONS))

@@ -61,7 +61,6 @@ def update(
         >>> occupancy(state), state["items", "features", "input_ids"][0]
         (tensor(0.2500), tensor([1, 1, 1, 0, 0]))
     """
-    check_state(state)
     return update_(
         copy_state(state),
         features,
@@ -120,6 +119,7 @@ def update_(
 
 def copy_state(state: TensorDictBase) -> TensorDictBase:
     """A state that shares no storage with `state`, locked like it."""
+    check_state(state)
     copy = cast(TensorDict, state.clone())
     return lock(copy) if state.is_locked else copy
 
