@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     show_defaults = argparse.ArgumentDefaultsHelpFormatter
     train = commands.add_parser("train", help="train, with the cache and without", formatter_class=show_defaults)
-    train.add_argument("--steps", type=_positive, default=1500, help="training steps of each run")
+    train.add_argument("--steps", type=_positive, default=2000, help="training steps of each run")
     train.add_argument("--batch-size", type=_positive, default=16, help="queries in a step")
     train.add_argument("--cache-size", type=_positive, default=8192, help="documents in the cache")
     train.add_argument("--num-samples", type=_positive, default=4, help="negatives each query draws from the cache")

@@ -14,7 +14,7 @@ __all__ = ["DualEncoder", "optimizers"]
 
 INITIAL_SCALE = 10.0
 WORD_RATE = 0.02
-HEAD_RATE = 3e-4
+HEAD_RATE = 1e-4
 SCALE_RATE = 3e-3
 
 
