@@ -39,12 +39,12 @@ def philox(
     Reference: Salmon et al., SC 2011, section 3.3.
     """
     word0, word1, word2, word3 = counter
-    key0, key1 = key
-    for _ in range(_ROUNDS):
+    rounds = torch.arange(_ROUNDS, device=word0.device)
+    keys = [((word[..., None] + rounds * weyl) & _MASK).unbind(-1) for word, weyl in zip(key, _WEYL, strict=True)]
+    for key0, key1 in zip(*keys, strict=True):
         high0, low0 = _multiply(_MULTIPLIERS[0], word0)
         high1, low1 = _multiply(_MULTIPLIERS[1], word2)
         word0, word1, word2, word3 = high1 ^ word1 ^ key0, low1, high0 ^ word3 ^ key1, low0
-        key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
     return word0, word1, word2, word3
 
 
