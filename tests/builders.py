@@ -128,13 +128,13 @@ def relative_error(given: Tensor, expected: Tensor) -> float:
     return float(difference) / max(float(size), 1e-300) if float(difference) else 0.0
 
 
-def is_close(given: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Elementwise within `tolerance * (1 + |expected|)`, with infinities equal and NaN never."""
+def is_close(given: Tensor, expected: Tensor, tolerance: float, size: float = 1.0) -> bool:
+    """Elementwise within `tolerance * (size + |expected|)`, with infinities equal and NaN never."""
     given, expected = given.detach().double(), expected.detach().double()
     if given.shape != expected.shape or bool(torch.isnan(given).any()):
         return False
     same_infinity = (given == expected) & torch.isinf(expected)
-    near = (given - expected).abs() <= tolerance * (1 + expected.abs())
+    near = (given - expected).abs() <= tolerance * (size + expected.abs())
     return bool((same_infinity | near).all())
 
 
