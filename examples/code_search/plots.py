@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
 
 from examples.code_search.methods import METHODS
 
@@ -15,7 +18,7 @@ __all__ = ["draw"]
 
 _COLORS = {"in_batch": "#7a828c", "random": "#c98500", "cache": "#1668b8"}
 _INK = "#30363d"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "text.color": _INK,
     "axes.edgecolor": "#b8bec5",
@@ -45,7 +48,7 @@ def draw(histories: dict[str, History], lexical_mrr: float, file: Path) -> None:
         file: the PNG to write.
     """
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(11, 5.4), dpi=150, layout="constrained")
+        figure = Figure(figsize=(11, 5.4), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
         axes: dict[str, Axes] = figure.subplot_mosaic(
             [["mrr", "loss"], ["mrr", "age"], ["mrr", "drift"]], width_ratios=[1.5, 1]
         )
@@ -60,6 +63,7 @@ def draw(histories: dict[str, History], lexical_mrr: float, file: Path) -> None:
         for name in ("loss", "age", "drift"):
             axes[name].set_ylim(bottom=0)
             axes[name].sharex(axes["mrr"])
+            axes[name].xaxis.set_major_locator(MaxNLocator(5))
         for name in ("loss", "age"):
             axes[name].tick_params(labelbottom=False)
         for name in ("mrr", "drift"):
