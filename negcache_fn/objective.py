@@ -1,16 +1,11 @@
 """The loss: softmax cross entropy over batch and cache, the cache entering as a single class.
 
-With `L_i` the log-sum-exp of query i's scores over the cache, `f_im` the fresh and `g_im` the stale score of draw m,
-and weights `w_im` of the draws, that class has the logit
-
-    staleness_correction="none"             c_i = L_i + sum_m w_im (f_im - stop_gradient f_im)
-    staleness_correction="self_normalized"  c_i = L_i + log(sum_m w_im exp(f_im - g_im) / sum_m w_im)
-    staleness_correction="unnormalized"     c_i = L_i + log(sum_m w_im exp(f_im - g_im))
-
     loss_i = logsumexp(s_positive, [in-batch scores], c_i) - s_positive
 
-Sources: Lindgren, Reddi, Guo, Kumar, NeurIPS 2021 (the estimator: own draws, "none"); Veach, Guibas, SIGGRAPH 1995
-(the balance heuristic that shares draws). Proofs: docs/method.md.
+`c_i` is the log-sum-exp of query i's scores over the cache (`exact_loss`), or the estimate of it whose gradient comes
+from the drawn documents (`loss`; see `estimator`).
+
+Source: Lindgren, Reddi, Guo, Kumar, NeurIPS 2021. Proofs: docs/method.md.
 """
 
 from typing import NamedTuple
@@ -20,14 +15,14 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_scale, check_size
+from negcache_fn.estimator import STALENESS_CORRECTIONS, estimate_cache_logit
 from negcache_fn.mining import hardest
 from negcache_fn.sampling import Draw, check_draw
-from negcache_fn.scoring import full_precision, score_matrix
+from negcache_fn.scoring import Similarity, full_precision, score_matrix
 from negcache_fn.streaming import ScoreTransform, cache_logsumexp, logsumexp
 
 __all__ = [
     "REDUCTIONS",
-    "STALENESS_CORRECTIONS",
     "Terms",
     "cross_entropy",
     "exact_loss",
@@ -38,7 +33,6 @@ __all__ = [
 ]
 
 REDUCTIONS = ("mean", "sum", "none")
-STALENESS_CORRECTIONS = ("none", "self_normalized", "unnormalized")
 _INFINITY = float("inf")
 
 
@@ -68,10 +62,9 @@ def loss(
 ) -> Tensor:
     """Cross entropy of each query's positive against batch and cache, from the draws' fresh embeddings.
 
-    The cache is one class, with the logit `c_i` of the module's docstring: its value is the log-sum-exp over all of the
-    cache, its gradient that of the drawn documents, weighted by `w_im`: `p_i(j_m) / sum_i' k p_i'(j_m)` with shared
-    draws, 1/k for a query's own draws without. Where nothing is stale, the expected gradient is the one of the exact
-    softmax ("none": exactly; "self_normalized": up to O(1/k)).
+    The cache is one class, with a logit `c_i` (see `negcache_fn.estimator`): its value is the log-sum-exp over all of
+    the cache, its gradient that of the drawn documents. Where nothing is stale, the expected gradient is the one of
+    the exact softmax ("none": exactly; "self_normalized": up to O(1/k)).
 
     Args:
         queries: [B, D] floating.
@@ -176,7 +169,7 @@ def exact_loss(
             check_rows("ids", ids, torch.int64, documents.shape[0], queries.device)
             exclude_ids = false_negative_ids(ids, queries.shape[0], in_batch=in_batch)
         matrix = score_matrix(state, queries, scale=scale, score_transform=score_transform, exclude_ids=exclude_ids)
-        similarity = _Similarity(matrix.queries.dtype, scale, score_transform)
+        similarity = Similarity(matrix.queries.dtype, scale, score_transform)
         batch_logits, positive = _batch_scores(similarity, queries, documents, in_batch, ids, log_weights)
         if top_k is None:
             cache_logit = cache_logsumexp(matrix)
@@ -210,33 +203,12 @@ def loss_terms(
     check_embeddings("queries", queries, draw.embedding, rows=draw.slot.shape[0])
     check_embeddings("negatives", negatives, queries, rows=draw.slot.numel())
     check_scale(scale, queries.device)
-    similarity = _Similarity(draw.log_normalizer.dtype, scale, score_transform)
+    similarity = Similarity(draw.log_normalizer.dtype, scale, score_transform)
     with torch.autocast(queries.device.type, enabled=False):  # the softmax is computed in float32 or wider
         batch_logits, positive = _batch_scores(similarity, queries, documents, in_batch, ids, log_weights)
-        # What was encoded in place of a draw that does not exist has no part in the loss, not even a NaN.
-        negatives = torch.where(draw.slot.flatten()[:, None] >= 0, negatives, 0.0)
-        if share_draws:
-            log_weight = draw.log_weight.flatten()
-            fresh = similarity.all(queries, negatives) + log_weight
-        else:
-            log_weight = draw.log_weight
-            fresh = similarity.own(queries, negatives.view(draw.embedding.shape)) + log_weight
-        with torch.no_grad():  # weights and stale scores are constants of the estimator
-            if share_draws:
-                stale = similarity.all(queries, draw.embedding.flatten(0, 1)) + log_weight
-                log_weights_of_draws = _balance_heuristic(stale, draw)
-            else:
-                stale = similarity.own(queries, draw.embedding) + log_weight
-                log_weights_of_draws = torch.full_like(stale, 1.0 / draw.slot.shape[1]).log_()
-            has_draws = draw.slot[:, :1] >= 0
-            log_weights_of_draws = torch.where(has_draws, log_weights_of_draws, 0.0)
-        cache_logit = _cache_logit(draw.log_normalizer, log_weights_of_draws, fresh, stale, staleness_correction)
-        # Without draws the log-normaliser is -inf; if the queries have diverged it is NaN, and should be seen.
-        cache_logit = torch.where(has_draws[:, 0], cache_logit, draw.log_normalizer)
-        log_importance = log_weights_of_draws
-        if staleness_correction != "none":
-            log_importance = log_importance + fresh.detach() - stale
-        log_importance = log_importance.masked_fill(~has_draws, -_INFINITY)
+        cache_logit, log_importance = estimate_cache_logit(
+            similarity, queries, negatives, draw, share_draws=share_draws, staleness_correction=staleness_correction
+        )
     return Terms(batch_logits, positive, cache_logit, log_importance)
 
 
@@ -257,28 +229,8 @@ def false_negative_ids(ids: Tensor, queries: int, *, in_batch: bool) -> Tensor:
     return ids if in_batch else ids[:queries, None]
 
 
-class _Similarity(NamedTuple):
-    """`transform(scale * q . d)` in the dtype of the softmax."""
-
-    dtype: torch.dtype
-    scale: float | Tensor
-    transform: ScoreTransform | None
-
-    def all(self, queries: Tensor, documents: Tensor) -> Tensor:
-        """[B, D], [M, D] -> [B, M]: every query with every document."""
-        return self._transformed((queries.to(self.dtype) * self.scale) @ documents.to(self.dtype).T)
-
-    def own(self, queries: Tensor, documents: Tensor) -> Tensor:
-        """[B, D], [B, k, D] -> [B, k]: each query with its own documents."""
-        scaled = queries.to(self.dtype) * self.scale
-        return self._transformed((scaled[:, None, :] * documents.to(self.dtype)).sum(-1))
-
-    def _transformed(self, products: Tensor) -> Tensor:
-        return products if self.transform is None else self.transform(products)
-
-
 def _batch_scores(
-    similarity: _Similarity,
+    similarity: Similarity,
     queries: Tensor,
     documents: Tensor,
     in_batch: bool,
@@ -307,25 +259,3 @@ def _batch_scores(
         is_positive = torch.eye(rows, documents.shape[0], dtype=torch.bool, device=ids.device)
         scores = scores.masked_fill((same[:rows] | repeated) & ~is_positive, -_INFINITY)
     return scores, positive
-
-
-def _balance_heuristic(stale: Tensor, draw: Draw) -> Tensor:
-    """[B, M]: `log w_im = log p_i(j_m) - log sum_i' k p_i'(j_m)`, -inf where `p_i(j_m) = 0`."""
-    rows, samples = draw.slot.shape
-    slot, source, document = draw.slot.flatten(), draw.source.flatten(), draw.id.flatten()
-    own = torch.arange(rows * samples, device=slot.device) // samples == torch.arange(rows, device=slot.device)[:, None]
-    excluded = ((document[:, None] == draw.exclude_ids[:, None, :]) & (document[:, None] >= 0)).any(-1)
-    possible = ~excluded & (stale >= draw.cutoff[:, source])
-    possible = (possible | own) & (slot >= 0) & (draw.slot[:, :1] >= 0)
-    log_probability = torch.where(possible, stale - draw.log_normalizer[:, None], -_INFINITY)
-    log_expected_draws = log_probability.logsumexp(0) + torch.full_like(stale[0], samples).log_()
-    return torch.where(possible, log_probability - log_expected_draws, -_INFINITY)
-
-
-def _cache_logit(log_normalizer: Tensor, log_weights: Tensor, fresh: Tensor, stale: Tensor, correction: str) -> Tensor:
-    if correction == "none":
-        return log_normalizer + (log_weights.exp() * (fresh - fresh.detach())).sum(-1)
-    ratio = (log_weights + fresh - stale).logsumexp(-1)
-    if correction == "unnormalized":
-        return log_normalizer + ratio
-    return log_normalizer + ratio - log_weights.logsumexp(-1)

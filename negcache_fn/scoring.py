@@ -1,5 +1,7 @@
 """Scores of queries against the cache: their definition, and the checks that all readers of them share."""
 
+from typing import NamedTuple
+
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -8,7 +10,7 @@ from negcache_fn.checks import check_embeddings, check_ids, check_scale, check_s
 from negcache_fn.state import live, stored
 from negcache_fn.streaming import ScoreMatrix, ScoreTransform
 
-__all__ = ["find_slots", "full_precision", "score", "score_matrix"]
+__all__ = ["Similarity", "find_slots", "full_precision", "score", "score_matrix"]
 
 _INFINITY = float("inf")
 
@@ -75,6 +77,26 @@ def score_matrix(
     dtype = torch.promote_types(torch.promote_types(queries.dtype, embeddings.dtype), torch.float32)
     bias = stored(state, "log_weight").to(dtype).masked_fill(~kept, -_INFINITY)
     return ScoreMatrix(queries.to(dtype) * scale, embeddings, bias, excluded, score_transform)
+
+
+class Similarity(NamedTuple):
+    """`transform(scale * q . d)` in the dtype of the softmax."""
+
+    dtype: torch.dtype
+    scale: float | Tensor
+    transform: ScoreTransform | None
+
+    def all(self, queries: Tensor, documents: Tensor) -> Tensor:
+        """[B, D], [M, D] -> [B, M]: every query with every document."""
+        return self._transformed((queries.to(self.dtype) * self.scale) @ documents.to(self.dtype).T)
+
+    def own(self, queries: Tensor, documents: Tensor) -> Tensor:
+        """[B, D], [B, k, D] -> [B, k]: each query with its own documents."""
+        scaled = queries.to(self.dtype) * self.scale
+        return self._transformed((scaled[:, None, :] * documents.to(self.dtype)).sum(-1))
+
+    def _transformed(self, products: Tensor) -> Tensor:
+        return products if self.transform is None else self.transform(products)
 
 
 def full_precision(state: TensorDictBase) -> torch.autocast:

@@ -8,10 +8,10 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_size, check_state
+from negcache_fn.estimator import STALENESS_CORRECTIONS
 from negcache_fn.features import Features, fit, leaves, map_features
 from negcache_fn.objective import (
     REDUCTIONS,
-    STALENESS_CORRECTIONS,
     Terms,
     cross_entropy,
     false_negative_ids,
