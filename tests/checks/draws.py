@@ -80,7 +80,7 @@ def distribution(
         assert oracles.chi_square_pvalue(drawn[i], exact[i]) > oracles.FALSE_ALARM, f"query {i}"
 
 
-def many_steps(sample: Sampler, state: TensorDictBase, query: Tensor, *, steps: int = 1500, **options: Any) -> None:
+def many_steps(sample: Sampler, state: TensorDictBase, query: Tensor, *, steps: int = 600, **options: Any) -> None:
     """Chi-square of single draws of one query, one a step: the noise moves with `step`."""
     drawn = counts(sample, state, query[None], range(steps), **options)
     exact = oracles.probabilities(exact_scores(state, query[None], **options))
