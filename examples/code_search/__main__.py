@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--cache-size", type=_positive, default=8192, help="documents in the cache")
     train.add_argument("--num-samples", type=_positive, default=4, help="negatives each query draws from the cache")
     train.add_argument("--embedding-dim", type=_positive, default=256, help="of queries and documents")
-    train.add_argument("--evaluate-every", type=_positive, default=250, help="steps between evaluations")
+    train.add_argument("--evaluate-every", type=_positive, default=400, help="steps between evaluations")
     train.add_argument("--seed", type=int, default=0, help="of encoder, batches and draws")
     train.add_argument("--mask-names", action="store_true", help="hide a function's own name from its document")
     train.add_argument(

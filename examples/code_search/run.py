@@ -39,7 +39,7 @@ class Options:
     cache_size: int = 8192
     num_samples: int = 4
     seed: int = 0
-    evaluate_every: int = 250
+    evaluate_every: int = 400
     validation_queries: int = 1500
     """How many are asked at each evaluation; the final one asks all of the test modules."""
 
