@@ -21,7 +21,6 @@ _BLOCK = tl.constexpr(64)  # negcache_fn.streaming.BLOCK
 _GROUP = tl.constexpr(16)  # tiles of queries
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
-_MOST_PRODUCTS = 2048  # that one thread makes for one step in D without tensor cores; more take minutes to compile
 _FIXED = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
 
 
@@ -127,18 +126,10 @@ def configs(element_size: int) -> list[triton.Config]:
     ]
 
 
-def suitable(candidates: list[triton.Config], arguments: dict[str, int], **options: object) -> list[triton.Config]:
-    """Those candidates that waste no rows and, where float32 products go without tensor cores, compile in seconds."""
+def suitable(candidates: list[triton.Config], arguments: dict[str, int], **_: object) -> list[triton.Config]:
+    """Those candidates whose rows fit the batch: few of them idle, and the embeddings read few times."""
     bucket = arguments["bucket"]
-    kept = [config for config in candidates if min(64, bucket) <= config.kwargs["BLOCK_M"] <= max(16, bucket)]
-    if options["PRECISION"] != "ieee":
-        return kept
-    return [
-        config
-        for config in kept
-        if config.kwargs["BLOCK_M"] * config.kwargs["BLOCK_N"] * config.kwargs["BLOCK_D"]
-        <= _MOST_PRODUCTS * 32 * config.num_warps
-    ]
+    return [config for config in candidates if min(64, bucket) <= config.kwargs["BLOCK_M"] <= max(16, bucket)]
 
 
 _TUNED = {

@@ -65,10 +65,10 @@ def test_kernel_compiles_without_a_gpu(capability: int, storage: str, precision:
 def test_some_tiles_suit_every_batch() -> None:
     module = importlib.import_module(MODULE)
     for bucket in (2**n for n in range(4, 15)):
-        for size, precision in ((2, "tf32"), (4, "tf32"), (4, "tf32x3"), (4, "ieee")):
-            kept = module.suitable(module.configs(size), {"bucket": bucket}, PRECISION=precision)
+        for size in (2, 4):
+            kept = module.suitable(module.configs(size), {"bucket": bucket}, PRECISION="ieee")
             assert kept
-            assert all(config.kwargs["BLOCK_M"] <= bucket for config in kept)
+            assert all(min(64, bucket) <= config.kwargs["BLOCK_M"] <= bucket for config in kept)
 
 
 @given(
