@@ -9,7 +9,7 @@ QUERY ?= parse a date from a string
 export QUERY
 
 .DEFAULT_GOAL := help
-.PHONY: help train search test lint format types docs clean
+.PHONY: help train search bench test lint format types docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ train: $(VENV)/.train ## train the code search model, with the cache and without
 
 search: $(VENV)/.train ## search with what `make train` made: make search QUERY="..."
 	@$(PY) -m examples.code_search search $(ARGS) -- "$$QUERY"
+
+bench: $(VENV)/.bench ## time and memory of a step beside its peers; make bench ARGS="--quick" for a first look
+	$(PY) -m examples.benchmarks $(ARGS)
 
 test: $(VENV)/.dev ## all tests, with coverage
 	$(PY) -m pytest --cov=negcache_fn --cov-report=term --cov-fail-under=97 $(ARGS)
@@ -51,6 +54,10 @@ $(VENV)/.train: requirements/train.txt pyproject.toml | $(VENV)/.venv
 	@echo "installing requirements/train.txt: a minute, or more where torch brings CUDA"
 	$(PIP) install -r requirements/train.txt
 	$(PIP) install --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.bench: requirements/bench.txt $(VENV)/.train
+	$(PIP) install -r requirements/bench.txt
 	touch $@
 
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.train

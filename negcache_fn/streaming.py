@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType] - untyped in torch
 
-from negcache_fn.kernels import cpu
+from negcache_fn.kernels import cpu, cuda
 
 __all__ = ["BLOCK", "ScoreMatrix", "ScoreTransform", "cache_logsumexp", "logsumexp", "reduce_blocks", "score_blocks"]
 
@@ -143,6 +143,8 @@ def _chunk_logsumexp(
 def _reduce_blocks_op(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, reduction: str) -> Tensor:
     if reduction == "logsumexp" and cpu.supports(queries, embeddings):
         return cpu.block_logsumexp(queries, embeddings, bias, excluded)
+    if reduction == "logsumexp" and cuda.supports(queries, embeddings):
+        return cuda.block_logsumexp(queries, embeddings, bias, excluded)
     return _reduce_blocks(queries, embeddings, bias, excluded, None, reduction)
 
 
@@ -167,6 +169,8 @@ def _(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, block
 def _cache_logsumexp_op(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
     if cpu.supports(queries, embeddings):
         return cpu.block_logsumexp(queries, embeddings, bias, excluded).logsumexp(1)
+    if cuda.supports(queries, embeddings):
+        return cuda.block_logsumexp(queries, embeddings, bias, excluded).logsumexp(1)
     return _reduce_blocks(queries, embeddings, bias, excluded, None, "logsumexp").logsumexp(1)
 
 

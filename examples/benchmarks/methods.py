@@ -1,0 +1,154 @@
+"""What is measured: our step, what it is held against, and the list of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import negcache_fn
+from examples.benchmarks.problem import SCALE, Problem
+from examples.benchmarks.shapes import Shape
+
+__all__ = ["BASELINE", "OURS", "PLAIN", "Call", "Method", "UnavailableError", "cache_step"]
+
+BASELINE = "product"
+"""The name of the method that all ratios refer to."""
+
+Call = Callable[[], None]
+
+
+class UnavailableError(Exception):
+    """A method cannot be measured here; says why."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Something to measure."""
+
+    name: str
+    label: str
+    make: Callable[[Problem], Call]
+    """The call to measure, its state made; UnavailableError where there is none."""
+    bytes_needed: Callable[[Shape], int] = lambda shape: 0
+    """A rough bound of what a call takes besides its inputs: what would not fit is left out."""
+    swept: bool = True
+    """Whether the sweeps have it, or only the main table."""
+    compiled: bool = False
+
+
+def cache_step(problem: Problem, step: Callable[..., negcache_fn.StepOutput], **options: Any) -> Call:
+    """One step of the cache with its backward pass; the encoder gives rows that are there already."""
+    state = problem.state(options.pop("dtype", torch.float32))
+
+    def call() -> None:
+        problem.next_batch()
+        out = step(
+            state,
+            problem.queries,
+            problem.features,
+            problem.encoded,
+            problem.ids,
+            problem.shape.samples,
+            **options,
+        )
+        out.loss.backward()
+
+    return call
+
+
+def _step(
+    state: Any, queries: Tensor, features: Any, encoded: Tensor, ids: Tensor, samples: int, **options: Any
+) -> negcache_fn.StepOutput:
+    return negcache_fn.step_(
+        state, queries, features, lambda _: encoded, scale=SCALE, ids=ids, num_samples=samples, **options
+    )
+
+
+# One graph for all sizes: what it calls for the pass over the cache is the same whatever the size.
+_compiled_step = torch.compile(_step, fullgraph=True, dynamic=True)
+
+
+def _ours(name: str, label: str, *, compiled: bool = True, precision: str = "highest", **options: Any) -> Method:
+    def make(problem: Problem) -> Call:
+        call = cache_step(problem, _compiled_step if compiled else _step, **options)
+        return call if precision == "highest" else _with_precision(call, precision)
+
+    swept = precision == "highest" and "top_k" not in options
+    return Method(name, label, make, swept=swept, compiled=compiled)
+
+
+def _with_precision(call: Call, precision: str) -> Call:
+    def with_precision() -> None:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            call()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return with_precision
+
+
+def _product(dtype: torch.dtype = torch.float32) -> Callable[[Problem], Call]:
+    def make(problem: Problem) -> Call:
+        queries, embeddings = problem.queries.detach().to(dtype), problem.embeddings(dtype)
+
+        def call() -> None:
+            queries @ embeddings.T
+
+        return call
+
+    return make
+
+
+def _read(problem: Problem) -> Call:
+    embeddings = problem.embeddings()
+
+    def call() -> None:
+        embeddings.sum()
+
+    return call
+
+
+def _full_softmax(problem: Problem) -> Call:
+    embeddings = problem.embeddings()
+    target = torch.zeros(problem.shape.batch, dtype=torch.int64, device=problem.device)
+
+    def call() -> None:
+        problem.next_batch()
+        documents = problem.encoded[: problem.shape.batch]
+        positive = (problem.queries * documents).sum(1, keepdim=True)
+        logits = torch.cat([positive, problem.queries @ embeddings.T], 1)
+        cross_entropy(SCALE * logits, target).backward()
+
+    return call
+
+
+_BFLOAT16 = torch.bfloat16
+
+OURS = (
+    _ours("ours", "`negcache_fn`, compiled"),
+    _ours("ours-eager", "`negcache_fn`, eager", compiled=False),
+    _ours("ours-high", "`negcache_fn`, compiled, precision “high”", precision="high"),
+    _ours("ours-bf16", "`negcache_fn`, bfloat16 storage, compiled", dtype=_BFLOAT16),
+    _ours("ours-bf16-eager", "`negcache_fn`, bfloat16 storage, eager", dtype=_BFLOAT16, compiled=False),
+    _ours("ours-top64", "`negcache_fn`, `top_k=64`, compiled", top_k=64),
+)
+
+PLAIN = (
+    Method(BASELINE, "bare product `queries @ embeddings.T`, float32", _product(), lambda shape: 4 * shape.scores),
+    Method(
+        "product-bf16",
+        "bare product, bfloat16",
+        _product(_BFLOAT16),
+        lambda shape: 2 * shape.scores,
+        swept=False,
+    ),
+    Method("read", "reading the embeddings once, float32", _read, swept=False),
+    Method("softmax", "full softmax in plain torch, with backward", _full_softmax, lambda shape: 20 * shape.scores),
+)

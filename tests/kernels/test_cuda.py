@@ -1,0 +1,146 @@
+"""The pass on CUDA: Triton's kernel, interpreted where there is no GPU, and compiled for one."""
+
+import importlib.util
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from negcache_fn import streaming
+from negcache_fn.kernels import cpu, cuda
+
+from .test_cpu import problem
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+MODULE = "negcache_fn.kernels.block_logsumexp"
+
+
+@needs_triton
+@pytest.mark.parametrize("interpreted", ["1", pytest.param("0", marks=needs_gpu)], ids=["interpreted", "compiled"])
+def test_triton_kernel(interpreted: str) -> None:
+    """`triton_cases.py` in a process of its own, because Triton interprets all kernels of a process or none."""
+    cases = Path(__file__).with_name("triton_cases.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    environment = {**os.environ, "TRITON_INTERPRET": interpreted, "NEGCACHE_FN_NATIVE": "1"}
+    ran = subprocess.run(command, env=environment, cwd=cases.parents[2], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("storage", "precision", "dim"), [("bf16", "tf32", 768), ("fp32", "tf32x3", 100)])
+def test_kernel_compiles_without_a_gpu(capability: int, storage: str, precision: str, dim: int) -> None:
+    """To machine code that multiplies on tensor cores."""
+    triton = importlib.import_module("triton")
+    if triton.knobs.runtime.interpret:
+        pytest.skip("Triton interprets in this process")
+    kernel = importlib.import_module(MODULE)._kernel
+    constants = {"D": dim, "P": 1, "PARTS": 2, "PRECISION": precision, "WIDEN": False}
+    constants |= {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_D": 32}
+    pointers = {"queries": storage, "magnitude": "fp32", "embeddings": storage, "bias": "fp32", "excluded": "i64"}
+    types = {name: f"*{kind}" for name, kind in {**pointers, "out": "fp32"}.items()}
+    source = triton.compiler.ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names},
+        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in types},
+    )
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": 4, "num_stages": 3})
+    assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in compiled.asm["ptx"]
+
+
+@needs_triton
+def test_some_tiles_suit_every_batch() -> None:
+    module = importlib.import_module(MODULE)
+    for bucket in (2**n for n in range(4, 15)):
+        for size in (2, 4):
+            kept = module.suitable(module.configs(size), {"bucket": bucket}, PRECISION="ieee")
+            assert kept
+            assert all(min(64, bucket) <= config.kwargs["BLOCK_M"] <= bucket for config in kept)
+
+
+@given(
+    size=st.floats(1e-30, 1e30),
+    storage=st.sampled_from(cuda._STORAGE),
+    precision=st.sampled_from(["highest", "high", "medium"]),
+    seed=st.integers(0, 99),
+)
+def test_parts_are_the_queries(size: float, storage: torch.dtype, precision: str, seed: int) -> None:
+    """To the error that the module promises, relative to the largest number of a row, and within float16's range."""
+    queries = torch.randn(3, 20, generator=torch.Generator().manual_seed(seed)) * size
+    queries[1] = 0.0
+    parts, magnitude = cuda._split(queries, storage, precision)
+    assert parts.dtype == storage
+    assert bool(parts.isfinite().all())
+    assert bool((torch.frexp(magnitude).mantissa == 0.5).all())
+    one, two = {torch.float32: (0.0, 0.0), torch.bfloat16: (2.0**-8, 2.0**-17), torch.float16: (2.0**-11, 2.0**-21)}[
+        storage
+    ]
+    error = (parts.double().sum(0) * magnitude.double()[:, None] - queries.double()).abs().amax(1)
+    assert bool((error <= queries.double().abs().amax(1) * (one if precision == "medium" else two)).all())
+
+
+def plain_launch(
+    queries: Tensor, magnitude: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, precision: str, out: Tensor
+) -> None:
+    """What the kernel computes, in plain torch."""
+    assert precision in ("ieee", "tf32x3", "tf32")
+    whole = queries.float().sum(0) * magnitude[:, None]
+    out.copy_(streaming._reduce_blocks(whole, embeddings, bias, excluded, None, "logsumexp"))
+
+
+@pytest.fixture
+def _on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "kernel", lambda: SimpleNamespace(launch=plain_launch))
+    monkeypatch.setattr(cuda, "supports", lambda *_: True)
+    monkeypatch.setattr(cpu, "supports", lambda *_: False)
+
+
+@pytest.mark.usefixtures("_on_the_kernel")
+@pytest.mark.parametrize("storage", cuda._STORAGE)
+def test_the_passes_ask_the_kernel(storage: torch.dtype) -> None:
+    arguments = problem(5, 300, 24, storage, 2, 0)
+    matrix = streaming.ScoreMatrix(*arguments, None)
+    expected = streaming._reduce_blocks(*matrix, "logsumexp")
+    options: dict[str, Any] = {"atol": 1e-3, "rtol": 1e-4}
+    torch.testing.assert_close(streaming.reduce_blocks(matrix, "logsumexp"), expected, **options)
+    torch.testing.assert_close(streaming.cache_logsumexp(matrix), expected.logsumexp(1), **options)
+    maxima = streaming._reduce_blocks(*matrix, "max")
+    assert torch.equal(streaming.reduce_blocks(matrix, "max"), maxima)
+    assert math.isfinite(float(maxima.max()))
+
+
+def test_without_triton_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """One plain line says so, once."""
+    cuda.kernel.cache_clear()
+    try:
+        monkeypatch.setenv("NEGCACHE_FN_NATIVE", "0")
+        assert cuda.kernel() is None
+        cuda.kernel.cache_clear()
+        monkeypatch.setenv("NEGCACHE_FN_NATIVE", "1")
+        monkeypatch.setitem(sys.modules, MODULE, None)  # as if it could not be imported
+        with caplog.at_level(logging.INFO, logger=cuda.__name__):
+            assert cuda.kernel() is None
+            assert cuda.kernel() is None
+        assert [record.message.split(":")[0] for record in caplog.records] == ["no Triton"]
+        with pytest.raises(RuntimeError, match="ask `supports` first"):
+            cuda.block_logsumexp(*problem(1, 1, 1, torch.float32, 0, 0))
+    finally:
+        monkeypatch.undo()
+        cuda.kernel.cache_clear()
+
+
+def test_cpu_tensors_are_not_for_cuda() -> None:
+    assert not cuda.supports(torch.zeros(1, 2), torch.zeros(3, 2))

@@ -1,0 +1,127 @@
+"""The Triton kernel against float64: run by `test_cuda.py` in a process of its own.
+
+Triton decides once for a process, when it is first imported, whether it compiles kernels or interprets them.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import pad
+
+import negcache_fn
+from negcache_fn import streaming
+from negcache_fn.kernels import cpu, cuda
+
+from ..builders import make_state, unit
+from .test_cpu import exact_scores, largest_error, problem
+
+# The interpreter's numpy warns of log(0) and NaN, and of the interpreter's own calls.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+# Largest error relative to |q| |e|.
+ERRORS = {
+    torch.float32: {"highest": 2.0**-21, "high": 2.0**-19, "medium": 2.0**-9},
+    torch.bfloat16: {"highest": 2.0**-16, "high": 2.0**-16, "medium": 2.0**-8},
+    torch.float16: {"highest": 2.0**-20, "high": 2.0**-20, "medium": 2.0**-11},
+}
+ROUNDING = 2e-5  # of a log-sum-exp of scores of about 50, in float32
+
+shapes = st.tuples(st.integers(1, 140), st.integers(1, 300), st.integers(1, 80), st.integers(0, 3), st.integers(0, 999))
+
+
+@pytest.fixture(autouse=True)
+def _precision() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def block_logsumexp(*arguments: Tensor) -> Tensor:
+    return cuda.block_logsumexp(*(argument.to(DEVICE) for argument in arguments)).cpu()
+
+
+def exact_blocks(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
+    scores = exact_scores(queries, embeddings, bias, excluded)
+    return pad(scores, (0, -scores.shape[1] % 64), value=-math.inf).view(len(queries), -1, 64).logsumexp(-1)
+
+
+def norms(queries: Tensor, embeddings: Tensor) -> float:
+    return float(queries.norm(dim=1).max() * embeddings.float().norm(dim=1).max())
+
+
+@pytest.mark.parametrize("storage", cuda._STORAGE)
+@given(shape=shapes, precision=st.sampled_from(["highest", "high", "medium"]))
+@example(shape=(1, 1, 1, 0, 0), precision="highest")
+@example(shape=(64, 128, 32, 1, 1), precision="high")
+@example(shape=(65, 129, 33, 2, 2), precision="medium")
+@example(shape=(1100, 200, 3, 1, 3), precision="highest")  # two groups of tiles, the second narrower
+def test_block_logsumexp_is_exact(storage: torch.dtype, shape: tuple[int, int, int, int, int], precision: str) -> None:
+    """Any shape; empty, excluded and missing slots; every precision within its error."""
+    rows, capacity, dim, exclusions, seed = shape
+    arguments = problem(rows, capacity, dim, storage, exclusions, seed)
+    torch.set_float32_matmul_precision(precision)
+    bound = ERRORS[storage][precision] * norms(*arguments[:2]) + ROUNDING
+    assert largest_error(block_logsumexp(*arguments), exact_blocks(*arguments)) <= bound
+
+
+@pytest.mark.parametrize("storage", cuda._STORAGE)
+def test_blocks_without_documents_are_empty(storage: torch.dtype) -> None:
+    queries, embeddings, bias, _ = problem(3, 200, 5, storage, 0, 0)
+    bias[64:128] = -math.inf
+    excluded = torch.full((3, 65), -1)
+    excluded[1, :64] = torch.arange(64)
+    excluded[2, 64] = 199
+    empty = block_logsumexp(queries, embeddings, bias, excluded) == -math.inf
+    assert empty.tolist() == [[False, True, False, False], [True, True, False, False], [False, True, False, False]]
+
+
+@pytest.mark.parametrize("storage", cuda._STORAGE)
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1e7])
+def test_queries_of_any_size(storage: torch.dtype, size: float) -> None:
+    """float16 ends at 65504 and float32's square at 1e38: neither is met."""
+    queries, embeddings, _, excluded = problem(7, 100, 40, storage, 0, 0)
+    bias = torch.zeros(100)
+    queries = queries * size * torch.tensor([0.0, 1e-3, 1.0, 1.0, 1.0, 1.0, 1.0])[:, None]
+    bound = ERRORS[storage]["highest"] * norms(queries, embeddings) + ROUNDING
+    expected = exact_blocks(queries, embeddings, bias, excluded)
+    assert largest_error(block_logsumexp(queries, embeddings, bias, excluded), expected) <= bound
+
+
+@pytest.mark.parametrize("storage", cuda._STORAGE)
+def test_nan_is_seen(storage: torch.dtype) -> None:
+    """Also past exclusions: a maximum passes over NaN, so that only -inf remains."""
+    queries, embeddings, bias, excluded = problem(20, 200, 40, storage, 63, 0)
+    queries[3, 7] = math.nan
+    excluded[3] = torch.arange(63)
+    found = block_logsumexp(queries, embeddings, bias, excluded).isnan()
+    assert bool(found[3].all())
+    assert not bool(found[[0, 2, 4, 19]].any())
+
+
+@pytest.mark.parametrize("storage", cuda._STORAGE)
+def test_the_passes_take_the_kernel(storage: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the operators: the same block values, gradient and draws as in plain torch."""
+    matrix = streaming.ScoreMatrix(*(argument.to(DEVICE) for argument in problem(5, 2100, 24, storage, 2, 1)), None)
+    state = make_state(unit(500, 8, seed=0).to(storage)).to(DEVICE)
+    queries = unit(6, 8, seed=1).to(DEVICE)
+
+    def everything() -> list[Tensor]:
+        leaf = matrix.queries.clone().requires_grad_()
+        total = streaming.cache_logsumexp(matrix._replace(queries=leaf))
+        total.sum().backward()
+        assert leaf.grad is not None
+        draw = negcache_fn.sample_gumbel(state, queries, scale=10.0, num_samples=3)
+        return [streaming.reduce_blocks(matrix, "logsumexp"), total.detach(), leaf.grad, draw.slot, draw.log_normalizer]
+
+    monkeypatch.setattr(cpu, "supports", lambda *_: False)
+    monkeypatch.setattr(cuda, "supports", lambda *_: False)
+    expected = everything()
+    monkeypatch.setattr(cuda, "supports", lambda *_: True)
+    for given_value, value in zip(everything(), expected, strict=True):
+        torch.testing.assert_close(given_value, value, atol=2e-3, rtol=1e-4)
