@@ -139,12 +139,17 @@ def _chunk_logsumexp(
     return logsumexp(_chunk_scores(queries, embeddings, bias, excluded, transform, start))
 
 
+def _block_logsumexp(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
+    for kernels in (cpu, cuda):
+        if kernels.supports(queries, embeddings):
+            return kernels.block_logsumexp(queries, embeddings, bias, excluded)
+    return _reduce_blocks(queries, embeddings, bias, excluded, None, "logsumexp")
+
+
 @torch.library.custom_op("negcache_fn::reduce_blocks", mutates_args=())
 def _reduce_blocks_op(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, reduction: str) -> Tensor:
-    if reduction == "logsumexp" and cpu.supports(queries, embeddings):
-        return cpu.block_logsumexp(queries, embeddings, bias, excluded)
-    if reduction == "logsumexp" and cuda.supports(queries, embeddings):
-        return cuda.block_logsumexp(queries, embeddings, bias, excluded)
+    if reduction == "logsumexp":
+        return _block_logsumexp(queries, embeddings, bias, excluded)
     return _reduce_blocks(queries, embeddings, bias, excluded, None, reduction)
 
 
@@ -167,11 +172,7 @@ def _(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, block
 
 @torch.library.custom_op("negcache_fn::cache_logsumexp", mutates_args=())
 def _cache_logsumexp_op(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
-    if cpu.supports(queries, embeddings):
-        return cpu.block_logsumexp(queries, embeddings, bias, excluded).logsumexp(1)
-    if cuda.supports(queries, embeddings):
-        return cuda.block_logsumexp(queries, embeddings, bias, excluded).logsumexp(1)
-    return _reduce_blocks(queries, embeddings, bias, excluded, None, "logsumexp").logsumexp(1)
+    return _block_logsumexp(queries, embeddings, bias, excluded).logsumexp(1)
 
 
 @_cache_logsumexp_op.register_fake
