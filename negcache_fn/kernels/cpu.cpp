@@ -173,7 +173,9 @@ void score_blocks(const T* embeddings, const Problem& problem, const int64_t* bl
 constexpr int kTile = 16;   // rows of a tile: queries or slots
 constexpr int kDepth = 32;  // bfloat16 in a row of a tile
 constexpr int kTileSize = kTile * kDepth;
-constexpr int kPanelBytes = 1 << 20;  // of packed queries: they should stay in the cache of a core
+constexpr int kQuarters = kBlock / kTile;
+constexpr int kPanelBytes = 1 << 23;  // of packed queries
+constexpr int kChunkBytes = 32 << 10;  // of a block's packed embeddings: they should stay in the nearest cache
 
 // The bfloat16 part of x; what is left goes back into x.
 inline __m256bh next_part(Floats* x) {
@@ -208,16 +210,16 @@ void pack_queries(const float* queries, int64_t rows, int64_t dim, int64_t depth
   }
 }
 
-// A block of embeddings as left operands: [parts][64][depths * 32].
+// A block of embeddings as left operands: for each 32 dimensions and each part a tile for every 16 slots.
 template <int kParts, typename T>
 void pack_block(const T* embeddings, int64_t count, int64_t dim, int64_t depths, uint16_t* packed) {
-  const int64_t width = depths * kDepth;
   for (int64_t i = 0; i < count; ++i) {
-    for (int64_t d = 0; d < width; d += kLanes) {
+    for (int64_t d = 0; d < depths * kDepth; d += kLanes) {
       Floats rest = load(embeddings + i * dim + std::min(d, dim), dim - d);
       for (int part = 0; part < kParts; ++part) {
         const __m256bh numbers = next_part(&rest);
-        std::memcpy(packed + (part * kBlock + i) * width + d, &numbers, sizeof(numbers));
+        uint16_t* tile = packed + ((d / kDepth * kParts + part) * kQuarters + i / kTile) * kTileSize;
+        std::memcpy(tile + i % kTile * kDepth + d % kDepth, &numbers, sizeof(numbers));
       }
     }
   }
@@ -233,14 +235,14 @@ struct TileConfig {
 };
 
 // One part of 16 slots, in tile 7, times the parts of the queries, in tiles 4 ...; tile numbers must be literals.
-#define NEGCACHE_ACCUMULATE(quarter)                                                     \
-  _tile_loadd(7, rows + quarter * kTile * width, width * sizeof(uint16_t));              \
-  _tile_dpbf16ps(quarter, 7, 4);                                                         \
-  if constexpr (kProducts > 1) _tile_dpbf16ps(quarter, 7, 5);                            \
+#define NEGCACHE_ACCUMULATE(quarter)                          \
+  _tile_loadd(7, slots + quarter * kTileSize, 64);            \
+  _tile_dpbf16ps(quarter, 7, 4);                              \
+  if constexpr (kProducts > 1) _tile_dpbf16ps(quarter, 7, 5); \
   if constexpr (kProducts > 2) _tile_dpbf16ps(quarter, 7, 6);
 
 template <int kProducts>
-inline void accumulate(const uint16_t* rows, int64_t width) {
+inline void accumulate(const uint16_t* slots) {
   NEGCACHE_ACCUMULATE(0)
   NEGCACHE_ACCUMULATE(1)
   NEGCACHE_ACCUMULATE(2)
@@ -249,23 +251,30 @@ inline void accumulate(const uint16_t* rows, int64_t width) {
 
 #undef NEGCACHE_ACCUMULATE
 
-// products [64 slots][16 queries] of one block and one group of queries.
+// Adds to the products [64 slots][16 queries] of one block and one group of queries those of some of the dimensions.
 template <int kParts, int kBlockParts>
-inline void multiply(const uint16_t* block, const uint16_t* group, int64_t depths, float* products) {
-  const int64_t width = depths * kDepth;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+inline void multiply(const uint16_t* block, const uint16_t* group, int64_t depths, bool first, float* products) {
+  constexpr int64_t kPartSize = kQuarters * kTileSize;
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, products, 64);
+    _tile_loadd(1, products + kTile * kTile, 64);
+    _tile_loadd(2, products + 2 * kTile * kTile, 64);
+    _tile_loadd(3, products + 3 * kTile * kTile, 64);
+  }
   for (int64_t depth = 0; depth < depths; ++depth) {
-    const uint16_t* queries = group + depth * kParts * kTileSize;
-    const uint16_t* rows = block + depth * kDepth;
-    _tile_loadd(4, queries, 64);
-    if constexpr (kParts > 1) _tile_loadd(5, queries + kTileSize, 64);
-    if constexpr (kParts > 2) _tile_loadd(6, queries + 2 * kTileSize, 64);
-    accumulate<kParts>(rows, width);
-    if constexpr (kBlockParts > 1) accumulate<kParts - 1>(rows + kBlock * width, width);
-    if constexpr (kBlockParts > 2) accumulate<kParts - 2>(rows + 2 * kBlock * width, width);
+    _tile_loadd(4, group, 64);
+    if constexpr (kParts > 1) _tile_loadd(5, group + kTileSize, 64);
+    if constexpr (kParts > 2) _tile_loadd(6, group + 2 * kTileSize, 64);
+    accumulate<kParts>(block);
+    if constexpr (kBlockParts > 1) accumulate<kParts - 1>(block + kPartSize);
+    if constexpr (kBlockParts > 2) accumulate<kParts - 2>(block + 2 * kPartSize);
+    group += kParts * kTileSize;
+    block += kBlockParts * kPartSize;
   }
   _tile_stored(0, products, 64);
   _tile_stored(1, products + kTile * kTile, 64);
@@ -282,6 +291,7 @@ void stream_parts(const T* embeddings, const Problem& problem, MakeConsumer make
   const int64_t blocks = (problem.capacity + kBlock - 1) / kBlock, depths = (problem.dim + kDepth - 1) / kDepth;
   const int64_t group_size = depths * kParts * kTileSize;
   const int64_t panel = std::max<int64_t>(1, kPanelBytes / (group_size * sizeof(uint16_t))) * kTile;
+  const int64_t step = std::max<int64_t>(1, kChunkBytes / (kBlockParts * kBlock * kDepth * sizeof(uint16_t)));
   std::vector<uint16_t> packed((std::min(panel, problem.rows) + kTile - 1) / kTile * group_size);
   for (int64_t first = 0; first < problem.rows; first += panel) {
     const int64_t rows = std::min(panel, problem.rows - first);
@@ -292,7 +302,7 @@ void stream_parts(const T* embeddings, const Problem& problem, MakeConsumer make
       const TileConfig config;
       _tile_loadconfig(&config);
       std::vector<uint16_t> parts(kBlockParts * kBlock * depths * kDepth);
-      alignas(64) float scores[kBlock * kTile];
+      std::vector<float> panel_scores((rows + kTile - 1) / kTile * kBlock * kTile);
       float bias[kBlock];
 #pragma omp for schedule(static)
       for (int64_t block = 0; block < blocks; ++block) {
@@ -300,9 +310,15 @@ void stream_parts(const T* embeddings, const Problem& problem, MakeConsumer make
         pack_block<kBlockParts>(embeddings + slot * problem.dim, count, problem.dim, depths, parts.data());
         std::fill(bias + count, bias + kBlock, -kInfinity);
         std::copy(problem.bias + slot, problem.bias + slot + count, bias);
+        for (int64_t depth = 0; depth < depths; depth += step)
+          for (int64_t group = 0; group < rows; group += kTile)
+            multiply<kParts, kBlockParts>(parts.data() + depth * kBlockParts * kBlock * kDepth,
+                                          packed.data() + group / kTile * group_size + depth * kParts * kTileSize,
+                                          std::min(step, depths - depth), depth == 0,
+                                          panel_scores.data() + group * kBlock);
         for (int64_t group = 0; group < rows; group += kTile) {
           const int64_t row = first + group, lanes = std::min<int64_t>(kTile, rows - group);
-          multiply<kParts, kBlockParts>(parts.data(), packed.data() + group / kTile * group_size, depths, scores);
+          float* scores = panel_scores.data() + group * kBlock;
           // Past the end the operands are what an earlier block left, and may be anything: replace, do not add.
           for (int64_t j = 0; j < kBlock; ++j)
             store(scores + j * kTile, j < count ? load(scores + j * kTile) + bias[j] : splat(-kInfinity));
