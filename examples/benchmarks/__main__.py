@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         reset_compiler()
         rows += swept.updates(QUICK_SIZES[0] if options.quick else UPDATES)
     if "memory" in options.only:
-        rows += swept.memory(shapes["capacity"][::2])
+        # Every process would compile for itself: too slow for a first look.
+        of_memory = replace(swept, compiled=swept.compiled and not options.quick)
+        rows += of_memory.memory(shapes["capacity"][::2])
     return {
         "hardware": hardware,
         "quick": options.quick,

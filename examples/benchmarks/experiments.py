@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from examples.benchmarks import memory
-from examples.benchmarks.hardware import available_bytes
+from examples.benchmarks.hardware import available_bytes, others_cpu_seconds
 from examples.benchmarks.methods import BASELINE, Call, Method, UnavailableError
 from examples.benchmarks.problem import TOKENS, Problem
 from examples.benchmarks.registry import select
@@ -28,6 +29,7 @@ Row = dict[str, Any]
 
 _LONGEST_CALL_SECONDS = 8.0
 _SHARE_OF_MEMORY = 0.6
+_QUIET_CORES = 0.1  # more than this and every parallel operation waits for a core: times are several times too long
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,11 @@ class Experiments:
                 progress.set_postfix_str(name, refresh=False)
                 progress.update()
 
+            start, others_start = time.perf_counter(), others_cpu_seconds()
             seconds = interleave(calls, self.rounds, on_call)
+            others = (others_cpu_seconds() - others_start) / (time.perf_counter() - start)
+        if others > _QUIET_CORES:
+            print(f"{experiment}: {shape}: not a quiet machine, others took {others:.1f} cores", file=sys.stderr)
         figures = summarize(seconds, baseline)
         for name in figures:
             seconds_per_flop[name] = figures[name]["seconds_median"] / shape.flops
@@ -115,7 +121,7 @@ class Experiments:
                 method,
                 {"skipped": skipped[method.name]}
                 if method.name in skipped
-                else figures[method.name] | {"seconds": seconds[method.name]},
+                else figures[method.name] | {"seconds": seconds[method.name], "others_cores": round(others, 2)},
             )
             for method in methods
         ]

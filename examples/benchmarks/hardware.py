@@ -11,7 +11,7 @@ import torch
 
 from negcache_fn.kernels import cpu
 
-__all__ = ["available_bytes", "describe"]
+__all__ = ["available_bytes", "describe", "others_cpu_seconds"]
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
 
@@ -47,6 +47,15 @@ def available_bytes(device: str) -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return 8 * 2**30
+
+
+def others_cpu_seconds() -> float:
+    """What all other processes have used since the start of the machine; only differences mean something."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return 0.0
+    user, nice, system = (int(field) for field in path.read_text().split("\n")[0].split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def _cpu_info() -> dict[str, str]:

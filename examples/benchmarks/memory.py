@@ -1,10 +1,10 @@
 """Peak memory of a call beyond its state and inputs, each method in a process of its own.
 
 On Linux: the kernel's peak of the resident size, reset just before the call (`/proc/self/clear_refs`), less the
-resident size then. `ru_maxrss` alone would not do: a process inherits the peak of the one that started it. A call at a
-tiny size comes first, so that what torch loads or compiles once is no part of it, and every allocation above 64 KiB is
-given back when freed (`MALLOC_MMAP_THRESHOLD_`), so that nothing kept from earlier calls hides a later peak. On CUDA:
-the peak of the allocator.
+resident size then. `ru_maxrss` alone would not do: a process inherits the peak of the one that started it. A first call
+at the same size comes before, so that what torch loads or compiles once is no part of it, and every allocation above
+64 KiB is given back when freed (`MALLOC_MMAP_THRESHOLD_`), so that nothing kept from it hides the peak of the second.
+On CUDA: the peak of the allocator.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
@@ -49,12 +49,13 @@ def measure(method: Method, shapes: list[Shape], device: str, reference: Path | 
 
 
 def peak_bytes(method: Method, shape: Shape, device: str) -> int:
-    """Of one call in this process.
+    """Of the second call in this process.
 
     Raises:
         UnavailableError: the method cannot run here.
     """
     call = method.make(Problem(shape, device))
+    call()
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -85,11 +86,6 @@ def main(arguments: list[str] | None = None) -> int:
     select(reference=options.reference, compiled=True)
     method = METHODS[options.method]
     try:
-        tiny = replace(options.sizes[0], batch=8, capacity=2048)
-        warm_up = method.make(Problem(tiny, options.device))
-        for _ in range(2):
-            warm_up()
-        del warm_up
         for shape in options.sizes:
             print(json.dumps({"bytes": peak_bytes(method, shape, options.device)}), flush=True)
     except UnavailableError as error:

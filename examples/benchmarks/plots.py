@@ -69,7 +69,7 @@ def _figure(rows: list[Row], panels: dict[str, tuple[str, str, float, str]], fil
             handles |= _panel(axes, of_panel, field, key, factor)
             axes.set(xscale="log", yscale="log", xlabel=_AXES[field], ylabel=unit, title=_title(of_panel, field))
             axes.set_xscale("log", base=2)
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=1 + columns, frameon=False)
         figure.savefig(file)
     return file
 
