@@ -21,7 +21,7 @@ from negcache_fn.checks import check_size
 from negcache_fn.mining import hardest
 from negcache_fn.random import gumbel
 from negcache_fn.scoring import full_precision, score_matrix
-from negcache_fn.state import scalar, stored
+from negcache_fn.state import scalar, segments, stored
 from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, reduce_blocks, score_blocks
 
 __all__ = ["Draw", "check_draw", "merge_draws", "sample_gumbel"]
@@ -180,21 +180,51 @@ class _Chosen(NamedTuple):
 
 
 def _choose(matrix: ScoreMatrix, noise: _Noise) -> _Chosen:
-    blocks = reduce_blocks(matrix, "logsumexp")
-    blocks = pad(blocks, (0, -blocks.shape[1] % _GROUP), value=-_INFINITY)
-    blocks = blocks.view(blocks.shape[0], -1, _GROUP)
-    groups = blocks.logsumexp(-1)
-    log_normalizer = groups.logsumexp(-1)
-    quads = torch.arange(-(-groups.shape[1] // _QUAD), device=groups.device)
-    among_groups = noise.columns(quads, _AMONG_GROUPS)[..., : groups.shape[1]]
-    perturbed, group = (groups[:, None, :] + among_groups).max(-1)
-    within_group = blocks.gather(1, group[..., None].expand(*group.shape, _GROUP))
-    block = group * _GROUP + _perturbed_argmax(within_group, noise, group, _AMONG_BLOCKS)
+    best = None
+    for start, stop in segments(matrix.embeddings.shape[0]):
+        found = _choose_group(matrix, noise, start, stop)
+        best = found if best is None else _better(best, found)
+    assert best is not None  # a cache has a slot
+    block = best.group * _GROUP + _perturbed_argmax(best.blocks, noise, best.group, _AMONG_BLOCKS)
     within_block = score_blocks(matrix, block)
     place = _perturbed_argmax(within_block, noise, block, _AMONG_SLOTS)
     score = within_block.gather(-1, place[..., None]).squeeze(-1)
-    cutoff = torch.full_like(log_normalizer, -_INFINITY)[:, None]
-    return _Chosen(block * BLOCK + place, score, perturbed, log_normalizer, cutoff)
+    cutoff = torch.full_like(best.log_normalizer, -_INFINITY)[:, None]
+    return _Chosen(block * BLOCK + place, score, best.perturbed, best.log_normalizer, cutoff)
+
+
+class _Group(NamedTuple):
+    group: Tensor  # [B, k]
+    perturbed: Tensor  # [B, k]
+    log_normalizer: Tensor  # [B]
+    blocks: Tensor  # [B, k, _GROUP] log-sum-exp of its blocks
+
+
+def _choose_group(matrix: ScoreMatrix, noise: _Noise, start: int, stop: int) -> _Group:
+    """The group of largest perturbed log-sum-exp among those of the slots `start ... stop - 1`."""
+    part = matrix._replace(
+        embeddings=matrix.embeddings[start:stop], bias=matrix.bias[start:stop], excluded=matrix.excluded - start
+    )
+    blocks = reduce_blocks(part, "logsumexp")
+    blocks = pad(blocks, (0, -blocks.shape[1] % _GROUP), value=-_INFINITY)
+    blocks = blocks.view(blocks.shape[0], -1, _GROUP)
+    groups = blocks.logsumexp(-1)
+    first_quad = start // (BLOCK * _GROUP * _QUAD)
+    quads = torch.arange(-(-groups.shape[1] // _QUAD), device=groups.device) + first_quad
+    among_groups = noise.columns(quads, _AMONG_GROUPS)[..., : groups.shape[1]]
+    perturbed, group = (groups[:, None, :] + among_groups).max(-1)
+    within_group = blocks.gather(1, group[..., None].expand(*group.shape, _GROUP))
+    return _Group(group + first_quad * _QUAD, perturbed, groups.logsumexp(-1), within_group)
+
+
+def _better(a: _Group, b: _Group) -> _Group:
+    b_wins = b.perturbed > a.perturbed
+    return _Group(
+        torch.where(b_wins, b.group, a.group),
+        torch.where(b_wins, b.perturbed, a.perturbed),
+        torch.logaddexp(a.log_normalizer, b.log_normalizer),
+        torch.where(b_wins[..., None], b.blocks, a.blocks),
+    )
 
 
 def _perturbed_argmax(scores: Tensor, noise: _Noise, parent: Tensor, level: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Scores of queries against the cache: their definition, and the checks that all readers of them share."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn.checks import check_embeddings, check_ids, check_scale, check_state
-from negcache_fn.state import live, stored
+from negcache_fn.state import live, segments, stored
 from negcache_fn.streaming import ScoreMatrix, ScoreTransform
 
 __all__ = ["Similarity", "find_slots", "full_precision", "score", "score_matrix"]
@@ -71,7 +72,7 @@ def score_matrix(
         if exclude_ids.shape[-1] == 0:
             pass
         elif exclude_ids.ndim == 1:
-            kept = kept & ~_look_up(state, exclude_ids)[1]
+            kept = kept & ~torch.cat([hit for _, hit, _ in _look_up(state, exclude_ids.sort().values)])
         else:
             excluded = find_slots(state, exclude_ids)
     dtype = torch.promote_types(torch.promote_types(queries.dtype, embeddings.dtype), torch.float32)
@@ -108,16 +109,19 @@ def full_precision(state: TensorDictBase) -> torch.autocast:
 def find_slots(state: TensorDictBase, ids: Tensor) -> Tensor:
     """The live slot of each id, -1 where the cache does not have it or the id is negative; the shape of `ids`."""
     ordered = ids.flatten().sort().values
-    place, hit = _look_up(state, ordered)
-    slots = torch.arange(hit.shape[0], device=ids.device).masked_fill(~hit, -1)
-    found = torch.full_like(ordered, -1).scatter_reduce(0, place, slots, "amax")
+    found = torch.full_like(ordered, -1)
+    for place, hit, slots in _look_up(state, ordered):
+        found = found.scatter_reduce(0, place, slots.masked_fill(~hit, -1), "amax")
     return found[torch.searchsorted(ordered, ids.contiguous())].masked_fill(ids < 0, -1)
 
 
-def _look_up(state: TensorDictBase, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """[C] for every slot: the place of its id among the sorted `ids` [P], and whether it is there and live."""
-    known = stored(state, "id")
-    # Sort the few ids, not the cache.
-    ordered = ids.sort().values
-    place = torch.searchsorted(ordered, known).clamp(max=ordered.shape[0] - 1)
-    return place, (ordered[place] == known) & (known >= 0) & live(state)
+def _look_up(state: TensorDictBase, ordered: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """A segment of slots at a time: the places of their ids among the `ordered` ones [P], if they are there; slots.
+
+    The few ids are sorted, not the cache.
+    """
+    known = stored(state, "id").masked_fill(~live(state), -1)
+    for start, stop in segments(known.shape[0]):
+        place = torch.searchsorted(ordered, known[start:stop]).clamp(max=ordered.shape[0] - 1)
+        hit = (ordered[place] == known[start:stop]) & (known[start:stop] >= 0)
+        yield place, hit, torch.arange(start, stop, device=known.device)

@@ -30,14 +30,17 @@ __all__ = [
     "init_cache",
     "live",
     "lock",
+    "lowest",
     "occupancy",
-    "ranked_by_slot",
     "scalar",
+    "segments",
     "stalest",
     "stored",
     "stored_features",
     "take",
 ]
+
+_SEGMENT = 2**19  # slots; a multiple of the 4096 whose groups share a Philox call in sampling
 
 
 def init_cache(
@@ -140,7 +143,7 @@ def occupancy(state: TensorDictBase) -> Tensor:
         tensor(0.)
     """
     check_state(state)
-    return live(state).to(torch.float32).mean()
+    return live(state).sum() / stored(state, "embedded_at").shape[0]
 
 
 def stalest(state: TensorDictBase, n: int) -> Tensor:
@@ -163,10 +166,7 @@ def stalest(state: TensorDictBase, n: int) -> Tensor:
     check_state(state)
     embedded_at = stored(state, "embedded_at")
     check_size("n", n, most=embedded_at.shape[0])
-    last = torch.iinfo(torch.int64).max
-    key = ranked_by_slot(embedded_at).masked_fill(~live(state), last)
-    oldest, slots = key.topk(n, largest=False, sorted=True)
-    return slots.masked_fill(oldest == last, -1)
+    return lowest(embedded_at, n, skip=~live(state))
 
 
 def stored(state: TensorDictBase, name: str) -> Tensor:
@@ -189,10 +189,21 @@ def live(state: TensorDictBase) -> Tensor:
     return stored(state, "embedded_at") >= 0
 
 
-def ranked_by_slot(key: Tensor) -> Tensor:
-    """[C] distinct integers in the order of `key` [C], ties by slot: top-k of them is deterministic."""
-    capacity = key.shape[0]
-    return key * capacity + torch.arange(capacity, device=key.device)
+def segments(capacity: int) -> list[tuple[int, int]]:
+    """First and last slot (exclusive) of the stretches in which what needs memory for every slot is done."""
+    return [(start, min(start + _SEGMENT, capacity)) for start in range(0, capacity, _SEGMENT)]
+
+
+def lowest(key: Tensor, n: int, *, skip: Tensor) -> Tensor:
+    """[n] slots of the smallest `key` [C], ascending, ties by slot, without those to skip [C]; -1 if too few."""
+    capacity, last = key.shape[0], torch.iinfo(torch.int64).max
+    best = key.new_empty(0)
+    for start, stop in segments(capacity):
+        # Distinct integers in the order of (key, slot): their top-k is deterministic.
+        ranked = key[start:stop] * capacity + torch.arange(start, stop, device=key.device)
+        best = torch.cat([best, ranked.masked_fill(skip[start:stop], last)])
+        best = best.topk(min(n, best.shape[0]), largest=False, sorted=True).values
+    return torch.where(best == last, -1, best % capacity)
 
 
 def lock(state: TensorDict) -> TensorDict:

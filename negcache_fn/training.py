@@ -252,8 +252,10 @@ def _join(documents: Features, cached: Features, slots: Tensor) -> Features:
 
 def _metrics(state: TensorDictBase, draw: Draw, terms: Terms, fresh: Tensor) -> dict[str, Tensor]:
     exact = cross_entropy(terms.batch_logits, draw.log_normalizer, terms.positive)
-    age_steps = scalar(state, "step") - stored(state, "embedded_at")
-    drawn = draw.slot >= 0
+    step, embedded_at, drawn = scalar(state, "step"), stored(state, "embedded_at"), draw.slot >= 0
+    documents = live(state).sum()
+    # Empty slots, whose entry is -1, are added back: no tensor of C ages.
+    embedded_at_sum = embedded_at.sum() + embedded_at.shape[0] - documents
     fresh = fresh.to(draw.log_normalizer.dtype)
     difference = fresh - draw.embedding.flatten(0, 1)
     drift = difference.square().sum(-1) / fresh.square().sum(-1)
@@ -262,8 +264,8 @@ def _metrics(state: TensorDictBase, draw: Draw, terms: Terms, fresh: Tensor) -> 
         "exact_loss": exact.mean(),
         "positive_probability": (-exact).exp().mean(),
         "occupancy": occupancy(state),
-        "cache_age_steps": _mean_where(age_steps, live(state)),
-        "draw_age_steps": _mean_where(age_steps[draw.slot.clamp(min=0)], drawn),
+        "cache_age_steps": (step * documents - embedded_at_sum) / documents.clamp(min=1),
+        "draw_age_steps": _mean_where(step - embedded_at[draw.slot.clamp(min=0)], drawn),
         "drift": _mean_where(drift, drawn.flatten()),
         "effective_sample_size": _mean_where(sample_size, drawn[:, 0]),
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_slots, check_state
 from negcache_fn.features import Features, fit, map_features
 from negcache_fn.scoring import find_slots
-from negcache_fn.state import lock, ranked_by_slot, scalar, stored, stored_features
+from negcache_fn.state import lock, lowest, scalar, stored, stored_features
 
 __all__ = ["EVICTIONS", "copy_state", "storable", "update", "update_"]
 
@@ -167,11 +167,10 @@ def _insert_(
     wanted = wanted & _last_of_each(torch.where(wanted, ids, -1))
     replaced = find_slots(state, torch.where(wanted, ids, -1))
     # Slots that are replaced by id are not for others to take.
-    order = ranked_by_slot(stored(state, EVICTIONS[evict]))
-    bounds = torch.iinfo(torch.int64)
-    kept = torch.where(replaced >= 0, bounds.max, bounds.min)
-    order = order.scatter_reduce(0, replaced.clamp(min=0), kept, "amax")
-    evicted = order.topk(ids.shape[0], largest=False, sorted=True).indices
+    capacity = cached.shape[0]
+    is_replaced = torch.zeros(capacity + 1, dtype=torch.bool, device=cached.device)
+    is_replaced = is_replaced.scatter(0, torch.where(replaced >= 0, replaced, capacity), True)[:capacity]
+    evicted = lowest(stored(state, EVICTIONS[evict]), ids.shape[0], skip=is_replaced)
     takes = wanted & (replaced < 0)
     place = takes.cumsum(0) - 1
     target = torch.where(takes, evicted[place.clamp(min=0)], torch.where(wanted, replaced, -1))

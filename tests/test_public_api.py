@@ -40,9 +40,15 @@ def test_public_names_are_those_of_the_design() -> None:
     assert shown <= set(PUBLIC)
 
 
+def _import(module_name: str) -> ModuleType:
+    if module_name == "negcache_fn.kernels.block_logsumexp":
+        pytest.importorskip("triton", reason="the kernel of this module is Triton's, which is not installed")
+    return importlib.import_module(module_name)
+
+
 @pytest.mark.parametrize("module_name", MODULES)
 def test_modules_have_docstrings_and_true_all(module_name: str) -> None:
-    module = importlib.import_module(module_name)
+    module = _import(module_name)
     assert module.__doc__
     assert module.__doc__.strip()
     for name in module.__all__:
@@ -110,7 +116,7 @@ def test_api_page_shows_every_public_name() -> None:
 
 @pytest.mark.parametrize("module_name", MODULES)
 def test_docstring_examples_run(module_name: str) -> None:
-    module = importlib.import_module(module_name)
+    module = _import(module_name)
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     report: list[str] = []
     # Examples may use torch and every public name without importing them.
