@@ -77,7 +77,7 @@ def _hardest(matrix: ScoreMatrix, n: int) -> tuple[Tensor, Tensor]:
         places = (slab[..., None] * BLOCK + torch.arange(BLOCK, device=slab.device)).flatten(1)
         scores, order = _top(scores, found, n)
         slots = torch.cat([slots, places], dim=1).gather(1, order)
-    return scores, slots.masked_fill(scores == -_INFINITY, -1)
+    return scores.contiguous(), slots.masked_fill(scores == -_INFINITY, -1).contiguous()
 
 
 def _top(left: Tensor, right: Tensor, n: int) -> tuple[Tensor, Tensor]:

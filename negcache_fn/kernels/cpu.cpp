@@ -1,10 +1,13 @@
 // Passes over the scores of a batch of queries against the cache, fused so that no score leaves a core's own cache.
 // Built on the user's machine by cpu.py, without any header of torch; never required.
 //
-// Vectors are those of GCC and Clang, 16 floats wide; -march=native lowers them to what the machine has. Where it
-// multiplies bfloat16 tiles (AMX), numbers are split into bfloat16 parts, x = x0 + x1 + ..., each 2^-8 of the one before,
-// and a product of P parts is the sum of x_i y_j over i + j < P, accumulated in float32: P = 3 has the precision of
-// float32, P = 2 an error of about 2^-17 |x| |y|.
+// Vectors are those of GCC and Clang, as wide as the machine's (-march=native). Products are made in one of two ways:
+//
+// - By vectors: queries lie in the lanes, and the numbers of the embeddings, read where they are, are broadcast. Nothing
+//   is rearranged but the queries.
+// - By bfloat16 tiles (AMX), where there are enough queries to fill them. Numbers are split into bfloat16 parts,
+//   x = x0 + x1 + ..., each 2^-8 of the one before, and a product of P parts is the sum of x_i y_j over i + j < P,
+//   accumulated in float32: P = 3 has the precision of float32, P = 2 an error of about 2^-17 |x| |y|.
 
 #include <omp.h>
 
@@ -15,9 +18,14 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
-#define NEGCACHE_AMX 1
+#ifdef __AVX512F__
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#define NEGCACHE_BFLOAT16 1  // multiplies pairs of bfloat16
+#endif
+#if defined(__AMX_BF16__) && defined(NEGCACHE_BFLOAT16) && defined(__linux__)
+#define NEGCACHE_AMX 1
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -25,14 +33,18 @@
 namespace {
 
 constexpr int64_t kBlock = 64;  // negcache_fn.streaming.BLOCK
+#ifdef __AVX512F__
 constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef _Float16 Float16s __attribute__((vector_size(32)));
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef _Float16 Float16s __attribute__((vector_size(2 * kLanes)));
 
 struct Bfloat16 {
   uint16_t bits;
@@ -51,7 +63,7 @@ inline Floats load(const Bfloat16* from) {
   return (Floats)(__builtin_convertvector(load_vector<Halves>(from), Words) << 16);
 }
 
-// The first `count` of 16 numbers; zeros from there on.
+// The first `count` numbers of a vector; zeros from there on.
 template <typename T>
 inline Floats load(const T* from, int64_t count) {
   if (count >= kLanes) return load(from);
@@ -66,21 +78,23 @@ inline Floats splat(float value) { return value - Floats{}; }
 
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
 
-template <typename Combine>
-inline float reduce(Floats v, Combine combine) {
-  float lane[kLanes];
-  store(lane, v);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] = combine(lane[i], lane[i + half]);
-  return lane[0];
-}
-
-inline float largest(Floats v) {
-  return reduce(v, [](float a, float b) { return a > b ? a : b; });
+// A bit for every lane where a > b.
+inline uint32_t lanes_above(Floats a, Floats b) {
+#ifdef __AVX512F__
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (uint32_t)(a[i] > b[i]) << i;
+  return bits;
+#endif
 }
 
 inline float sum(Floats v) {
-  return reduce(v, [](float a, float b) { return a + b; });
+  float lane[kLanes];
+  store(lane, v);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
 }
 
 // exp(x) for x <= 0, to 2 ulp; below -86, where float32 all but ends, exp(-86). NaN stays NaN. (Cephes expf.)
@@ -168,7 +182,162 @@ void score_blocks(const T* embeddings, const Problem& problem, const int64_t* bl
   }
 }
 
+// What both ways of multiplying share.
+
+// Scores of a block [64 slots][kLanes rows]: -inf where the slot is excluded for the row.
+inline void exclude(const Problem& problem, int64_t first_row, int64_t lanes, int64_t first_slot, float* scores) {
+  for (int64_t i = 0; i < lanes; ++i)
+    for (int64_t p = 0; p < problem.exclusions; ++p) {
+      const int64_t place = problem.excluded[(first_row + i) * problem.exclusions + p] - first_slot;
+      if (place >= 0 && place < kBlock) scores[place * kLanes + i] = -kInfinity;
+    }
+}
+
+// The bias of a block's slots, -inf past the end of the cache.
+inline void load_bias(const Problem& problem, int64_t slot, int64_t count, float* bias) {
+  std::copy(problem.bias + slot, problem.bias + slot + count, bias);
+  std::fill(bias + count, bias + kBlock, -kInfinity);
+}
+
+// Products by vectors.
+
+constexpr int kVectors = 2;                     // of queries
+constexpr int kSlots = kLanes == 16 ? 8 : 4;    // times kVectors: as many sums as fit into the registers
+constexpr int64_t kGroup = kVectors * kLanes;   // queries
+constexpr int64_t kSteps = 128;                 // of a group of queries at a time: they stay in the nearest cache
+constexpr int64_t kPanelRows = 1024;            // queries at a time: they stay in the next one
+
+// Numbers of a row as float32, zeros from `dim` to `padded`.
+template <typename T>
+inline void convert(const T* from, int64_t dim, int64_t padded, float* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) store(to + d, load(from + d));
+  for (const int64_t rest = d; d < padded; ++d) to[d] = load(from + rest, dim - rest)[d - rest];
+}
+
+// A product, one number of each row a step.
+struct Singles {
+  using Number = float;
+  static constexpr int64_t kWidth = 1;
+  static Floats multiply_add(Floats sum, const float* embedding, Floats queries) {
+    return sum + splat(*embedding) * queries;
+  }
+};
+
+#ifdef NEGCACHE_BFLOAT16
+
+template <typename T>
+inline void convert(const T* from, int64_t dim, int64_t padded, Bfloat16* to) {
+  for (int64_t d = 0; d < padded; d += kLanes) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)load(from + std::min(d, dim), dim - d));
+    std::memcpy(to + d, &rounded, std::min<int64_t>(kLanes, padded - d) * sizeof(Bfloat16));
+  }
+}
+
+// Two bfloat16 numbers of each row a step, both sides rounded to it.
+struct Pairs {
+  using Number = Bfloat16;
+  static constexpr int64_t kWidth = 2;
+  static Floats multiply_add(Floats sum, const Bfloat16* embedding, Floats queries) {
+    int32_t pair;
+    std::memcpy(&pair, embedding, sizeof(pair));
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)queries, (__m512bh)_mm512_set1_epi32(pair));
+  }
+};
+
+#endif  // NEGCACHE_BFLOAT16
+
+// Queries as [groups][steps][kGroup], a float's worth of numbers each.
+template <typename Product>
+void pack_groups(const float* queries, int64_t rows, int64_t dim, int64_t steps, float* packed) {
+  const int64_t groups = (rows + kGroup - 1) / kGroup, padded = steps * Product::kWidth;
+#pragma omp parallel for schedule(static)
+  for (int64_t group = 0; group < groups; ++group) {
+    std::vector<typename Product::Number> row(padded);
+    float* to = packed + group * steps * kGroup;
+    for (int64_t i = 0; i < kGroup; ++i) {
+      const int64_t query = group * kGroup + i;
+      if (query < rows) convert(queries + query * dim, dim, padded, row.data());
+      for (int64_t step = 0; step < steps; ++step)
+        if (query < rows)
+          std::memcpy(to + step * kGroup + i, row.data() + step * Product::kWidth, sizeof(float));
+        else
+          to[step * kGroup + i] = 0.0f;
+    }
+  }
+}
+
+// Adds some steps of the products of kSlots slots and a group of queries to their scores, [kVectors][64][kLanes]; the
+// first steps start from the bias.
+template <typename Product>
+inline void multiply_slots(const typename Product::Number* embeddings, int64_t stride, const float* group,
+                           int64_t steps, const float* bias, float* scores) {
+  Floats sums[kSlots][kVectors];
+  for (int s = 0; s < kSlots; ++s)
+    for (int v = 0; v < kVectors; ++v)
+      sums[s][v] = bias ? splat(bias[s]) : load(scores + (v * kBlock + s) * kLanes);
+  for (int64_t step = 0; step < steps; ++step) {
+    Floats queries[kVectors];
+    for (int v = 0; v < kVectors; ++v) queries[v] = load(group + step * kGroup + v * kLanes);
+#pragma GCC unroll 8
+    for (int s = 0; s < kSlots; ++s)
+      for (int v = 0; v < kVectors; ++v)
+        sums[s][v] = Product::multiply_add(sums[s][v], embeddings + s * stride + step * Product::kWidth, queries[v]);
+  }
+  for (int s = 0; s < kSlots; ++s)
+    for (int v = 0; v < kVectors; ++v) store(scores + (v * kBlock + s) * kLanes, sums[s][v]);
+}
+
+// Streams the cache. Each thread makes a consumer of its own, and hands it the scores of every block of a contiguous
+// range of them: consume(block, first row, rows, scores [64 slots][kLanes rows]).
+template <typename Product, typename T, typename MakeConsumer>
+void stream_by_vectors(const T* embeddings, const Problem& problem, MakeConsumer make_consumer) {
+  using Number = typename Product::Number;
+  const int64_t blocks = (problem.capacity + kBlock - 1) / kBlock;
+  const int64_t steps = (problem.dim + Product::kWidth - 1) / Product::kWidth, padded = steps * Product::kWidth;
+  const bool in_place = std::is_same<T, Number>::value && padded == problem.dim;
+  std::vector<float> packed((std::min(kPanelRows, problem.rows) + kGroup - 1) / kGroup * kGroup * steps);
+  for (int64_t first = 0; first < problem.rows; first += kPanelRows) {
+    const int64_t rows = std::min(kPanelRows, problem.rows - first);
+    pack_groups<Product>(problem.queries + first * problem.dim, rows, problem.dim, steps, packed.data());
+#pragma omp parallel
+    {
+      auto consume = make_consumer();
+      std::vector<Number> converted(kBlock * padded);
+      std::vector<float> panel_scores((rows + kGroup - 1) / kGroup * kGroup * kBlock);
+      float bias[kBlock];
+#pragma omp for schedule(static)
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t slot = block * kBlock, count = std::min(kBlock, problem.capacity - slot);
+        load_bias(problem, slot, count, bias);
+        const Number* numbers = (const Number*)(embeddings + slot * problem.dim);
+        if (!in_place || count < kBlock) {
+          for (int64_t j = 0; j < count; ++j)
+            convert(embeddings + (slot + j) * problem.dim, problem.dim, padded, converted.data() + j * padded);
+          std::fill(converted.begin() + count * padded, converted.end(), Number{});
+          numbers = converted.data();
+        }
+        for (int64_t step = 0; step < steps; step += kSteps)
+          for (int64_t group = 0; group < rows; group += kGroup)
+            for (int64_t j = 0; j < kBlock; j += kSlots)
+              multiply_slots<Product>(numbers + j * padded + step * Product::kWidth, padded,
+                                      packed.data() + (group / kGroup * steps + step) * kGroup,
+                                      std::min(kSteps, steps - step), step == 0 ? bias + j : nullptr,
+                                      panel_scores.data() + group * kBlock + j * kLanes);
+        for (int64_t group = 0; group < rows; group += kLanes) {
+          const int64_t lanes = std::min<int64_t>(kLanes, rows - group);
+          float* scores = panel_scores.data() + group * kBlock;
+          exclude(problem, first + group, lanes, slot, scores);
+          consume(block, first + group, lanes, scores);
+        }
+      }
+    }
+  }
+}
+
 #ifdef NEGCACHE_AMX
+
+// Products by tiles.
 
 constexpr int kTile = 16;   // rows of a tile: queries or slots
 constexpr int kDepth = 32;  // bfloat16 in a row of a tile
@@ -282,10 +451,9 @@ inline void multiply(const uint16_t* block, const uint16_t* group, int64_t depth
   _tile_stored(3, products + 3 * kTile * kTile, 64);
 }
 
-// Streams the cache. Each thread makes a consumer of its own, and hands it the scores of every block of a contiguous
-// range of them: consume(block, first row, rows, scores [64 slots][16 rows]).
+// As stream_by_vectors.
 template <int kParts, typename T, typename MakeConsumer>
-void stream_parts(const T* embeddings, const Problem& problem, MakeConsumer make_consumer) {
+void stream_by_tiles(const T* embeddings, const Problem& problem, MakeConsumer make_consumer) {
   constexpr int kExactParts = std::is_same<T, Bfloat16>::value ? 1 : std::is_same<T, _Float16>::value ? 2 : 3;
   constexpr int kBlockParts = kParts < kExactParts ? kParts : kExactParts;
   const int64_t blocks = (problem.capacity + kBlock - 1) / kBlock, depths = (problem.dim + kDepth - 1) / kDepth;
@@ -308,8 +476,7 @@ void stream_parts(const T* embeddings, const Problem& problem, MakeConsumer make
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t slot = block * kBlock, count = std::min(kBlock, problem.capacity - slot);
         pack_block<kBlockParts>(embeddings + slot * problem.dim, count, problem.dim, depths, parts.data());
-        std::fill(bias + count, bias + kBlock, -kInfinity);
-        std::copy(problem.bias + slot, problem.bias + slot + count, bias);
+        load_bias(problem, slot, count, bias);
         for (int64_t depth = 0; depth < depths; depth += step)
           for (int64_t group = 0; group < rows; group += kTile)
             multiply<kParts, kBlockParts>(parts.data() + depth * kBlockParts * kBlock * kDepth,
@@ -317,17 +484,13 @@ void stream_parts(const T* embeddings, const Problem& problem, MakeConsumer make
                                           std::min(step, depths - depth), depth == 0,
                                           panel_scores.data() + group * kBlock);
         for (int64_t group = 0; group < rows; group += kTile) {
-          const int64_t row = first + group, lanes = std::min<int64_t>(kTile, rows - group);
+          const int64_t lanes = std::min<int64_t>(kTile, rows - group);
           float* scores = panel_scores.data() + group * kBlock;
           // Past the end the operands are what an earlier block left, and may be anything: replace, do not add.
           for (int64_t j = 0; j < kBlock; ++j)
             store(scores + j * kTile, j < count ? load(scores + j * kTile) + bias[j] : splat(-kInfinity));
-          for (int64_t i = 0; i < lanes; ++i)
-            for (int64_t p = 0; p < problem.exclusions; ++p) {
-              const int64_t place = problem.excluded[(row + i) * problem.exclusions + p] - slot;
-              if (place >= 0 && place < kBlock) scores[place * kTile + i] = -kInfinity;
-            }
-          consume(block, row, lanes, scores);
+          exclude(problem, first + group, lanes, slot, scores);
+          consume(block, first + group, lanes, scores);
         }
       }
       _tile_release();
@@ -335,20 +498,36 @@ void stream_parts(const T* embeddings, const Problem& problem, MakeConsumer make
   }
 }
 
+#endif  // NEGCACHE_AMX
+
+// How products are made: by tiles, of so many bfloat16 parts, or by vectors, of pairs of bfloat16 if one part is enough.
+struct Arithmetic {
+  int tiles, parts;
+};
+
 template <typename T, typename MakeConsumer>
-void stream(const T* embeddings, const Problem& problem, int parts, MakeConsumer make_consumer) {
-  if (parts == 1) stream_parts<1>(embeddings, problem, make_consumer);
-  if (parts == 2) stream_parts<2>(embeddings, problem, make_consumer);
-  if (parts == 3) stream_parts<3>(embeddings, problem, make_consumer);
+void stream(const T* embeddings, const Problem& problem, Arithmetic arithmetic, MakeConsumer make_consumer) {
+#ifdef NEGCACHE_AMX
+  if (arithmetic.tiles) {
+    if (arithmetic.parts == 1) stream_by_tiles<1>(embeddings, problem, make_consumer);
+    if (arithmetic.parts == 2) stream_by_tiles<2>(embeddings, problem, make_consumer);
+    if (arithmetic.parts == 3) stream_by_tiles<3>(embeddings, problem, make_consumer);
+    return;
+  }
+#endif
+#ifdef NEGCACHE_BFLOAT16
+  if (arithmetic.parts == 1) return stream_by_vectors<Pairs>(embeddings, problem, make_consumer);
+#endif
+  stream_by_vectors<Singles>(embeddings, problem, make_consumer);
 }
 
 // The logsumexp of each column of a block's scores.
 inline Floats column_logsumexp(const float* scores) {
   Floats top = splat(-kInfinity);
-  for (int64_t j = 0; j < kBlock; ++j) top = maximum(load(scores + j * kTile), top);
+  for (int64_t j = 0; j < kBlock; ++j) top = maximum(load(scores + j * kLanes), top);
   const Floats shift = top == -kInfinity ? splat(0.0f) : top;
   Floats total = {};
-  for (int64_t j = 0; j < kBlock; ++j) total += exponential(load(scores + j * kTile) - shift);
+  for (int64_t j = 0; j < kBlock; ++j) total += exponential(load(scores + j * kLanes) - shift);
   return top + logarithm(total);
 }
 
@@ -368,14 +547,13 @@ struct Candidates {
   std::vector<float> thresholds;
 
   Candidates(int64_t rows, int64_t keep)
-      : keep(keep), room(2 * keep + kBlock), all(rows * room), counts(rows, 0), thresholds(rows + kTile, -kInfinity) {}
+      : keep(keep), room(2 * keep + kBlock), all(rows * room), counts(rows, 0), thresholds(rows + kLanes, -kInfinity) {}
 
   // Slots must ascend: one that equals the threshold comes after `keep` that are as good.
   void offer(int64_t slot, int64_t row, int64_t lanes, Floats scores) {
-    const Ints better = scores > load(thresholds.data() + row);
-    uint32_t mask = _mm512_movepi32_mask((__m512i)better) & ((1u << lanes) - 1);
-    for (; mask; mask &= mask - 1) {
-      const int64_t lane = __builtin_ctz(mask), i = row + lane;
+    uint32_t better = lanes_above(scores, load(thresholds.data() + row)) & ((1u << lanes) - 1);
+    for (; better; better &= better - 1) {
+      const int64_t lane = __builtin_ctz(better), i = row + lane;
       Candidate* mine = all.data() + i * room;
       mine[counts[i]++] = {scores[lane], slot};
       if (counts[i] == room) {
@@ -388,13 +566,13 @@ struct Candidates {
 };
 
 template <typename T>
-void hardest(const T* embeddings, const Problem& problem, int parts, int64_t keep, float* scores, int64_t* slots) {
+void hardest(const T* embeddings, const Problem& problem, Arithmetic arithmetic, int64_t keep, float* scores, int64_t* slots) {
   std::vector<Candidates*> of_threads(omp_get_max_threads(), nullptr);
-  stream(embeddings, problem, parts, [&] {
+  stream(embeddings, problem, arithmetic, [&] {
     Candidates*& mine = of_threads[omp_get_thread_num()];
     if (!mine) mine = new Candidates(problem.rows, keep);
     return [mine](int64_t block, int64_t row, int64_t lanes, const float* tile) {
-      for (int64_t j = 0; j < kBlock; ++j) mine->offer(block * kBlock + j, row, lanes, load(tile + j * kTile));
+      for (int64_t j = 0; j < kBlock; ++j) mine->offer(block * kBlock + j, row, lanes, load(tile + j * kLanes));
     };
   });
 #pragma omp parallel for schedule(static)
@@ -420,8 +598,6 @@ void hardest(const T* embeddings, const Problem& problem, int parts, int64_t kee
   for (Candidates* theirs : of_threads) delete theirs;
 }
 
-#endif  // NEGCACHE_AMX
-
 }  // namespace
 
 extern "C" {
@@ -436,41 +612,6 @@ int negcache_has_amx() {
 #endif
 }
 
-// out[row, block] = logsumexp over the block of (products[row, :] + bias), of a [rows, width] chunk of the products; -inf
-// for a block without a finite score.
-void negcache_chunk_logsumexp(const float* products, int64_t rows, int64_t width, int64_t stride, const float* bias,
-                              const int64_t* excluded, int64_t exclusions, int64_t start, float* out,
-                              int64_t out_stride) {
-#pragma omp parallel for schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* from = products + row * stride;
-    for (int64_t first = 0; first * kBlock < width; first += kLanes) {
-      const int count = (int)std::min<int64_t>(kLanes, (width + kBlock - 1) / kBlock - first);
-      float tops[kLanes] = {}, totals[kLanes];
-      std::fill(totals, totals + kLanes, 1.0f);
-      for (int i = 0; i < count; ++i) {
-        const int64_t slot = (first + i) * kBlock, filled = std::min(kBlock, width - slot);
-        float scores[kBlock];
-        for (int64_t j = 0; j < filled; ++j) scores[j] = from[slot + j] + bias[slot + j];
-        std::fill(scores + filled, scores + kBlock, -kInfinity);
-        for (int64_t p = 0; p < exclusions; ++p) {
-          const int64_t place = excluded[row * exclusions + p] - start - slot;
-          if (place >= 0 && place < kBlock) scores[place] = -kInfinity;
-        }
-        Floats top = splat(-kInfinity), total = {};
-        for (int64_t j = 0; j < kBlock; j += kLanes) top = maximum(load(scores + j), top);
-        tops[i] = largest(top);
-        const float shift = tops[i] == -kInfinity ? 0.0f : tops[i];
-        for (int64_t j = 0; j < kBlock; j += kLanes) total += exponential(load(scores + j) - shift);
-        totals[i] = sum(total);
-      }
-      float result[kLanes];
-      store(result, load(tops) + logarithm(load(totals)));
-      std::copy(result, result + count, out + row * out_stride + first);
-    }
-  }
-}
-
 // out[row, sample, :] = scores of the block blocks[row, sample].
 void negcache_score_blocks(const void* embeddings, int storage, int64_t capacity, int64_t dim, const float* queries,
                            int64_t rows, const float* bias, const int64_t* excluded, int64_t exclusions,
@@ -479,16 +620,14 @@ void negcache_score_blocks(const void* embeddings, int storage, int64_t capacity
   with_storage(embeddings, storage, [&](auto* typed) { score_blocks(typed, problem, blocks, samples, out); });
 }
 
-#ifdef NEGCACHE_AMX
-
 // out[row, block] = logsumexp over the block's slots of the scores; -inf for a block without a finite score.
 void negcache_block_logsumexp(const void* embeddings, int storage, int64_t capacity, int64_t dim, const float* queries,
-                              int64_t rows, const float* bias, const int64_t* excluded, int64_t exclusions, int parts,
-                              float* out) {
+                              int64_t rows, const float* bias, const int64_t* excluded, int64_t exclusions, int tiles,
+                              int parts, float* out) {
   const Problem problem{capacity, dim, rows, queries, bias, excluded, exclusions};
   const int64_t blocks = (capacity + kBlock - 1) / kBlock;
   with_storage(embeddings, storage, [&](auto* typed) {
-    stream(typed, problem, parts, [=] {
+    stream(typed, problem, {tiles, parts}, [=] {
       return [=](int64_t block, int64_t row, int64_t lanes, const float* scores) {
         const Floats logsumexp = column_logsumexp(scores);
         for (int64_t i = 0; i < lanes; ++i) out[(row + i) * blocks + block] = logsumexp[i];
@@ -498,14 +637,12 @@ void negcache_block_logsumexp(const void* embeddings, int storage, int64_t capac
 }
 
 // The `keep` best scores of each row and their slots, by (score descending, slot ascending); (-inf, -1) if fewer. They
-// are found among the tile products and then rescored in float32.
+// are found among the streamed products and then rescored in float32.
 void negcache_hardest(const void* embeddings, int storage, int64_t capacity, int64_t dim, const float* queries,
-                      int64_t rows, const float* bias, const int64_t* excluded, int64_t exclusions, int parts,
+                      int64_t rows, const float* bias, const int64_t* excluded, int64_t exclusions, int tiles, int parts,
                       int64_t keep, float* scores, int64_t* slots) {
   const Problem problem{capacity, dim, rows, queries, bias, excluded, exclusions};
-  with_storage(embeddings, storage, [&](auto* typed) { hardest(typed, problem, parts, keep, scores, slots); });
+  with_storage(embeddings, storage, [&](auto* typed) { hardest(typed, problem, {tiles, parts}, keep, scores, slots); });
 }
-
-#endif  // NEGCACHE_AMX
 
 }  // extern "C"

@@ -26,7 +26,7 @@ __all__ = ["block_logsumexp", "finds_hardest", "hardest", "library", "score_bloc
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w")
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CHUNK = 2048  # slots scored at a time without tile products: their scores stay in the cache of the cores
+_FEW_QUERIES = 64  # up to so many, rearranging the embeddings into tiles takes longer than tiles save
 _BLOCK = 64
 _MOST_HARDEST = 1024  # above it, candidates take more memory than they save time
 _LOGGER = logging.getLogger(__name__)
@@ -61,34 +61,14 @@ def supports(queries: Tensor, embeddings: Tensor) -> bool:
 
 def finds_hardest(n: int) -> bool:
     """Whether `hardest` is there, for `n` documents per query."""
-    return n <= _MOST_HARDEST and _multiplies_tiles()
+    return n <= _MOST_HARDEST
 
 
 def block_logsumexp(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
     """[B, ceil(C / BLOCK)]: the log-sum-exp of every block of scores; arguments as the fields of `ScoreMatrix`."""
-    capacity = embeddings.shape[0]
-    out = queries.new_empty(queries.shape[0], -(-capacity // _BLOCK))
-    if _multiplies_tiles():
-        _call("negcache_block_logsumexp", *_problem(queries, embeddings, bias, excluded), _parts(), out)
-        return out
-    products = queries.new_empty(queries.shape[0], _CHUNK)
-    for start in range(0, capacity, _CHUNK):
-        rows = embeddings[start : start + _CHUNK].to(torch.float32)
-        width = rows.shape[0]
-        torch.mm(queries, rows.T, out=products[:, :width])
-        _call(
-            "negcache_chunk_logsumexp",
-            products,
-            queries.shape[0],
-            width,
-            _CHUNK,
-            bias[start:],
-            excluded.contiguous(),
-            excluded.shape[1],
-            start,
-            out[:, start // _BLOCK :],
-            out.stride(0),
-        )
+    out = queries.new_empty(queries.shape[0], -(-embeddings.shape[0] // _BLOCK))
+    problem = _problem(queries, embeddings, bias, excluded)
+    _call("negcache_block_logsumexp", *problem, *_arithmetic(queries.shape[0]), out)
     return out
 
 
@@ -104,7 +84,8 @@ def hardest(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor,
     """The `n` highest scores of each query and their slots, ties by slot; (-inf, -1) if there are fewer."""
     scores = queries.new_empty(queries.shape[0], n)
     slots = torch.empty_like(scores, dtype=torch.int64)
-    _call("negcache_hardest", *_problem(queries, embeddings, bias, excluded), _parts(), n, scores, slots)
+    problem = _problem(queries, embeddings, bias, excluded)
+    _call("negcache_hardest", *problem, *_arithmetic(queries.shape[0]), n, scores, slots)
     return scores, slots
 
 
@@ -114,9 +95,11 @@ def _multiplies_tiles() -> bool:
     return kernels is not None and bool(kernels.negcache_has_amx())
 
 
-def _parts() -> ctypes.c_int:
-    """Of how many bfloat16 parts a number is made, as `torch.set_float32_matmul_precision` asks."""
-    return ctypes.c_int({"highest": 3, "high": 2, "medium": 1}[torch.get_float32_matmul_precision()])
+def _arithmetic(rows: int) -> tuple[ctypes.c_int, ctypes.c_int]:
+    """Whether to multiply by tiles; of how many bfloat16 parts, as `torch.set_float32_matmul_precision` asks."""
+    tiles = rows > _FEW_QUERIES and _multiplies_tiles()
+    parts = {"highest": 3, "high": 2, "medium": 1}[torch.get_float32_matmul_precision()]
+    return ctypes.c_int(tiles), ctypes.c_int(parts)
 
 
 _Argument: TypeAlias = Tensor | ctypes.c_int | int

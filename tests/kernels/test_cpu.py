@@ -1,6 +1,9 @@
 """The CPU kernels against float64, over shapes, storages and precisions, and the path without them."""
 
+import ctypes
+import functools
 import math
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,24 +17,42 @@ from torch import Tensor
 from negcache_fn import mining, streaming
 from negcache_fn.kernels import cpu
 
+PRODUCTS = (
+    pytest.param("tiles", marks=pytest.mark.skipif(not cpu._multiplies_tiles(), reason="no bfloat16 tiles here")),
+    "vectors",
+    pytest.param("narrow", marks=pytest.mark.skipif(platform.machine() != "x86_64", reason="another kind of CPU")),
+)
 PRECISIONS = ("highest", "high", "medium")
 STORAGES = (torch.float32, torch.bfloat16, torch.float16)
 # Error of a product of P bfloat16 parts relative to |q| |e|: 2^-8 is the unit roundoff of one part.
 ERRORS = {"highest": 2.0**-21, "high": 2.0**-15, "medium": 2.0**-7}
 
+load_library = cpu.library.__wrapped__
 needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler on this machine")
 
 
 @contextmanager
-def configured(precision: str, *, tiles: bool) -> Iterator[None]:
-    """With a precision of float32 products; with tile products, where the machine has them, or without."""
+def configured(precision: str, *, products: str) -> Iterator[None]:
+    """With a precision of float32 products, made by "tiles", "vectors" or "narrow" vectors (of a CPU without AVX-512)."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     with pytest.MonkeyPatch.context() as patch:
-        if not tiles:
+        if products == "tiles":
+            patch.setattr(cpu, "_FEW_QUERIES", 0)
+        else:
             patch.setattr(cpu, "_multiplies_tiles", lambda: False)
+        if products == "narrow":
+            patch.setattr(cpu, "library", narrow_library)
         yield
     torch.set_float32_matmul_precision(before)
+
+
+@functools.cache
+def narrow_library() -> ctypes.CDLL | None:
+    """The kernels, built for a CPU without AVX-512."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_FLAGS", (*cpu._FLAGS, "-mno-avx512f"))
+        return load_library()
 
 
 def problem(rows: int, capacity: int, dim: int, storage: torch.dtype, exclusions: int, seed: int) -> tuple[Tensor, ...]:
@@ -64,24 +85,22 @@ shapes = st.tuples(st.integers(1, 40), st.integers(1, 300), st.integers(1, 80), 
 @needs_kernels
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "chunks"])
+@pytest.mark.parametrize("products", PRODUCTS)
 @given(shape=shapes)
 @example(shape=(1, 1, 1, 0, 0))
 @example(shape=(17, 64, 32, 1, 1))
 @example(shape=(16, 65, 33, 2, 2))
 def test_block_logsumexp_is_exact(
-    tiles: bool, precision: str, storage: torch.dtype, shape: tuple[int, int, int, int, int]
+    products: str, precision: str, storage: torch.dtype, shape: tuple[int, int, int, int, int]
 ) -> None:
-    if tiles and not cpu.finds_hardest(1):
-        pytest.skip("this CPU does not multiply bfloat16 tiles")
     rows, capacity, dim, exclusions, seed = shape
     arguments = problem(rows, capacity, dim, storage, exclusions, seed)
     scores = exact_scores(*arguments)
     padded = torch.nn.functional.pad(scores, (0, -capacity % 64), value=-math.inf)
-    with configured(precision, tiles=tiles):
+    with configured(precision, products=products):
         computed = cpu.block_logsumexp(*arguments)
     norms = float(arguments[0].norm(dim=1).max() * arguments[1].float().norm(dim=1).max())
-    bound = ERRORS[precision] * norms + 1e-5  # without tiles, torch may round as much but need not
+    bound = ERRORS[precision] * norms + 1e-5  # vectors may round as much but need not
     assert largest_error(computed, padded.view(rows, -1, 64).logsumexp(-1)) <= bound
 
 
@@ -99,13 +118,12 @@ def test_score_blocks_is_exact(storage: torch.dtype, shape: tuple[int, int, int,
 
 @needs_kernels
 @pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("products", PRODUCTS)
 @given(shape=shapes, data=st.data())
 def test_hardest_equals_plain_torch(
-    storage: torch.dtype, shape: tuple[int, int, int, int, int], data: st.DataObject
+    products: str, storage: torch.dtype, shape: tuple[int, int, int, int, int], data: st.DataObject
 ) -> None:
     """Small integers are exact in every storage, and full of ties, which go by slot."""
-    if not cpu.finds_hardest(1):
-        pytest.skip("this CPU does not multiply bfloat16 tiles")
     rows, capacity, dim, exclusions, seed = shape
     n = data.draw(st.integers(1, capacity))
     generator = torch.Generator().manual_seed(seed)
@@ -113,7 +131,8 @@ def test_hardest_equals_plain_torch(
     queries = torch.randint(-2, 3, (rows, dim), generator=generator).float()
     embeddings = torch.randint(-2, 3, (capacity, dim), generator=generator).to(storage)
     bias = torch.where(bias > -math.inf, 0.0, bias)
-    scores, slots = cpu.hardest(queries, embeddings, bias, excluded, n)
+    with configured("highest", products=products):
+        scores, slots = cpu.hardest(queries, embeddings, bias, excluded, n)
     matrix = streaming.ScoreMatrix(queries, embeddings, bias, excluded, None)
     expected_scores, expected_slots = mining._hardest(matrix, n)
     assert torch.equal(scores, expected_scores)
@@ -121,16 +140,36 @@ def test_hardest_equals_plain_torch(
 
 
 @needs_kernels
-def test_many_rows_and_threads() -> None:
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_many_rows_and_threads(products: str) -> None:
     """More queries than one panel holds, more candidates than room for them before the first selection."""
-    arguments = problem(700, 3000, 768, torch.float32, 1, 0)
+    arguments = problem(1100, 3000, 768, torch.float32, 1, 0)
     expected = exact_scores(*arguments)
-    blocks = torch.nn.functional.pad(expected, (0, -3000 % 64), value=-math.inf).view(700, -1, 64)
-    assert largest_error(cpu.block_logsumexp(*arguments), blocks.logsumexp(-1)) <= 1e-3
-    if cpu.finds_hardest(100):
+    blocks = torch.nn.functional.pad(expected, (0, -3000 % 64), value=-math.inf).view(1100, -1, 64)
+    with configured("highest", products=products):
+        assert largest_error(cpu.block_logsumexp(*arguments), blocks.logsumexp(-1)) <= 1e-3
         scores, slots = cpu.hardest(*arguments, 100)
-        assert largest_error(scores, expected.topk(100).values) <= 1e-3
-        assert largest_error(scores, expected.gather(1, slots)) <= 1e-3
+    assert largest_error(scores, expected.topk(100).values) <= 1e-3
+    assert largest_error(scores, expected.gather(1, slots)) <= 1e-3
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "plain"])
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.float64])
+def test_operators_are_what_they_say(native: bool, storage: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strides, aliasing and fake kernels, whichever code runs: a compiled graph relies on them."""
+    if not native:
+        monkeypatch.setattr(cpu, "supports", lambda *_: False)
+    queries, embeddings, bias, excluded = problem(3, 200, 8, storage, 1, 0)
+    if storage == torch.float64:
+        queries, bias = queries.double(), bias.double()
+    arguments = (queries, embeddings, bias, excluded)
+    blocks = torch.tensor([[0, 3], [1, 1], [2, 0]])
+    for reduction in ("logsumexp", "max"):
+        torch.library.opcheck(torch.ops.negcache_fn.reduce_blocks.default, (*arguments, reduction))
+    torch.library.opcheck(torch.ops.negcache_fn.score_blocks.default, (*arguments, blocks))
+    torch.library.opcheck(torch.ops.negcache_fn.hardest.default, (*arguments, 5))
+    queries.requires_grad_()
+    torch.library.opcheck(torch.ops.negcache_fn.cache_logsumexp.default, arguments)
 
 
 @needs_kernels
