@@ -33,7 +33,7 @@ needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="no C++ compile
 
 @contextmanager
 def configured(precision: str, *, products: str) -> Iterator[None]:
-    """With a precision of float32 products, made by "tiles", "vectors" or "narrow" vectors (of a CPU without AVX-512)."""
+    """With a precision of float32 products, made by "tiles", "vectors" or "narrow" vectors (not AVX-512)."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     with pytest.MonkeyPatch.context() as patch:
