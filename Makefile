@@ -9,16 +9,20 @@ QUERY ?= parse a date from a string
 export QUERY
 
 .DEFAULT_GOAL := help
-.PHONY: help train search bench test lint format types docs clean
+.PHONY: help train train-distributed search bench test lint format types docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(VENV)/.train ## train the code search model, with the cache and without; resumes where it stopped
 	$(PY) -m examples.code_search train $(ARGS)
 
 search: $(VENV)/.train ## search with what `make train` made: make search QUERY="..."
 	@$(PY) -m examples.code_search search $(ARGS) -- "$$QUERY"
+
+train-distributed: $(VENV)/.train ## the run with the cache on 2 processes, which restart together when one fails
+	$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 3 \
+		-m examples.code_search train --out runs/code_search_distributed $(ARGS)
 
 bench: $(VENV)/.bench ## time and memory of a step beside its peers; make bench ARGS="--quick" for a first look
 	$(PY) -m examples.benchmarks $(ARGS)

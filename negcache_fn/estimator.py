@@ -14,16 +14,44 @@ Sources: Lindgren, Reddi, Guo, Kumar, NeurIPS 2021 (own draws, "none"); Veach, G
 heuristic that shares draws). Proofs: docs/method.md.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from negcache_fn.collectives import Ranks
 from negcache_fn.sampling import Draw
 from negcache_fn.scoring import Similarity
 
-__all__ = ["STALENESS_CORRECTIONS", "estimate_cache_logit"]
+__all__ = ["STALENESS_CORRECTIONS", "Pool", "estimate_cache_logit", "pool_draws"]
 
 STALENESS_CORRECTIONS = ("none", "self_normalized", "unnormalized")
 _INFINITY = float("inf")
+
+
+class Pool(NamedTuple):
+    """The M draws that a query can use: those of its rank or of all, in the order of ranks."""
+
+    ranks: Ranks
+    negatives: Tensor  # [M, D] fresh, with gradient
+    embedding: Tensor  # [M, D] stale
+    slot: Tensor  # [M]
+    id: Tensor  # [M]
+    log_weight: Tensor  # [M]
+    source: Tensor  # [M]
+
+
+def pool_draws(negatives: Tensor, draw: Draw, ranks: Ranks) -> Pool:
+    """The draws of all ranks; those of this one if it is alone."""
+    slot, document, source = draw.slot.flatten(), draw.id.flatten(), draw.source.flatten()
+    weight = draw.log_weight.flatten()
+    if ranks.name is not None:
+        bits = weight.view(torch.int32).to(torch.int64)  # numbers in one tensor, so that they are sent at once
+        numbers = ranks.gather(torch.stack([slot, document, source, bits], dim=1))
+        slot, document, source, bits = numbers.unbind(1)
+        weight = bits.to(torch.int32).view(torch.float32)
+    embedding = ranks.gather(draw.embedding.flatten(0, 1))
+    return Pool(ranks, ranks.gather(negatives), embedding, slot, document, weight, source)
 
 
 def estimate_cache_logit(
@@ -31,8 +59,8 @@ def estimate_cache_logit(
     queries: Tensor,
     negatives: Tensor,
     draw: Draw,
+    pool: Pool | None,
     *,
-    share_draws: bool,
     staleness_correction: str,
 ) -> tuple[Tensor, Tensor]:
     """The logits `c_i` and the importance weights behind them.
@@ -42,7 +70,7 @@ def estimate_cache_logit(
         queries: [B, D].
         negatives: [B * k, D] fresh embeddings of the drawn documents.
         draw: the draws.
-        share_draws: whether every query uses every draw.
+        pool: the draws to share; None: each query uses its own.
         staleness_correction: "none", "self_normalized" or "unnormalized".
 
     Returns:
@@ -50,19 +78,18 @@ def estimate_cache_logit(
         [B, m] logarithms of the (unnormalised) weights that the scores `f_im` get in them, -inf for none.
     """
     # What was encoded in place of a draw that does not exist has no part in the loss, not even a NaN.
-    negatives = torch.where(draw.slot.flatten()[:, None] >= 0, negatives, 0.0)
-    if share_draws:
-        log_weight = draw.log_weight.flatten()
-        fresh = similarity.all(queries, negatives) + log_weight
+    if pool is None:
+        negatives = torch.where(draw.slot.flatten()[:, None] >= 0, negatives, 0.0)
+        fresh = similarity.own(queries, negatives.view(draw.embedding.shape)) + draw.log_weight
     else:
-        log_weight = draw.log_weight
-        fresh = similarity.own(queries, negatives.view(draw.embedding.shape)) + log_weight
+        negatives = torch.where(pool.slot[:, None] >= 0, pool.negatives, 0.0)
+        fresh = similarity.all(queries, negatives) + pool.log_weight
     with torch.no_grad():  # weights and stale scores are constants of the estimator
-        if share_draws:
-            stale = similarity.all(queries, draw.embedding.flatten(0, 1)) + log_weight
-            log_weights_of_draws = _balance_heuristic(stale, draw)
+        if pool is not None:
+            stale = similarity.all(queries, pool.embedding) + pool.log_weight
+            log_weights_of_draws = _balance_heuristic(stale, draw, pool)
         else:
-            stale = similarity.own(queries, draw.embedding) + log_weight
+            stale = similarity.own(queries, draw.embedding) + draw.log_weight
             log_weights_of_draws = torch.full_like(stale, 1.0 / draw.slot.shape[1]).log_()
         has_draws = draw.slot[:, :1] >= 0
         log_weights_of_draws = torch.where(has_draws, log_weights_of_draws, 0.0)
@@ -76,16 +103,18 @@ def estimate_cache_logit(
     return cache_logit, log_importance
 
 
-def _balance_heuristic(stale: Tensor, draw: Draw) -> Tensor:
+def _balance_heuristic(stale: Tensor, draw: Draw, pool: Pool) -> Tensor:
     """[B, M]: `log w_im = log p_i(j_m) - log sum_i' k p_i'(j_m)`, -inf where `p_i(j_m) = 0`."""
     rows, samples = draw.slot.shape
-    slot, source, document = draw.slot.flatten(), draw.source.flatten(), draw.id.flatten()
-    own = torch.arange(rows * samples, device=slot.device) // samples == torch.arange(rows, device=slot.device)[:, None]
-    excluded = ((document[:, None] == draw.exclude_ids[:, None, :]) & (document[:, None] >= 0)).any(-1)
-    possible = ~excluded & (stale >= draw.cutoff[:, source])
-    possible = (possible | own) & (slot >= 0) & (draw.slot[:, :1] >= 0)
+    row = torch.arange(rows, device=stale.device) + pool.ranks.rank * rows
+    own = torch.arange(pool.slot.shape[0], device=stale.device) // samples == row[:, None]
+    possible = stale >= draw.cutoff[:, pool.source]
+    if draw.exclude_ids.shape[0] == rows:  # what is excluded for all is not among the draws
+        excluded = (pool.id[:, None] == draw.exclude_ids[:, None, :]) & (pool.id[:, None] >= 0)
+        possible = possible & ~excluded.any(-1)
+    possible = (possible | own) & (pool.slot >= 0) & (draw.slot[:, :1] >= 0)
     log_probability = torch.where(possible, stale - draw.log_normalizer[:, None], -_INFINITY)
-    log_expected_draws = log_probability.logsumexp(0) + torch.full_like(stale[0], samples).log_()
+    log_expected_draws = pool.ranks.logsumexp(log_probability.logsumexp(0)) + torch.full_like(stale[0], samples).log_()
     return torch.where(possible, log_probability - log_expected_draws, -_INFINITY)
 
 

@@ -5,13 +5,16 @@ from typing import cast
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torch.nn.functional import pad
 
-from negcache_fn.checks import check_size
+from negcache_fn.checks import check_size, shape_of
+from negcache_fn.collectives import Shards, agree, distribute
 from negcache_fn.kernels import cpu
-from negcache_fn.scoring import full_precision, score_matrix
+from negcache_fn.scoring import check_search, full_precision, score_matrix
+from negcache_fn.state import stored
 from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, reduce_blocks, score_blocks
 
-__all__ = ["hardest", "top_negatives"]
+__all__ = ["hardest", "hardest_of_all", "top_negatives"]
 
 _SLAB = 32  # blocks rescored at a time
 _INFINITY = float("inf")
@@ -25,6 +28,7 @@ def top_negatives(
     scale: float | Tensor = 1.0,
     score_transform: ScoreTransform | None = None,
     exclude_ids: Tensor | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The `n` cached documents of highest score of every query: exact, streaming, ties by slot.
 
@@ -35,6 +39,8 @@ def top_negatives(
         scale: number or 0-d tensor.
         score_transform: elementwise function of the scaled inner products.
         exclude_ids: int64 ids of documents to leave out, [P] for all queries or [B, P] for each; -1 means none.
+        group: of the ranks over which the cache is sharded; each asks for its own queries, and slots are numbers of all
+            the cache's slots. Ids [P] are left out for the queries of every rank.
 
     Returns:
         Scores [B, n] in descending order, without gradient, and slots [B, n] int64; (-inf, -1) where there are fewer.
@@ -48,10 +54,43 @@ def top_negatives(
         >>> scores.shape, slots[0]
         (torch.Size([2, 3]), tensor([-1, -1, -1]))
     """
+    ranks = distribute(group)
+    with ranks.checking():
+        check_search(state, queries, scale, exclude_ids)
+        capacity = stored(state, "embedding").shape[0]
+        check_size("n", n, most=capacity * ranks.size)
     with torch.no_grad(), full_precision(state):  # mining is a look-up
-        matrix = score_matrix(state, queries, scale=scale, score_transform=score_transform, exclude_ids=exclude_ids)
-        check_size("n", n, most=matrix.embeddings.shape[0])
-        return hardest(matrix, n)
+        queries, shards = agree(
+            ranks,
+            queries,
+            capacity,
+            placement="sharded",
+            options=f"top_negatives n={n} exclude_ids={shape_of(exclude_ids)}",
+            queries=queries.shape[0],
+        )
+        excluded = None if exclude_ids is None else ranks.gather(exclude_ids)
+        matrix = score_matrix(
+            state, ranks.gather(queries), scale=scale, score_transform=score_transform, exclude_ids=excluded
+        )
+        return hardest_of_all(matrix, n, shards)
+
+
+def hardest_of_all(matrix: ScoreMatrix, n: int, shards: Shards) -> tuple[Tensor, Tensor]:
+    """`hardest` for this rank's queries [B] among the slots of all ranks; the matrix has the queries of all ranks."""
+    capacity = matrix.embeddings.shape[0]
+    scores, slots = hardest(matrix, min(n, capacity))
+    if n > capacity:
+        scores, slots = pad(scores, (0, n - capacity), value=-_INFINITY), pad(slots, (0, n - capacity), value=-1)
+    ranks = shards.ranks
+    if ranks.name is None:
+        return scores, slots
+    slots = torch.where(slots >= 0, slots + shards.first, -1)
+    # Slot numbers are exact in float64, so that one exchange does.
+    of_ranks = ranks.by_rank(ranks.exchange(torch.stack([scores.double(), slots.double()], dim=1)))
+    all_scores, all_slots = of_ranks.permute(2, 1, 0, 3).flatten(2)  # [2, B, ranks * n]
+    # Slots ascend from rank to rank, so that a stable sort breaks ties by slot.
+    best, columns = _top(all_scores[:, :0], all_scores, n)
+    return best.to(scores.dtype).contiguous(), all_slots.gather(1, columns).to(torch.int64)
 
 
 def hardest(matrix: ScoreMatrix, n: int) -> tuple[Tensor, Tensor]:

@@ -8,25 +8,34 @@ from the drawn documents (`loss`; see `estimator`).
 Source: Lindgren, Reddi, Guo, Kumar, NeurIPS 2021. Proofs: docs/method.md.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_scale, check_size
-from negcache_fn.estimator import STALENESS_CORRECTIONS, estimate_cache_logit
-from negcache_fn.mining import hardest
+from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_scale, check_size, shape_of
+from negcache_fn.collectives import Ranks, agree, distribute, fetch
+from negcache_fn.estimator import STALENESS_CORRECTIONS, Pool, estimate_cache_logit, pool_draws
+from negcache_fn.ids import first_of_each
+from negcache_fn.mining import hardest_of_all
 from negcache_fn.sampling import Draw, check_draw
-from negcache_fn.scoring import Similarity, full_precision, score_matrix
+from negcache_fn.scoring import Similarity, check_search, full_precision, score_matrix
+from negcache_fn.state import stored
 from negcache_fn.streaming import ScoreTransform, cache_logsumexp, logsumexp
 
 __all__ = [
     "REDUCTIONS",
+    "Classes",
+    "InBatch",
     "Terms",
+    "batch_classes",
+    "check_batch",
+    "check_in_batch",
     "cross_entropy",
     "exact_loss",
     "false_negative_ids",
+    "gather_documents",
     "loss",
     "loss_terms",
     "reduce_loss",
@@ -34,6 +43,18 @@ __all__ = [
 
 REDUCTIONS = ("mean", "sum", "none")
 _INFINITY = float("inf")
+
+
+InBatch = bool | Literal["global"]
+
+
+class Classes(NamedTuple):
+    """The documents that are classes of every query."""
+
+    documents: Tensor  # [N, D]
+    ids: Tensor | None  # [N]
+    log_weights: Tensor | None  # [N]
+    first: int  # the positive of query i is document first + i
 
 
 class Terms(NamedTuple):
@@ -53,12 +74,13 @@ def loss(
     *,
     scale: float | Tensor = 1.0,
     score_transform: ScoreTransform | None = None,
-    in_batch: bool = True,
+    in_batch: InBatch = True,
     ids: Tensor | None = None,
     log_weights: Tensor | None = None,
     share_draws: bool = True,
     staleness_correction: str = "self_normalized",
     reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """Cross entropy of each query's positive against batch and cache, from the draws' fresh embeddings.
 
@@ -75,7 +97,7 @@ def loss(
         draw: what `sample_gumbel` gave for these queries, with the same scale and transform.
         scale: number or 0-d tensor, learnable.
         score_transform: elementwise function of the scaled inner products.
-        in_batch: whether all documents are classes of every query.
+        in_batch: whether all documents are classes of every query; "global": those of all ranks.
         ids: [N] int64 ids of the documents, -1 where anonymous. A document with the id of a query's positive is no
             negative of it, and of several documents with one id the first alone is a class. Pass the same ids as
             `exclude_ids` when drawing (all of them with `in_batch`, else `ids[:B, None]`); `step` does.
@@ -83,6 +105,8 @@ def loss(
         share_draws: whether every query uses every draw (multiple importance sampling with the balance heuristic).
         staleness_correction: "none", "self_normalized" or "unnormalized".
         reduction: "mean", "sum" or "none".
+        group: of ranks that share their draws. The loss is that of this rank's queries; the gradient that arrives in
+            this rank's embeddings is that of the sum of all ranks' losses.
 
     Returns:
         [] or, with reduction "none", [B]; float32 or wider. Differentiable in `queries`, `documents`, `negatives` and
@@ -102,18 +126,34 @@ def loss(
 
     Reference: Lindgren et al., NeurIPS 2021, equations 5-8; Veach and Guibas, SIGGRAPH 1995, section 3.3.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
+    ranks = distribute(group)
+    with ranks.checking():
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("staleness_correction", staleness_correction, STALENESS_CORRECTIONS)
+        check_draw("draw", draw)
+        check_embeddings("queries", queries, draw.embedding, rows=draw.slot.shape[0])
+        check_embeddings("negatives", negatives, queries, rows=draw.slot.numel())
+        check_scale(scale, queries.device)
+        check_batch(queries, documents, in_batch, ids, log_weights, ranks)
+    queries, _ = agree(
+        ranks,
+        queries,
+        0,
+        placement="replicated",
+        options=f"loss in_batch={in_batch} share_draws={share_draws} {shape_of(ids)} {shape_of(log_weights)}",
+        queries=queries.shape[0],
+        documents=documents.shape[0],
+        num_samples=draw.slot.shape[1],
+    )
     terms = loss_terms(
         queries,
-        documents,
+        batch_classes(queries.shape[0], documents, ids, log_weights, in_batch, ranks),
         negatives,
         draw,
+        pool_draws(negatives, draw, ranks) if share_draws else None,
         scale=scale,
         score_transform=score_transform,
-        in_batch=in_batch,
-        ids=ids,
-        log_weights=log_weights,
-        share_draws=share_draws,
+        in_batch=bool(in_batch),
         staleness_correction=staleness_correction,
     )
     return reduce_loss(cross_entropy(terms.batch_logits, terms.cache_logit, terms.positive), reduction)
@@ -126,11 +166,12 @@ def exact_loss(
     *,
     scale: float | Tensor = 1.0,
     score_transform: ScoreTransform | None = None,
-    in_batch: bool = True,
+    in_batch: InBatch = True,
     ids: Tensor | None = None,
     log_weights: Tensor | None = None,
     top_k: int | None = None,
     reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """The same cross entropy without sampling: the whole cache, as embedded in it.
 
@@ -143,11 +184,12 @@ def exact_loss(
         documents: [N, D] floating, N >= B, as in `loss`.
         scale: number or 0-d tensor, learnable.
         score_transform: elementwise function of the scaled inner products.
-        in_batch: whether all documents are classes of every query.
+        in_batch: as in `loss`.
         ids: [N] int64, as in `loss`.
         log_weights: [N] floating, as in `loss`.
         top_k: restricts the cache to each query's `top_k` highest scores.
         reduction: "mean", "sum" or "none".
+        group: of the ranks over which the cache is sharded; gradients as in `loss`.
 
     Returns:
         [] or, with reduction "none", [B]. Differentiable in `queries`, `documents` and `scale`; the cache is constant.
@@ -162,52 +204,65 @@ def exact_loss(
 
     Reference: Lindgren et al., NeurIPS 2021, equation 1.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
+    ranks = distribute(group)
+    with ranks.checking():
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_search(state, queries, scale)
+        check_batch(queries, documents, in_batch, ids, log_weights, ranks)
+        capacity = stored(state, "embedding").shape[0]
+        if top_k is not None:
+            check_size("top_k", top_k, most=capacity * ranks.size)
     with full_precision(state):
-        exclude_ids = None
-        if ids is not None:
-            check_rows("ids", ids, torch.int64, documents.shape[0], queries.device)
-            exclude_ids = false_negative_ids(ids, queries.shape[0], in_batch=in_batch)
-        matrix = score_matrix(state, queries, scale=scale, score_transform=score_transform, exclude_ids=exclude_ids)
+        rows = queries.shape[0]
+        queries, shards = agree(
+            ranks,
+            queries,
+            capacity,
+            placement="sharded",
+            options=f"exact_loss in_batch={in_batch} top_k={top_k} {shape_of(ids)} {shape_of(log_weights)}",
+            queries=rows,
+            documents=documents.shape[0],
+        )
+        exclude_ids = None if ids is None else ranks.gather(false_negative_ids(ids, rows, in_batch=in_batch))
+        # Each shard's part of the sum is made where the shard is, for the queries of all ranks.
+        everyone = ranks.gather(queries)
+        matrix = score_matrix(state, everyone, scale=scale, score_transform=score_transform, exclude_ids=exclude_ids)
         similarity = Similarity(matrix.queries.dtype, scale, score_transform)
-        batch_logits, positive = _batch_scores(similarity, queries, documents, in_batch, ids, log_weights)
+        classes = batch_classes(rows, documents, ids, log_weights, in_batch, ranks)
+        batch_logits, positive = _batch_scores(similarity, queries, classes, bool(in_batch))
         if top_k is None:
             cache_logit = cache_logsumexp(matrix)
+            if ranks.name is not None:
+                cache_logit = logsumexp(ranks.by_rank(ranks.exchange(cache_logit)).t())
         else:
-            check_size("top_k", top_k, most=matrix.embeddings.shape[0])
             with torch.no_grad():
-                scores, slots = hardest(matrix, top_k)
-            rows = slots.clamp(min=0)
-            own = similarity.own(queries, matrix.embeddings[rows]) + matrix.bias[rows]
+                scores, slots = hardest_of_all(matrix, top_k, shards)
+            embedding, log_weight = fetch(
+                [stored(state, "embedding"), stored(state, "log_weight")], slots.flatten(), shards
+            )
+            own = similarity.own(queries, embedding.view(rows, top_k, -1)) + log_weight.view(rows, top_k)
             cache_logit = logsumexp(torch.where(scores > -_INFINITY, own, -_INFINITY))
         return reduce_loss(cross_entropy(batch_logits, cache_logit, positive), reduction)
 
 
 def loss_terms(
     queries: Tensor,
-    documents: Tensor,
+    classes: Classes,
     negatives: Tensor,
     draw: Draw,
+    pool: Pool | None,
     *,
     scale: float | Tensor,
     score_transform: ScoreTransform | None,
     in_batch: bool,
-    ids: Tensor | None,
-    log_weights: Tensor | None,
-    share_draws: bool,
     staleness_correction: str,
 ) -> Terms:
-    """What `loss` is made of; arguments as there."""
-    check_choice("staleness_correction", staleness_correction, STALENESS_CORRECTIONS)
-    check_draw("draw", draw)
-    check_embeddings("queries", queries, draw.embedding, rows=draw.slot.shape[0])
-    check_embeddings("negatives", negatives, queries, rows=draw.slot.numel())
-    check_scale(scale, queries.device)
+    """What `loss` is made of; `pool` are the draws to share, None if each query uses its own."""
     similarity = Similarity(draw.log_normalizer.dtype, scale, score_transform)
     with torch.autocast(queries.device.type, enabled=False):  # the softmax is computed in float32 or wider
-        batch_logits, positive = _batch_scores(similarity, queries, documents, in_batch, ids, log_weights)
+        batch_logits, positive = _batch_scores(similarity, queries, classes, in_batch)
         cache_logit, log_importance = estimate_cache_logit(
-            similarity, queries, negatives, draw, share_draws=share_draws, staleness_correction=staleness_correction
+            similarity, queries, negatives, draw, pool, staleness_correction=staleness_correction
         )
     return Terms(batch_logits, positive, cache_logit, log_importance)
 
@@ -224,38 +279,79 @@ def reduce_loss(losses: Tensor, reduction: str) -> Tensor:
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
-def false_negative_ids(ids: Tensor, queries: int, *, in_batch: bool) -> Tensor:
+def false_negative_ids(ids: Tensor, queries: int, *, in_batch: InBatch) -> Tensor:
     """What must not be drawn: with in-batch classes every document of the batch, else each query's positive."""
     return ids if in_batch else ids[:queries, None]
 
 
-def _batch_scores(
-    similarity: Similarity,
+def check_in_batch(in_batch: InBatch, ranks: Ranks) -> None:
+    """Raises unless `in_batch` is known and possible."""
+    if not isinstance(in_batch, bool) and in_batch != "global":
+        raise ValueError(f"in_batch is {in_batch!r}; expected True, False or 'global'")
+    if in_batch == "global" and ranks.name is None:
+        raise ValueError("in_batch is 'global' without a group; expected group= as well")
+
+
+def check_batch(
     queries: Tensor,
     documents: Tensor,
-    in_batch: bool,
+    in_batch: InBatch,
     ids: Tensor | None,
     log_weights: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Logits of the batch's classes [B, N] or [B, 1], and of the positives [B]."""
-    rows = queries.shape[0]
-    check_embeddings("documents", documents, queries, at_least=rows)
+    ranks: Ranks,
+) -> None:
+    """Raises unless the documents fit the queries, and ids and log-weights the documents."""
+    check_in_batch(in_batch, ranks)
+    check_embeddings("documents", documents, queries, at_least=queries.shape[0])
     if ids is not None:
         check_rows("ids", ids, torch.int64, documents.shape[0], queries.device)
     if log_weights is not None:
         check_rows("log_weights", log_weights, None, documents.shape[0], queries.device)
+
+
+def gather_documents(values: Tensor, queries: int, ranks: Ranks) -> Tensor:
+    """Rows of the documents of all ranks: first the positives of their queries, then the others. Differentiable."""
+    if ranks.name is None:
+        return values
+    of_ranks = ranks.by_rank(ranks.gather(values))
+    if values.shape[0] == queries:
+        return of_ranks.flatten(0, 1)
+    return torch.cat([of_ranks[:, :queries].flatten(0, 1), of_ranks[:, queries:].flatten(0, 1)])
+
+
+def batch_classes(
+    queries: int,
+    documents: Tensor,
+    ids: Tensor | None,
+    log_weights: Tensor | None,
+    in_batch: InBatch,
+    ranks: Ranks,
+) -> Classes:
+    """The batch's own documents, or those of all ranks."""
+    if in_batch != "global":
+        return Classes(documents, ids, log_weights, 0)
+    documents = gather_documents(documents, queries, ranks)
+    ids = None if ids is None else gather_documents(ids, queries, ranks)
+    log_weights = None if log_weights is None else gather_documents(log_weights, queries, ranks)
+    return Classes(documents, ids, log_weights, ranks.rank * queries)
+
+
+def _batch_scores(similarity: Similarity, queries: Tensor, classes: Classes, in_batch: bool) -> tuple[Tensor, Tensor]:
+    """Logits of the batch's classes [B, N] or [B, 1], and of the positives [B]."""
+    rows, first, log_weights = queries.shape[0], classes.first, classes.log_weights
     if not in_batch:
-        positive = similarity.own(queries, documents[:rows, None, :])
+        positive = similarity.own(queries, classes.documents[:rows, None, :])
         if log_weights is not None:
             positive = positive + log_weights[:rows, None]
         return positive, positive[:, 0]
-    scores = similarity.all(queries, documents)
+    scores = similarity.all(queries, classes.documents)
     if log_weights is not None:
         scores = scores + log_weights
-    positive = scores.gather(1, torch.arange(rows, device=scores.device)[:, None]).squeeze(1)
-    if ids is not None:
-        same = (ids[:, None] == ids) & (ids >= 0)
-        repeated = same.tril(-1).any(1)
-        is_positive = torch.eye(rows, documents.shape[0], dtype=torch.bool, device=ids.device)
-        scores = scores.masked_fill((same[:rows] | repeated) & ~is_positive, -_INFINITY)
+    own = torch.arange(rows, device=scores.device)[:, None] + first
+    positive = scores.gather(1, own).squeeze(1)
+    if classes.ids is not None:
+        ids = classes.ids
+        same = (ids[first : first + rows, None] == ids) & (ids >= 0)
+        is_positive = torch.arange(ids.shape[0], device=ids.device) == own
+        scores = scores.masked_fill((same | ~first_of_each(ids)) & ~is_positive, -_INFINITY)
     return scores, positive

@@ -17,14 +17,15 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torch.nn.functional import pad
 
-from negcache_fn.checks import check_size
-from negcache_fn.mining import hardest
+from negcache_fn.checks import check_size, shape_of
+from negcache_fn.collectives import Ranks, Shards, agree, check_placement, distribute, fetch
+from negcache_fn.mining import hardest_of_all
 from negcache_fn.random import gumbel
-from negcache_fn.scoring import full_precision, score_matrix
+from negcache_fn.scoring import check_search, full_precision, score_matrix
 from negcache_fn.state import scalar, segments, stored
 from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, reduce_blocks, score_blocks
 
-__all__ = ["Draw", "check_draw", "merge_draws", "sample_gumbel"]
+__all__ = ["Draw", "check_draw", "check_draws", "draw_negatives", "merge_draws", "sample_gumbel"]
 
 _GROUP = 16  # blocks
 _QUAD = 4  # variates that one Philox call gives
@@ -57,6 +58,8 @@ def sample_gumbel(
     score_transform: ScoreTransform | None = None,
     exclude_ids: Tensor | None = None,
     top_k: int | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
+    placement: str = "sharded",
 ) -> Draw:
     """Draws documents from `softmax(score(state, queries))`, independently for every query and sample.
 
@@ -72,6 +75,10 @@ def sample_gumbel(
         exclude_ids: int64 ids of documents that must not be drawn (false negatives), [P] for all queries or [B, P] for
             each; -1 means none.
         top_k: restricts each query's softmax to its `top_k` highest scores, exactly, ties by slot.
+        group: of ranks that draw together, each for its own queries: what they draw is what one rank draws that has
+            the queries of all, in the order of ranks. Ids [P] are excluded for the queries of every rank.
+        placement: "sharded": each rank has a part of the cache, and slots are numbers of all its slots; "replicated":
+            each has the whole.
 
     Returns:
         The draws. A query that has no document gets slot -1 and log-normaliser -inf.
@@ -89,18 +96,75 @@ def sample_gumbel(
 
     Reference: Lindgren et al., NeurIPS 2021, section 3 and algorithm 1.
     """
+    ranks = distribute(group)
+    with ranks.checking():
+        check_placement(placement, ranks)
+        check_search(state, queries, scale, exclude_ids)
+        check_draws(state, num_samples, top_k, ranks)
+    queries, shards = agree(
+        ranks,
+        queries,
+        stored(state, "embedding").shape[0],
+        placement=placement,
+        options=f"sample_gumbel top_k={top_k} exclude_ids={shape_of(exclude_ids)}",
+        queries=queries.shape[0],
+        num_samples=num_samples,
+    )
+    return draw_negatives(
+        state,
+        queries,
+        ranks,
+        shards,
+        num_samples=num_samples,
+        scale=scale,
+        score_transform=score_transform,
+        exclude_ids=exclude_ids,
+        top_k=top_k,
+    )
+
+
+def draw_negatives(
+    state: TensorDictBase,
+    queries: Tensor,
+    ranks: Ranks,
+    shards: Shards,
+    *,
+    num_samples: int,
+    scale: float | Tensor,
+    score_transform: ScoreTransform | None,
+    exclude_ids: Tensor | None,
+    top_k: int | None,
+) -> Draw:
+    """`sample_gumbel` on checked arguments: of this rank's queries, from slots wherever they are."""
+    rows = queries.shape[0]
     with torch.no_grad(), full_precision(state):  # sampling has no gradient
-        matrix = score_matrix(state, queries, scale=scale, score_transform=score_transform, exclude_ids=exclude_ids)
-        check_size("num_samples", num_samples)
-        rows = queries.shape[0]
-        sample = torch.arange(rows * num_samples, device=queries.device).view(rows, num_samples)
-        noise = _Noise(scalar(state, "seed"), scalar(state, "step"), sample)
-        if top_k is None:
-            chosen = _choose(matrix, noise)
+        if exclude_ids is not None and (exclude_ids.ndim == 1 or shards.ranks.name is not None):
+            of_all = ranks.gather(exclude_ids)
         else:
-            check_size("top_k", top_k, most=matrix.embeddings.shape[0])
-            chosen = _choose_among_hardest(matrix, noise, top_k)
-        return _describe(state, matrix, chosen, exclude_ids)
+            of_all = exclude_ids
+        # A shard is searched for the queries of all ranks.
+        everyone = shards.ranks.gather(queries)
+        matrix = score_matrix(state, everyone, scale=scale, score_transform=score_transform, exclude_ids=of_all)
+        first_row = ranks.rank * rows
+        noise = _Noise.of(state, first_row, rows, num_samples)
+        if top_k is None:
+            if shards.ranks.name is not None:
+                noise = _Noise.of(state, 0, everyone.shape[0], num_samples)
+            chosen = _merge_shards(_choose(matrix, noise, shards.first), shards.ranks)
+        else:
+            chosen = _choose_among(*hardest_of_all(matrix, top_k + 1, shards), noise)
+        if exclude_ids is None or of_all is None:
+            excluded = noise.row.new_empty(1, 0)
+        else:
+            excluded = of_all[None] if of_all.ndim == 1 else exclude_ids
+        return _describe(state, chosen, shards, excluded)
+
+
+def check_draws(state: TensorDictBase, num_samples: int, top_k: int | None, ranks: Ranks) -> None:
+    """Raises unless so many draws can be made."""
+    check_size("num_samples", num_samples)
+    if top_k is not None:
+        check_size("top_k", top_k, most=stored(state, "embedding").shape[0] * ranks.size)
 
 
 def merge_draws(a: Draw, b: Draw) -> Draw:
@@ -166,6 +230,13 @@ class _Noise(NamedTuple):
     step: Tensor
     row: Tensor  # [B, k] row of the noise matrix: query x sample
 
+    @classmethod
+    def of(cls, state: TensorDictBase, first: int, queries: int, samples: int) -> "_Noise":
+        """Of the queries `first ...` of all ranks' queries."""
+        seed, step = scalar(state, "seed"), scalar(state, "step")
+        rows = torch.arange(queries * samples, device=seed.device) + first * samples
+        return cls(seed, step, rows.view(queries, samples))
+
     def columns(self, quad: Tensor, level: int) -> Tensor:
         """[B, k, 4 n] variates of the columns in the quads [..., n] (broadcast against [B, k, n])."""
         return gumbel(self.seed, self.step, self.row[..., None], quad, level=level).flatten(-2)
@@ -179,18 +250,43 @@ class _Chosen(NamedTuple):
     cutoff: Tensor  # [B, 1]
 
 
-def _choose(matrix: ScoreMatrix, noise: _Noise) -> _Chosen:
+def _choose(matrix: ScoreMatrix, noise: _Noise, first_slot: int | Tensor) -> _Chosen:
+    capacity = matrix.embeddings.shape[0]
     best = None
-    for start, stop in segments(matrix.embeddings.shape[0]):
-        found = _choose_group(matrix, noise, start, stop)
+    for start, stop in segments(capacity):
+        found = _choose_group(matrix, noise, start, stop, first_slot)
         best = found if best is None else _better(best, found)
     assert best is not None  # a cache has a slot
+    # Groups, blocks and slots have the numbers that they have in the whole cache: noise goes by them.
     block = best.group * _GROUP + _perturbed_argmax(best.blocks, noise, best.group, _AMONG_BLOCKS)
-    within_block = score_blocks(matrix, block)
+    within_block = score_blocks(matrix, block - first_slot // BLOCK)
     place = _perturbed_argmax(within_block, noise, block, _AMONG_SLOTS)
     score = within_block.gather(-1, place[..., None]).squeeze(-1)
+    # A query without a document may have chosen a place past the end.
+    slot = (block * BLOCK + place - first_slot).clamp(0, capacity - 1) + first_slot
     cutoff = torch.full_like(best.log_normalizer, -_INFINITY)[:, None]
-    return _Chosen(block * BLOCK + place, score, best.perturbed, best.log_normalizer, cutoff)
+    return _Chosen(slot, score, best.perturbed, best.log_normalizer, cutoff)
+
+
+def _merge_shards(chosen: _Chosen, ranks: Ranks) -> _Chosen:
+    """Of what each rank has chosen for the queries of all: the best for this rank's own."""
+    if ranks.name is None:
+        return chosen
+    # Slot numbers are exact in float64, so that one exchange does.
+    sent = torch.stack([chosen.perturbed.double(), chosen.score.double(), chosen.slot.double()], dim=-1).flatten(1)
+    sent = torch.cat([sent, chosen.log_normalizer.double()[:, None]], dim=1)
+    received = ranks.by_rank(ranks.exchange(sent))  # [ranks, B, 3 k + 1]
+    perturbed, score, slot = received[..., :-1].view(*received.shape[:2], -1, 3).unbind(-1)
+    largest, winner = perturbed.max(0, keepdim=True)
+    dtype = chosen.score.dtype
+    log_normalizer = received[..., -1].logsumexp(0).to(dtype)
+    return _Chosen(
+        slot.gather(0, winner)[0].to(torch.int64),
+        score.gather(0, winner)[0].to(dtype),
+        largest[0].to(dtype),
+        log_normalizer,
+        torch.full_like(log_normalizer, -_INFINITY)[:, None],
+    )
 
 
 class _Group(NamedTuple):
@@ -200,7 +296,7 @@ class _Group(NamedTuple):
     blocks: Tensor  # [B, k, _GROUP] log-sum-exp of its blocks
 
 
-def _choose_group(matrix: ScoreMatrix, noise: _Noise, start: int, stop: int) -> _Group:
+def _choose_group(matrix: ScoreMatrix, noise: _Noise, start: int, stop: int, first_slot: int | Tensor) -> _Group:
     """The group of largest perturbed log-sum-exp among those of the slots `start ... stop - 1`."""
     part = matrix._replace(
         embeddings=matrix.embeddings[start:stop], bias=matrix.bias[start:stop], excluded=matrix.excluded - start
@@ -209,12 +305,20 @@ def _choose_group(matrix: ScoreMatrix, noise: _Noise, start: int, stop: int) -> 
     blocks = pad(blocks, (0, -blocks.shape[1] % _GROUP), value=-_INFINITY)
     blocks = blocks.view(blocks.shape[0], -1, _GROUP)
     groups = blocks.logsumexp(-1)
-    first_quad = start // (BLOCK * _GROUP * _QUAD)
-    quads = torch.arange(-(-groups.shape[1] // _QUAD), device=groups.device) + first_quad
-    among_groups = noise.columns(quads, _AMONG_GROUPS)[..., : groups.shape[1]]
-    perturbed, group = (groups[:, None, :] + among_groups).max(-1)
+    first_group = (first_slot + start) // (BLOCK * _GROUP)
+    perturbed, group = (groups[:, None, :] + _noise_of_groups(noise, first_group, groups.shape[1])).max(-1)
     within_group = blocks.gather(1, group[..., None].expand(*group.shape, _GROUP))
-    return _Group(group + first_quad * _QUAD, perturbed, groups.logsumexp(-1), within_group)
+    return _Group(group + first_group, perturbed, groups.logsumexp(-1), within_group)
+
+
+def _noise_of_groups(noise: _Noise, first: int | Tensor, count: int) -> Tensor:
+    """[B, k, count] variates of the groups `first ...`, which need not be the first of a quad."""
+    if isinstance(first, int) and first % _QUAD == 0:
+        quads = torch.arange(-(-count // _QUAD), device=noise.row.device) + first // _QUAD
+        return noise.columns(quads, _AMONG_GROUPS)[..., :count]
+    quads = torch.arange(-(-count // _QUAD) + 1, device=noise.row.device) + first // _QUAD
+    columns = torch.arange(count, device=noise.row.device) + first % _QUAD
+    return noise.columns(quads, _AMONG_GROUPS).index_select(-1, columns)
 
 
 def _better(a: _Group, b: _Group) -> _Group:
@@ -234,13 +338,12 @@ def _perturbed_argmax(scores: Tensor, noise: _Noise, parent: Tensor, level: int)
     return (scores + noise.columns(quad, level)).argmax(-1)
 
 
-def _choose_among_hardest(matrix: ScoreMatrix, noise: _Noise, top_k: int) -> _Chosen:
-    candidates = min(top_k + 1, matrix.embeddings.shape[0])
-    scores, slots = hardest(matrix, candidates)
-    last, following = scores[:, top_k - 1], scores[:, candidates - 1]
+def _choose_among(scores: Tensor, slots: Tensor, noise: _Noise) -> _Chosen:
+    """Among the hardest documents but the last, which is there to say where they end."""
+    top_k = scores.shape[1] - 1
     # Midway between the last document inside and the first outside: a score recomputed with other rounding stays on
     # its side.
-    cutoff = (last + following)[:, None] / 2 if candidates > top_k else torch.full_like(last, -_INFINITY)[:, None]
+    cutoff = (scores[:, top_k - 1] + scores[:, top_k])[:, None] / 2
     scores, slots = scores[:, :top_k], slots[:, :top_k]
     column = slots.clamp(min=0)[:, None, :]
     variates = noise.columns(column // _QUAD, _AMONG_SLOTS)
@@ -249,21 +352,21 @@ def _choose_among_hardest(matrix: ScoreMatrix, noise: _Noise, top_k: int) -> _Ch
     return _Chosen(slots.gather(1, place), scores.gather(1, place), perturbed, scores.logsumexp(-1), cutoff)
 
 
-def _describe(state: TensorDictBase, matrix: ScoreMatrix, chosen: _Chosen, exclude_ids: Tensor | None) -> Draw:
+def _describe(state: TensorDictBase, chosen: _Chosen, shards: Shards, excluded: Tensor) -> Draw:
     # A comparison that NaN fails: queries that have diverged draw nothing, and their loss says so.
     drawn = (chosen.log_normalizer > -_INFINITY)[:, None]
-    capacity = matrix.embeddings.shape[0]
-    row = chosen.slot.clamp(0, capacity - 1)
-    excluded = row.new_empty(1, 0) if exclude_ids is None else exclude_ids
+    slot = torch.where(drawn, chosen.slot, -1)
+    leaves = [stored(state, name) for name in ("embedding", "id", "log_weight")]
+    embedding, document, log_weight = fetch(leaves, slot.flatten(), shards)
     return Draw(
-        slot=torch.where(drawn, row, -1),
+        slot=slot,
         score=torch.where(drawn, chosen.score, -_INFINITY),
         perturbed=chosen.perturbed,
         log_normalizer=chosen.log_normalizer,
-        embedding=matrix.embeddings[row],
-        id=torch.where(drawn, stored(state, "id")[row], -1),
-        log_weight=torch.where(drawn, stored(state, "log_weight")[row], 0.0),
-        source=torch.zeros_like(row),
+        embedding=embedding.view(*slot.shape, -1),
+        id=torch.where(drawn, document.view(slot.shape), -1),
+        log_weight=torch.where(drawn, log_weight.view(slot.shape), 0.0),
+        source=torch.zeros_like(slot),
         cutoff=chosen.cutoff,
-        exclude_ids=excluded if excluded.ndim == 2 else excluded[None],
+        exclude_ids=excluded,
     )

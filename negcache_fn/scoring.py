@@ -1,6 +1,5 @@
 """Scores of queries against the cache: their definition, and the checks that all readers of them share."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -8,10 +7,11 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn.checks import check_embeddings, check_ids, check_scale, check_state
-from negcache_fn.state import live, segments, stored
+from negcache_fn.ids import cached_under, find_slots
+from negcache_fn.state import live, stored
 from negcache_fn.streaming import ScoreMatrix, ScoreTransform
 
-__all__ = ["Similarity", "find_slots", "full_precision", "score", "score_matrix"]
+__all__ = ["Similarity", "check_search", "full_precision", "score", "score_matrix"]
 
 _INFINITY = float("inf")
 
@@ -45,10 +45,22 @@ def score(
         >>> score(state, torch.ones(2, 4)).shape
         torch.Size([2, 8])
     """
+    check_search(state, queries, scale)
     with full_precision(state):
         matrix = score_matrix(state, queries, scale=scale, score_transform=score_transform)
         products = matrix.queries @ matrix.embeddings.to(matrix.queries.dtype).T
         return (products if score_transform is None else score_transform(products)) + matrix.bias
+
+
+def check_search(
+    state: TensorDictBase, queries: Tensor, scale: float | Tensor, exclude_ids: Tensor | None = None
+) -> None:
+    """The checks that all who score queries against the cache share."""
+    check_state(state)
+    check_embeddings("queries", queries, stored(state, "embedding"))
+    check_scale(scale, queries.device)
+    if exclude_ids is not None:
+        check_ids("exclude_ids", exclude_ids, queries)
 
 
 def score_matrix(
@@ -59,20 +71,13 @@ def score_matrix(
     score_transform: ScoreTransform | None,
     exclude_ids: Tensor | None = None,
 ) -> ScoreMatrix:
-    """The (unevaluated) scores of `queries` against the cache, after the checks that all readers of it share."""
-    check_state(state)
+    """The (unevaluated) scores of `queries` against the cache, which `check_search` has seen."""
     embeddings = stored(state, "embedding")
-    check_embeddings("queries", queries, embeddings)
-    check_scale(scale, queries.device)
-    rows = queries.shape[0]
-    excluded = torch.empty((rows, 0), dtype=torch.int64, device=queries.device)
+    excluded = torch.empty((queries.shape[0], 0), dtype=torch.int64, device=queries.device)
     kept = live(state)
-    if exclude_ids is not None:
-        check_ids("exclude_ids", exclude_ids, queries)
-        if exclude_ids.shape[-1] == 0:
-            pass
-        elif exclude_ids.ndim == 1:
-            kept = kept & ~torch.cat([hit for _, hit, _ in _look_up(state, exclude_ids.sort().values)])
+    if exclude_ids is not None and exclude_ids.shape[-1] > 0:
+        if exclude_ids.ndim == 1:
+            kept = kept & ~cached_under(state, exclude_ids)
         else:
             excluded = find_slots(state, exclude_ids)
     dtype = torch.promote_types(torch.promote_types(queries.dtype, embeddings.dtype), torch.float32)
@@ -104,24 +109,3 @@ def full_precision(state: TensorDictBase) -> torch.autocast:
     """A context without autocast: scores are accumulated in float32 or wider whatever surrounds the call."""
     check_state(state)
     return torch.autocast(stored(state, "embedding").device.type, enabled=False)
-
-
-def find_slots(state: TensorDictBase, ids: Tensor) -> Tensor:
-    """The live slot of each id, -1 where the cache does not have it or the id is negative; the shape of `ids`."""
-    ordered = ids.flatten().sort().values
-    found = torch.full_like(ordered, -1)
-    for place, hit, slots in _look_up(state, ordered):
-        found = found.scatter_reduce(0, place, slots.masked_fill(~hit, -1), "amax")
-    return found[torch.searchsorted(ordered, ids.contiguous())].masked_fill(ids < 0, -1)
-
-
-def _look_up(state: TensorDictBase, ordered: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """A segment of slots at a time: the places of their ids among the `ordered` ones [P], if they are there; slots.
-
-    The few ids are sorted, not the cache.
-    """
-    known = stored(state, "id").masked_fill(~live(state), -1)
-    for start, stop in segments(known.shape[0]):
-        place = torch.searchsorted(ordered, known[start:stop]).clamp(max=ordered.shape[0] - 1)
-        hit = (ordered[place] == known[start:stop]) & (known[start:stop] >= 0)
-        yield place, hit, torch.arange(start, stop, device=known.device)

@@ -22,9 +22,11 @@ from typing import cast
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from torch.nn.functional import pad
 
 from negcache_fn.checks import check_size, check_slots, check_state
-from negcache_fn.features import Features, as_stored, check_example, map_features
+from negcache_fn.collectives import Shards, agree, distribute, fetch, in_one_place
+from negcache_fn.features import Features, as_stored, check_example, leaves, map_features
 
 __all__ = [
     "init_cache",
@@ -38,6 +40,8 @@ __all__ = [
     "stored",
     "stored_features",
     "take",
+    "take_rows",
+    "whole",
 ]
 
 _SEGMENT = 2**19  # slots; a multiple of the 4096 whose groups share a Philox call in sampling
@@ -107,12 +111,15 @@ def init_cache(
     return lock(state)
 
 
-def take(state: TensorDictBase, slots: Tensor) -> Tensor | TensorDictBase:
+def take(
+    state: TensorDictBase, slots: Tensor, *, group: torch.distributed.ProcessGroup | None = None
+) -> Tensor | TensorDictBase:
     """The features at `slots`.
 
     Args:
         state: the cache.
         slots: int64 of any shape. Negative slots ("nothing drawn") read slot 0.
+        group: of the ranks over which the cache is sharded; slots are then numbers of all its slots.
 
     Returns:
         The features, nested as in the state, each leaf [*slots.shape, ...].
@@ -125,14 +132,36 @@ def take(state: TensorDictBase, slots: Tensor) -> Tensor | TensorDictBase:
         >>> take(state, torch.tensor([[0, 5]]))["input_ids"].shape
         torch.Size([1, 2, 3])
     """
-    check_state(state)
-    check_slots("slots", slots, stored(state, "embedding").device)
-    rows = slots.clamp(min=0)
+    ranks = distribute(group)
+    with ranks.checking():
+        check_state(state)
+        check_slots("slots", slots, stored(state, "embedding").device)
+    shards = whole(state)
+    if group is not None:
+        flat, shards = agree(
+            ranks,
+            slots.reshape(-1, 1),
+            stored(state, "embedding").shape[0],
+            placement="sharded",
+            options="take",
+            queries=slots.numel(),
+        )
+        slots = flat.view(slots.shape)
+    return take_rows(state, slots, shards)[0]
+
+
+def take_rows(state: TensorDictBase, slots: Tensor, shards: Shards) -> tuple[Tensor | TensorDictBase, Tensor]:
+    """`take`, wherever the slots are; and `embedded_at` there."""
+    features = stored_features(state)
+    *found, embedded_at = fetch(
+        [*(leaf for _, leaf in leaves(features)), stored(state, "embedded_at")], slots.flatten(), shards
+    )
+    unread = iter(found)
 
     def read(leaf: Tensor) -> Tensor:
-        return leaf[rows]
+        return next(unread).view(slots.shape + leaf.shape[1:])
 
-    return map_features(read, stored_features(state))
+    return map_features(read, features), embedded_at.view(slots.shape)
 
 
 def occupancy(state: TensorDictBase) -> Tensor:
@@ -166,7 +195,7 @@ def stalest(state: TensorDictBase, n: int) -> Tensor:
     check_state(state)
     embedded_at = stored(state, "embedded_at")
     check_size("n", n, most=embedded_at.shape[0])
-    return lowest(embedded_at, n, skip=~live(state))
+    return lowest(embedded_at, n, skip=~live(state), shards=whole(state))
 
 
 def stored(state: TensorDictBase, name: str) -> Tensor:
@@ -189,21 +218,29 @@ def live(state: TensorDictBase) -> Tensor:
     return stored(state, "embedded_at") >= 0
 
 
+def whole(state: TensorDictBase) -> Shards:
+    """All slots here."""
+    return in_one_place(stored(state, "embedding").shape[0])
+
+
 def segments(capacity: int) -> list[tuple[int, int]]:
     """First and last slot (exclusive) of the stretches in which what needs memory for every slot is done."""
     return [(start, min(start + _SEGMENT, capacity)) for start in range(0, capacity, _SEGMENT)]
 
 
-def lowest(key: Tensor, n: int, *, skip: Tensor) -> Tensor:
+def lowest(key: Tensor, n: int, *, skip: Tensor, shards: Shards) -> Tensor:
     """[n] slots of the smallest `key` [C], ascending, ties by slot, without those to skip [C]; -1 if too few."""
-    capacity, last = key.shape[0], torch.iinfo(torch.int64).max
+    last = torch.iinfo(torch.int64).max
     best = key.new_empty(0)
-    for start, stop in segments(capacity):
+    for start, stop in segments(key.shape[0]):
         # Distinct integers in the order of (key, slot): their top-k is deterministic.
-        ranked = key[start:stop] * capacity + torch.arange(start, stop, device=key.device)
+        ranked = key[start:stop] * shards.capacity + (torch.arange(start, stop, device=key.device) + shards.first)
         best = torch.cat([best, ranked.masked_fill(skip[start:stop], last)])
         best = best.topk(min(n, best.shape[0]), largest=False, sorted=True).values
-    return torch.where(best == last, -1, best % capacity)
+    if shards.ranks.name is not None:
+        best = shards.ranks.gather(pad(best, (0, n - best.shape[0]), value=last))
+        best = best.topk(n, largest=False, sorted=True).values
+    return torch.where(best == last, -1, best % shards.capacity)
 
 
 def lock(state: TensorDict) -> TensorDict:

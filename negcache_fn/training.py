@@ -7,21 +7,34 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_size, check_state
-from negcache_fn.estimator import STALENESS_CORRECTIONS
+from negcache_fn.checks import (
+    check_choice,
+    check_embeddings,
+    check_rows,
+    check_scale,
+    check_size,
+    check_state,
+    shape_of,
+)
+from negcache_fn.collectives import Ranks, agree, check_placement, distribute
+from negcache_fn.estimator import STALENESS_CORRECTIONS, pool_draws
 from negcache_fn.features import Features, fit, leaves, map_features
 from negcache_fn.objective import (
     REDUCTIONS,
+    Classes,
+    InBatch,
     Terms,
+    check_in_batch,
     cross_entropy,
     false_negative_ids,
+    gather_documents,
     loss_terms,
     reduce_loss,
 )
-from negcache_fn.sampling import Draw, sample_gumbel
-from negcache_fn.state import live, occupancy, scalar, stalest, stored, stored_features, take
+from negcache_fn.sampling import Draw, check_draws, draw_negatives
+from negcache_fn.state import live, lowest, scalar, stored, stored_features, take_rows
 from negcache_fn.streaming import ScoreTransform
-from negcache_fn.updating import EVICTIONS, copy_state, storable, update_
+from negcache_fn.updating import EVICTIONS, Arrivals, copy_state, storable, write_
 
 __all__ = ["StepOutput", "step", "step_"]
 
@@ -47,7 +60,7 @@ def step(
     score_transform: ScoreTransform | None = None,
     num_samples: int = 1,
     top_k: int | None = None,
-    in_batch: bool = True,
+    in_batch: InBatch = True,
     ids: Tensor | None = None,
     log_weights: Tensor | None = None,
     mask: Tensor | None = None,
@@ -56,6 +69,8 @@ def step(
     reduction: str = "mean",
     refresh_stalest: int = 0,
     evict: str = "lru",
+    group: torch.distributed.ProcessGroup | None = None,
+    placement: str = "sharded",
 ) -> StepOutput:
     """One training step: draw negatives, encode, loss, and the next state of the cache.
 
@@ -72,7 +87,7 @@ def step(
         score_transform: elementwise function of the scaled inner products.
         num_samples: k, draws per query.
         top_k: restricts each query's softmax to its `top_k` highest cached scores.
-        in_batch: whether all documents are classes of every query.
+        in_batch: whether all documents are classes of every query; "global": those of all ranks.
         ids: [N] int64 ids of the documents, -1 where anonymous. A cached document that is a positive of the query, or
             a class in the batch, is no negative; a document whose id is cached replaces that one.
         log_weights: [N] floating, added to the documents' scores, now and while they are cached.
@@ -80,8 +95,12 @@ def step(
         share_draws: whether every query uses every draw.
         staleness_correction: "none", "self_normalized" or "unnormalized", see `loss`.
         reduction: "mean", "sum" or "none".
-        refresh_stalest: how many of the oldest embeddings to renew besides.
+        refresh_stalest: how many of the oldest embeddings to renew besides (each rank so many).
         evict: "lru" or "fifo", see `update`.
+        group: of ranks that train together, each with its own queries and documents: draws, losses and states are those
+            of one rank that has the queries, the positives and the further candidates of all, in the order of ranks.
+            The loss is that of this rank's queries; see docs/scaling.md for gradients.
+        placement: "sharded": each rank has a part of the cache; "replicated": each has the whole.
 
     Returns:
         Loss, next state, metrics and draw. The metrics, of the cache before the update:
@@ -93,6 +112,8 @@ def step(
         - `drift`: mean `|fresh - stale|^2 / |fresh|^2` of the drawn;
         - `effective_sample_size`: mean `(sum w)^2 / sum w^2` of the weights with which a query uses the draws;
         - `non_finite`: rows that were not written because they were not finite.
+
+        With a group they are those of all ranks' queries and the whole cache.
 
     Raises:
         ValueError, TypeError: whatever does not fit, named; the given state is untouched.
@@ -127,6 +148,8 @@ def step(
         reduction=reduction,
         refresh_stalest=refresh_stalest,
         evict=evict,
+        group=group,
+        placement=placement,
     )
 
 
@@ -140,7 +163,7 @@ def step_(
     score_transform: ScoreTransform | None = None,
     num_samples: int = 1,
     top_k: int | None = None,
-    in_batch: bool = True,
+    in_batch: InBatch = True,
     ids: Tensor | None = None,
     log_weights: Tensor | None = None,
     mask: Tensor | None = None,
@@ -149,6 +172,8 @@ def step_(
     reduction: str = "mean",
     refresh_stalest: int = 0,
     evict: str = "lru",
+    group: torch.distributed.ProcessGroup | None = None,
+    placement: str = "sharded",
 ) -> StepOutput:
     """`step` in place: writes the rows that change into `state`, which it returns, and copies nothing.
 
@@ -159,79 +184,113 @@ def step_(
         >>> step_(state, torch.randn(2, 4), torch.randn(2, 3), torch.nn.Linear(3, 4)).state is state
         True
     """
-    check_state(state)
-    if not callable(encode):
-        raise TypeError(f"encode is a {type(encode).__name__}; expected a function of features, such as a module")
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("staleness_correction", staleness_correction, STALENESS_CORRECTIONS)
-    check_choice("evict", evict, tuple(EVICTIONS))
-    check_size("refresh_stalest", refresh_stalest, least=0, most=stored(state, "embedding").shape[0])
-    documents, rows = _fit_documents(state, queries, documents)
-    if mask is not None:
-        check_rows("mask", mask, torch.bool, rows, queries.device)
-    exclude_ids = None
-    if ids is not None:
-        check_rows("ids", ids, torch.int64, rows, queries.device)
-        exclude_ids = false_negative_ids(ids, queries.shape[0], in_batch=in_batch)
+    ranks = distribute(group)
+    with ranks.checking():
+        check_placement(placement, ranks)
+        check_state(state)
+        if not callable(encode):
+            raise TypeError(f"encode is a {type(encode).__name__}; expected a function of features, such as a module")
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("staleness_correction", staleness_correction, STALENESS_CORRECTIONS)
+        check_choice("evict", evict, tuple(EVICTIONS))
+        check_in_batch(in_batch, ranks)
+        check_scale(scale, stored(state, "embedding").device)
+        capacity = stored(state, "embedding").shape[0]
+        most = capacity if placement == "sharded" else capacity // ranks.size
+        check_size("refresh_stalest", refresh_stalest, least=0, most=most)
+        check_draws(state, num_samples, top_k, ranks)
+        documents, rows = _fit_documents(state, queries, documents, most)
+        for name, values, dtype in (
+            ("mask", mask, torch.bool),
+            ("ids", ids, torch.int64),
+            ("log_weights", log_weights, None),
+        ):
+            if values is not None:
+                check_rows(name, values, dtype, rows, queries.device)
+    queries, shards = agree(
+        ranks,
+        queries,
+        capacity,
+        placement=placement,
+        options=(
+            f"step top_k={top_k} in_batch={in_batch} share_draws={share_draws} evict={evict} "
+            f"ids={shape_of(ids)} log_weights={shape_of(log_weights)}"
+        ),
+        queries=queries.shape[0],
+        documents=rows,
+        num_samples=num_samples,
+        refresh_stalest=refresh_stalest,
+    )
+    batch = queries.shape[0]
 
-    draw = sample_gumbel(
+    draw = draw_negatives(
         state,
         queries,
+        ranks,
+        shards,
         num_samples=num_samples,
         scale=scale,
         score_transform=score_transform,
-        exclude_ids=exclude_ids,
+        exclude_ids=None if ids is None else false_negative_ids(ids, batch, in_batch=in_batch),
         top_k=top_k,
     )
     slots = draw.slot.flatten()
-    drawn_rows = slots.shape[0]
+    drawn = slots.shape[0]
+    oldest = slots[:0]
     if refresh_stalest:
-        slots = torch.cat([slots, stalest(state, refresh_stalest)])
-    embeddings = encode(_join(documents, cast(Features, take(state, slots)), slots))
+        oldest = lowest(stored(state, "embedded_at"), refresh_stalest * ranks.size, skip=~live(state), shards=shards)
+        slots = torch.cat([slots, ranks.own(oldest)])
+    cached, embedded_at = take_rows(state, slots, shards)
+    embeddings = encode(_join(documents, cast(Features, cached), slots))
     check_embeddings("the output of encode", embeddings, stored(state, "embedding"), rows=rows + slots.shape[0])
-    of_documents, of_slots = embeddings[:rows], embeddings[rows:]
+    of_documents, of_draws, of_oldest = torch.split(embeddings, [rows, drawn, slots.shape[0] - drawn])
 
+    # What is needed of other ranks' documents goes with a gradient only where the loss uses it.
+    to_cache = of_documents if in_batch == "global" else of_documents.detach()
+    arrivals = Arrivals.of(documents, to_cache, ids, log_weights, mask)
+    arrivals = arrivals.each(lambda values: gather_documents(values, batch, ranks))
+    if in_batch == "global":
+        classes = Classes(arrivals.embeddings, arrivals.ids, arrivals.log_weights, ranks.rank * batch)
+    else:
+        classes = Classes(of_documents, ids, log_weights, 0)
+    pool = pool_draws(of_draws, draw, ranks) if share_draws else None
     terms = loss_terms(
         queries,
-        of_documents,
-        of_slots[:drawn_rows],
+        classes,
+        of_draws,
         draw,
+        pool,
         scale=scale,
         score_transform=score_transform,
-        in_batch=in_batch,
-        ids=ids,
-        log_weights=log_weights,
-        share_draws=share_draws,
+        in_batch=bool(in_batch),
         staleness_correction=staleness_correction,
     )
     loss = reduce_loss(cross_entropy(terms.batch_logits, terms.cache_logit, terms.positive), reduction)
-    with torch.no_grad():  # what is looked at has no gradient
-        metrics = _metrics(state, draw, terms, of_slots[:drawn_rows])
-        metrics["non_finite"] = _count_not_storable(state, embeddings, mask, slots)
-    update_(
-        state,
-        documents,
-        of_documents,
-        ids=ids,
-        log_weights=log_weights,
-        mask=mask,
-        refresh=(slots, of_slots),
-        evict=evict,
-    )
+    with torch.no_grad():  # what is looked at or cached has no gradient
+        metrics = _metrics(state, draw, terms, of_draws, embedded_at[:drawn], ranks)
+        not_written = _count_not_storable(state, embeddings, mask, slots)
+        metrics["non_finite"] = ranks.total(not_written)
+        if pool is None:
+            fresh_slots, fresh = ranks.gather(slots[:drawn]), ranks.gather(of_draws)
+        else:
+            fresh_slots, fresh = pool.slot, pool.negatives
+        if refresh_stalest:
+            fresh_slots, fresh = torch.cat([fresh_slots, oldest]), torch.cat([fresh, ranks.gather(of_oldest)])
+        write_(state, arrivals, (fresh_slots, fresh), shards, evict=evict)
     return StepOutput(loss, state, metrics, draw)
 
 
-def _fit_documents(state: TensorDictBase, queries: Tensor, documents: Features) -> tuple[Features, int]:
+def _fit_documents(state: TensorDictBase, queries: Tensor, documents: Features, most: int) -> tuple[Features, int]:
     """The documents, as wide as the cache stores them, and their number."""
     check_embeddings("queries", queries, stored(state, "embedding"))
     name, leaf = next(leaves(documents, "documents"), ("documents", None))
     if leaf is None or leaf.ndim == 0:
         raise ValueError(f"{name} holds no rows; expected features of at least {queries.shape[0]} documents")
-    rows, capacity = leaf.shape[0], stored(state, "embedding").shape[0]
-    if not queries.shape[0] <= rows <= capacity:
+    rows = leaf.shape[0]
+    if not queries.shape[0] <= rows <= most:
         raise ValueError(
             f"{name} has {rows} rows; expected at least {queries.shape[0]}, the number of queries, "
-            f"and at most {capacity}, the capacity of the cache"
+            f"and at most {most}, the capacity of the cache (per rank)"
         )
     return fit(stored_features(state), documents, rows, "documents"), rows
 
@@ -250,31 +309,39 @@ def _join(documents: Features, cached: Features, slots: Tensor) -> Features:
     return map_features(join, documents, cached)
 
 
-def _metrics(state: TensorDictBase, draw: Draw, terms: Terms, fresh: Tensor) -> dict[str, Tensor]:
+def _metrics(
+    state: TensorDictBase, draw: Draw, terms: Terms, fresh: Tensor, drawn_at: Tensor, ranks: Ranks
+) -> dict[str, Tensor]:
     exact = cross_entropy(terms.batch_logits, draw.log_normalizer, terms.positive)
     step, embedded_at, drawn = scalar(state, "step"), stored(state, "embedded_at"), draw.slot >= 0
+    capacity = embedded_at.new_tensor(embedded_at.shape[0])
     documents = live(state).sum()
     # Empty slots, whose entry is -1, are added back: no tensor of C ages.
-    embedded_at_sum = embedded_at.sum() + embedded_at.shape[0] - documents
+    embedded_at_sum = embedded_at.sum() + capacity - documents
     fresh = fresh.to(draw.log_normalizer.dtype)
     difference = fresh - draw.embedding.flatten(0, 1)
     drift = difference.square().sum(-1) / fresh.square().sum(-1)
     sample_size = (2 * terms.log_importance.logsumexp(-1) - (2 * terms.log_importance).logsumexp(-1)).exp()
-    return {
-        "exact_loss": exact.mean(),
-        "positive_probability": (-exact).exp().mean(),
-        "occupancy": occupancy(state),
-        "cache_age_steps": (step * documents - embedded_at_sum) / documents.clamp(min=1),
-        "draw_age_steps": _mean_where(step - embedded_at[draw.slot.clamp(min=0)], drawn),
-        "drift": _mean_where(drift, drawn.flatten()),
-        "effective_sample_size": _mean_where(sample_size, drawn[:, 0]),
+    queries = capacity.new_tensor(exact.shape[0])
+    ratios = {
+        "exact_loss": (exact.sum(), queries),
+        "positive_probability": ((-exact).exp().sum(), queries),
+        "occupancy": (documents, capacity),
+        "cache_age_steps": (step * documents - embedded_at_sum, documents),
+        "draw_age_steps": _sum_where(step - drawn_at, drawn.flatten()),
+        "drift": _sum_where(drift, drawn.flatten()),
+        "effective_sample_size": _sum_where(sample_size, drawn[:, 0]),
     }
+    if ranks.name is not None:
+        totals = ranks.total(torch.stack([value.double() for ratio in ratios.values() for value in ratio]))
+        ratios = dict(zip(ratios, zip(totals[::2], totals[1::2], strict=True), strict=True))
+    dtype = exact.dtype
+    return {name: total.to(dtype) / count.to(dtype).clamp(min=1) for name, (total, count) in ratios.items()}
 
 
-def _mean_where(values: Tensor, where: Tensor) -> Tensor:
-    """Mean of the values that count, 0 where none does."""
-    values = values if values.is_floating_point() else values.to(torch.float32)
-    return torch.where(where, values, 0.0).sum() / where.sum().clamp(min=1)
+def _sum_where(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and number of the values that count."""
+    return torch.where(where, values, torch.zeros_like(values)).sum(), where.sum()
 
 
 def _count_not_storable(state: TensorDictBase, embeddings: Tensor, mask: Tensor | None, slots: Tensor) -> Tensor:

@@ -4,18 +4,20 @@
 whatever the data, so that both compile: a row that must not be written repeats the write of one that must.
 """
 
-from typing import cast
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_slots, check_state
+from negcache_fn.collectives import Shards, agree, check_placement, distribute
 from negcache_fn.features import Features, fit, map_features
-from negcache_fn.scoring import find_slots
+from negcache_fn.ids import find_slots, last_of_each
 from negcache_fn.state import lock, lowest, scalar, stored, stored_features
 
-__all__ = ["EVICTIONS", "copy_state", "storable", "update", "update_"]
+__all__ = ["EVICTIONS", "Arrivals", "copy_state", "storable", "update", "update_", "write_"]
 
 EVICTIONS = {"lru": "embedded_at", "fifo": "inserted_at"}
 
@@ -30,6 +32,8 @@ def update(
     mask: Tensor | None = None,
     refresh: tuple[Tensor, Tensor] | None = None,
     evict: str = "lru",
+    group: torch.distributed.ProcessGroup | None = None,
+    placement: str = "sharded",
 ) -> TensorDictBase:
     """The cache after one step: re-embeds `refresh`, then puts in the documents of a batch.
 
@@ -47,6 +51,9 @@ def update(
         refresh: slots [R] int64 and their fresh embeddings [R, D]; negative and empty slots are ignored, and of
             several rows for one slot the last counts. The documents' age is that of their embedding from then on.
         evict: "lru" (oldest embedding) or "fifo" (oldest insertion).
+        group: of ranks that share a cache: the documents of all come in, in the order of ranks, and slots are numbers
+            of all its slots.
+        placement: "sharded": each rank has a part of the cache; "replicated": each has the whole.
 
     Returns:
         The new state, its `step` one further. The given one is untouched.
@@ -70,6 +77,8 @@ def update(
         mask=mask,
         refresh=refresh,
         evict=evict,
+        group=group,
+        placement=placement,
     )
 
 
@@ -83,6 +92,8 @@ def update_(
     mask: Tensor | None = None,
     refresh: tuple[Tensor, Tensor] | None = None,
     evict: str = "lru",
+    group: torch.distributed.ProcessGroup | None = None,
+    placement: str = "sharded",
 ) -> TensorDictBase:
     """`update` in place: writes the rows that change into `state` and returns it. Arguments and errors as there.
 
@@ -91,28 +102,86 @@ def update_(
         >>> update_(state, torch.ones(2, 3), torch.randn(2, 4)) is state
         True
     """
-    check_state(state)
-    cached = stored(state, "embedding")
-    check_embeddings("embeddings", embeddings, cached)
-    rows, device = embeddings.shape[0], cached.device
-    if rows > cached.shape[0]:
-        raise ValueError(f"embeddings has {rows} rows; expected at most {cached.shape[0]}, the capacity of the cache")
-    features = fit(stored_features(state), features, rows, "features")
-    if ids is not None:
-        check_rows("ids", ids, torch.int64, rows, device)
-    if log_weights is not None:
-        check_rows("log_weights", log_weights, None, rows, device)
-    if mask is not None:
-        check_rows("mask", mask, torch.bool, rows, device)
-    check_choice("evict", evict, tuple(EVICTIONS))
-    if refresh is not None:
-        _check_refresh(refresh, cached)
-    with torch.no_grad():  # what is cached is a constant
+    ranks = distribute(group)
+    with ranks.checking():
+        check_placement(placement, ranks)
+        check_state(state)
+        cached = stored(state, "embedding")
+        check_embeddings("embeddings", embeddings, cached)
+        rows, device = embeddings.shape[0], cached.device
+        most = cached.shape[0] if placement == "sharded" else cached.shape[0] // ranks.size
+        if rows > most:
+            raise ValueError(f"embeddings has {rows} rows; expected at most {most}, the capacity of the cache per rank")
+        features = fit(stored_features(state), features, rows, "features")
+        if ids is not None:
+            check_rows("ids", ids, torch.int64, rows, device)
+        if log_weights is not None:
+            check_rows("log_weights", log_weights, None, rows, device)
+        if mask is not None:
+            check_rows("mask", mask, torch.bool, rows, device)
+        check_choice("evict", evict, tuple(EVICTIONS))
         if refresh is not None:
-            _refresh_(state, *refresh)
+            _check_refresh(refresh, cached)
+    embeddings, shards = agree(
+        ranks,
+        embeddings,
+        cached.shape[0],
+        placement=placement,
+        options=f"update evict={evict}",
+        documents=rows,
+        num_samples=0 if refresh is None else refresh[0].shape[0],
+    )
+    if refresh is not None:
+        refresh = (ranks.gather(refresh[0]), ranks.gather(refresh[1].detach()))
+    arrivals = Arrivals.of(features, embeddings.detach(), ids, log_weights, mask)
+    return write_(state, arrivals.each(ranks.gather), refresh, shards, evict=evict)
+
+
+class Arrivals(NamedTuple):
+    """The documents that come in."""
+
+    features: Features
+    embeddings: Tensor  # [N, D]
+    ids: Tensor  # [N]
+    log_weights: Tensor  # [N]
+    mask: Tensor  # [N]
+
+    @classmethod
+    def of(
+        cls,
+        features: Features,
+        embeddings: Tensor,
+        ids: Tensor | None,
+        log_weights: Tensor | None,
+        mask: Tensor | None,
+    ) -> "Arrivals":
+        """With what stands for ids, log-weights and a mask that are not given."""
+        rows, device = embeddings.shape[0], embeddings.device
         ids = torch.full((rows,), -1, device=device) if ids is None else ids
         log_weights = torch.zeros(rows, device=device) if log_weights is None else log_weights
-        _insert_(state, features, embeddings, ids, log_weights, mask, evict)
+        mask = torch.ones(rows, dtype=torch.bool, device=device) if mask is None else mask
+        return cls(features, embeddings, ids, log_weights, mask)
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Arrivals":
+        """With the function of every tensor."""
+        return Arrivals(
+            map_features(function, cast(Features, self.features)), *(function(values) for values in self[1:])
+        )
+
+
+def write_(
+    state: TensorDictBase,
+    arrivals: Arrivals,
+    refresh: tuple[Tensor, Tensor] | None,
+    shards: Shards,
+    *,
+    evict: str,
+) -> TensorDictBase:
+    """`update_` with what all ranks bring; each writes what belongs into its slots."""
+    with torch.no_grad():  # what is cached is a constant
+        if refresh is not None:
+            _refresh_(state, *refresh, shards)
+        _insert_(state, arrivals, shards, evict)
         scalar(state, "step").add_(1)
     return state
 
@@ -139,66 +208,51 @@ def _check_refresh(refresh: tuple[Tensor, Tensor], cached: Tensor) -> None:
     check_embeddings("refresh[1]", embeddings, cached, rows=slots.shape[0], at_least=0)
 
 
-def _refresh_(state: TensorDictBase, slots: Tensor, embeddings: Tensor) -> None:
+def _refresh_(state: TensorDictBase, slots: Tensor, embeddings: Tensor, shards: Shards) -> None:
     cached, embedded_at = stored(state, "embedding"), stored(state, "embedded_at")
     if slots.shape[0] == 0:
         return
+    slots = torch.where(slots >= 0, slots - shards.first, -1)
     inside = (slots >= 0) & (slots < cached.shape[0])
     wanted = inside & (embedded_at[slots.clamp(0, cached.shape[0] - 1)] >= 0) & storable(embeddings, cached.dtype)
     target = torch.where(wanted, slots, -1)
-    target = torch.where(_last_of_each(target), target, -1)
+    target = torch.where(last_of_each(target), target, -1)
     _write_(cached, target, embeddings)
     _write_(embedded_at, target, scalar(state, "step").expand_as(target))
 
 
-def _insert_(
-    state: TensorDictBase,
-    features: Tensor | TensorDictBase,
-    embeddings: Tensor,
-    ids: Tensor,
-    log_weights: Tensor,
-    mask: Tensor | None,
-    evict: str,
-) -> None:
-    cached = stored(state, "embedding")
-    wanted = storable(embeddings, cached.dtype) & (log_weights < float("inf"))
-    if mask is not None:
-        wanted = wanted & mask
-    wanted = wanted & _last_of_each(torch.where(wanted, ids, -1))
-    replaced = find_slots(state, torch.where(wanted, ids, -1))
-    # Slots that are replaced by id are not for others to take.
+def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, evict: str) -> None:
+    cached, ids = stored(state, "embedding"), arrivals.ids
     capacity = cached.shape[0]
+    wanted = arrivals.mask & storable(arrivals.embeddings, cached.dtype) & (arrivals.log_weights < float("inf"))
+    ids = torch.where(wanted, ids, -1)
+    wanted = wanted & last_of_each(ids)
+    replaced_here = find_slots(state, torch.where(wanted, ids, -1))
+    # Slots that are replaced by id are not for others to take.
     is_replaced = torch.zeros(capacity + 1, dtype=torch.bool, device=cached.device)
-    is_replaced = is_replaced.scatter(0, torch.where(replaced >= 0, replaced, capacity), True)[:capacity]
-    evicted = lowest(stored(state, EVICTIONS[evict]), ids.shape[0], skip=is_replaced)
+    is_replaced = is_replaced.scatter(0, torch.where(replaced_here >= 0, replaced_here, capacity), True)[:capacity]
+    evicted = lowest(stored(state, EVICTIONS[evict]), ids.shape[0], skip=is_replaced, shards=shards)
+    replaced = shards.ranks.largest(torch.where(replaced_here >= 0, replaced_here + shards.first, -1))
     takes = wanted & (replaced < 0)
     place = takes.cumsum(0) - 1
     target = torch.where(takes, evicted[place.clamp(min=0)], torch.where(wanted, replaced, -1))
+    target = target - shards.first
+    target = torch.where((target >= 0) & (target < capacity), target, -1)
 
     now = scalar(state, "step").expand_as(target)
 
-    def write_(leaf: Tensor, new: Tensor) -> Tensor:
+    def write_rows_(leaf: Tensor, new: Tensor) -> Tensor:
         return _write_(leaf, target, new)
 
-    map_features(write_, stored_features(state), features)
+    map_features(write_rows_, stored_features(state), cast(Features, arrivals.features))
     for name, values in (
-        ("embedding", embeddings),
-        ("id", ids),
+        ("embedding", arrivals.embeddings),
+        ("id", arrivals.ids),
         ("embedded_at", now),
-        ("log_weight", log_weights),
+        ("log_weight", arrivals.log_weights),
         ("inserted_at", now),
     ):
         _write_(stored(state, name), target, values)
-
-
-def _last_of_each(keys: Tensor) -> Tensor:
-    """[M] bool: whether no later row has the same key. Negative keys equal nothing."""
-    rows = torch.arange(keys.shape[0], device=keys.device)
-    keys = torch.where(keys < 0, -1 - rows, keys)
-    ordered, order = keys.sort(stable=True)
-    last = torch.ones_like(ordered, dtype=torch.bool)
-    last[:-1] = ordered[1:] != ordered[:-1]
-    return torch.empty_like(last).scatter_(0, order, last)
 
 
 def _write_(stored_rows: Tensor, target: Tensor, values: Tensor) -> Tensor:

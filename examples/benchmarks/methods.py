@@ -69,8 +69,8 @@ def _step(
     )
 
 
-# One graph for most sizes: what it calls for the pass over the cache is the same whatever the size. The others are those
-# of each storage, and of each number of segments.
+# One graph for most sizes: what it calls for the pass over the cache is the same whatever the size. There are others
+# for each storage, and for each number of segments.
 torch._dynamo.config.recompile_limit = 64
 _compiled_step = torch.compile(_step, fullgraph=True, dynamic=True)
 

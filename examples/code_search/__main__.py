@@ -66,6 +66,7 @@ def _train(options: argparse.Namespace) -> int:
     from examples.code_search.harvest import installation_roots
     from examples.code_search.run import Options
     from examples.code_search.train import train
+    from examples.code_search.workers import join_workers
 
     roots = [root.resolve() for root in getattr(options, "root", [])] or installation_roots()
     for root in roots:
@@ -80,7 +81,15 @@ def _train(options: argparse.Namespace) -> int:
         evaluate_every=options.evaluate_every,
     )
     try:
-        train(roots, options.out, steps=options.steps, mask_names=options.mask_names, options=run_options)
+        with join_workers() as workers:
+            train(
+                roots,
+                options.out,
+                steps=options.steps,
+                mask_names=options.mask_names,
+                options=run_options,
+                workers=workers,
+            )
     except (InterruptedRunError, KeyboardInterrupt):
         print("interrupted, run again to go on", file=sys.stderr)
         return 130

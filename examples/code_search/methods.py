@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 import negcache_fn
@@ -40,17 +42,25 @@ METHODS = (
 
 
 def cache_step(
-    model: DualEncoder, batch: Batch, cache: TensorDictBase, *, num_samples: int
+    encode: Callable[[dict[str, Tensor], str], Tensor],
+    scale: Tensor,
+    batch: Batch,
+    cache: TensorDictBase,
+    *,
+    num_samples: int,
+    group: ProcessGroup | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and metrics with negatives from batch and cache; the cache is updated in place."""
     output = negcache_fn.step_(
         cache,
-        model.encode_queries(batch.queries),
+        encode(batch.queries, "queries"),
         batch.documents,
-        model.encode_documents,
-        scale=model.scale,
+        lambda documents: encode(documents, "documents"),
+        scale=scale,
         num_samples=num_samples,
         ids=batch.ids,
+        in_batch=True if group is None else "global",
+        group=group,
     )
     return output.loss, output.metrics
 

@@ -52,6 +52,10 @@ class DualEncoder(nn.Module):
         """What cosines are multiplied with before the softmax; learnt."""
         return self.log_scale.exp()
 
+    def forward(self, features: dict[str, Tensor], side: str) -> Tensor:
+        """Of the "queries" or the "documents": what a wrapper for data-parallel training calls."""
+        return self.encode_queries(features) if side == "queries" else self.encode_documents(features)
+
     def encode_queries(self, features: dict[str, Tensor]) -> Tensor:
         """[B, dim] unit vectors of ``tokens`` and ``weights`` [B, width]."""
         return F.normalize(self.query_head(self._bag(features)), dim=-1)

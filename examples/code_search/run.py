@@ -6,6 +6,7 @@ for bit. One thread does the arithmetic of a step, so that the number of cores d
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any, TextIO
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import negcache_fn
@@ -26,6 +28,8 @@ from examples.code_search.evaluate import evaluate
 from examples.code_search.features import rows_of
 from examples.code_search.methods import Method, cache_step, in_batch_step
 from examples.code_search.model import DualEncoder, optimizers
+from examples.code_search.workers import ALONE, Workers
+from negcache_fn import distributed
 
 __all__ = ["Options", "Run"]
 
@@ -47,22 +51,27 @@ class Options:
 class Run:
     """Encoder, optimisers and cache of one method, at some step."""
 
-    def __init__(self, method: Method, options: Options, data: Data, folder: Path) -> None:
+    def __init__(self, method: Method, options: Options, data: Data, folder: Path, workers: Workers = ALONE) -> None:
         self.method = method
         self.options = options
         self.data = data
         self.folder = folder
+        self.workers = workers
         self.step = 0
         self.seconds = 0.0
         """Spent in training steps so far."""
         self.history: list[dict[str, float]] = []
         """One row a step: loss, the cache's metrics, and mrr@10 and recall@10 where evaluated."""
         self.model = DualEncoder(options.embedding_dim, seed=options.seed)
+        self.encode = self.model if workers.group is None else DistributedDataParallel(self.model)
         self.optimizers = optimizers(self.model)
         self.cache: TensorDictBase | None = None
         if method.cached:
             example = rows_of(data.documents, slice(0, 1))
-            self.cache = negcache_fn.init_cache(options.cache_size, options.embedding_dim, example, seed=options.seed)
+            slots = options.cache_size
+            if workers.group is not None:
+                slots = distributed.local_capacity(slots, workers.group)
+            self.cache = negcache_fn.init_cache(slots, options.embedding_dim, example, seed=options.seed)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -79,22 +88,29 @@ class Run:
         if self.step == steps:
             return
         progress = tqdm(
-            total=steps, initial=self.step, desc=self.method.label, unit="step", mininterval=0.5, dynamic_ncols=True
+            total=steps,
+            initial=self.step,
+            desc=self.method.label,
+            unit="step",
+            mininterval=0.5,
+            dynamic_ncols=True,
+            disable=not self.workers.leads,
         )
         with progress, checkpoint.interruptions_deferred() as interrupted, self._metrics_file() as metrics:
             while self.step < steps:
                 with one_thread():
                     row = self._train_step()
                 is_milestone = self.step == steps or self.step % self.options.evaluate_every == 0
-                if is_milestone:
+                if is_milestone and self.workers.leads:
                     row |= self._evaluate()
                     progress.set_postfix(loss=f"{row['loss']:.3f}", mrr=f"{row['mrr@10']:.3f}", refresh=False)
                 self.history.append(row)
                 metrics.write(json.dumps(row) + "\n")
                 progress.update()
-                if is_milestone or interrupted.is_set:
+                stops = self.workers.any(interrupted.is_set)
+                if is_milestone or stops:
                     self._save()
-                if interrupted.is_set:
+                if stops:
                     raise checkpoint.InterruptedRunError
 
     def _train_step(self) -> dict[str, float]:
@@ -109,7 +125,14 @@ class Run:
         if self.cache is None:
             loss = in_batch_step(self.model, batch)
         else:
-            loss, metrics = cache_step(self.model, batch, self.cache, num_samples=self.options.num_samples)
+            loss, metrics = cache_step(
+                self.encode,
+                self.model.scale,
+                self.workers.part(batch),
+                self.cache,
+                num_samples=self.options.num_samples,
+                group=self.workers.group,
+            )
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
@@ -117,7 +140,12 @@ class Run:
         self.step += 1
         self.seconds += time.perf_counter() - started
         values = {name: value.item() for name, value in metrics.items()}
-        return {"step": self.step, "loss": loss.item(), "scale": self.model.scale.item(), **values}
+        return {
+            "step": self.step,
+            "loss": self.workers.mean(loss.detach()).item(),
+            "scale": self.model.scale.item(),
+            **values,
+        }
 
     def _evaluate(self) -> dict[str, float]:
         queries, positives = self.data.held_out("validation", at_most=self.options.validation_queries)
@@ -131,12 +159,31 @@ class Run:
             "history": self.history,
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "cache": self.cache,
         }
-        checkpoint.save(saved, self.folder / "checkpoint.pt")
+        if self.workers.group is None:
+            checkpoint.save(saved | {"cache": self.cache}, self.folder / "checkpoint.pt")
+            return
+        # What is the same everywhere goes as it is, what is here alone by its part.
+        buffer = io.BytesIO()
+        torch.save(saved, buffer)
+        state = {"run": buffer.getvalue(), "cache": self._checkpointable()}
+        distributed.save_checkpoint(self.folder / "checkpoints", self.step, state, group=self.workers.group)
+
+    def _load(self) -> Any:
+        if self.workers.group is None:
+            return checkpoint.load(self.folder / "checkpoint.pt")
+        state = {"run": b"", "cache": self._checkpointable()}
+        found = distributed.load_checkpoint(self.folder / "checkpoints", state, group=self.workers.group)
+        return (
+            None if found is None else torch.load(io.BytesIO(state["run"]), weights_only=True) | {"cache": self.cache}
+        )
+
+    def _checkpointable(self) -> dict[str, Any]:
+        assert self.cache is not None, "only the run with a cache is distributed"
+        return distributed.checkpointable(self.cache, self.workers.group)
 
     def _resume(self, steps: int) -> None:
-        saved = checkpoint.load(self.folder / "checkpoint.pt")
+        saved = self._load()
         if saved is None:
             return
         if saved["identity"] != self.identity or saved["step"] > steps:
@@ -152,6 +199,8 @@ class Run:
 
     def _metrics_file(self) -> TextIO:
         """Opened behind the rows of the steps so far; what a killed run wrote after its checkpoint goes."""
+        if not self.workers.leads:
+            return io.StringIO()
         self.folder.mkdir(parents=True, exist_ok=True)
         file = (self.folder / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
         file.writelines(json.dumps(row) + "\n" for row in self.history)

@@ -19,20 +19,32 @@ from examples.code_search.methods import METHODS
 from examples.code_search.plots import draw
 from examples.code_search.run import Options, Run
 from examples.code_search.search import INDEX_FILE, build_index
+from examples.code_search.workers import ALONE, Workers
 
 __all__ = ["train"]
 
 
-def train(roots: list[Path], out: Path, *, steps: int, mask_names: bool, options: Options) -> None:
+def train(
+    roots: list[Path], out: Path, *, steps: int, mask_names: bool, options: Options, workers: Workers = ALONE
+) -> None:
     """Harvests the roots, trains with every method, and leaves metrics, picture and search index in ``out``.
+
+    Several workers train the run with the cache, each with its part of the same batches and of the same cache.
 
     Raises:
         InterruptedRunError: when stopped in training; the next call goes on.
         ValueError: when the roots hold too little to train on.
     """
     started = time.perf_counter()
+    if not workers.leads:
+        workers.wait()  # for the harvest
     data = Data(load_or_harvest(roots, out / "corpus.npz", mask_names=mask_names))
+    if workers.leads:
+        workers.wait()
     sizes = _sizes(data, options)
+    if workers.group is not None:
+        _train_together(data, out, steps, options, workers)
+        return
     print(f"{sizes['functions']:,} functions, {sizes['queries']} queries in {time.perf_counter() - started:.0f} s")
 
     lexical = {split: tfidf(data.corpus, split) for split in ("validation", "test")}
@@ -53,6 +65,19 @@ def train(roots: list[Path], out: Path, *, steps: int, mask_names: bool, options
     print(_table(results))
     print(f"the cache adds {gap:+.3f} MRR@10 to in-batch negatives at the same batch size and steps")
     print(f"{out}: training.png, summary.json, {INDEX_FILE}, and for each run metrics.jsonl and checkpoint.pt")
+
+
+def _train_together(data: Data, out: Path, steps: int, options: Options, workers: Workers) -> None:
+    method = next(method for method in METHODS if method.cached)
+    run = Run(method, options, data, out / method.name, workers)
+    run.train(steps)
+    if workers.leads:
+        results = {"tf-idf": tfidf(data.corpus, "test"), method.label: _test(run)}
+        (out / "summary.json").write_text(
+            json.dumps({"steps": steps, "workers": workers.count, "test": results}, indent=2)
+        )
+        print(_table(results))
+        print(f"{out}: summary.json, and in {method.name}/ metrics.jsonl and checkpoints, a part from each process")
 
 
 def _sizes(data: Data, options: Options) -> dict[str, Any]:

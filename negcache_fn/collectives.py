@@ -1,0 +1,380 @@
+"""What one rank sends to and has from the others; the only module that calls `torch.distributed` inside a step.
+
+`Ranks` is a process group or, with `ALONE`, none: then every collective is the identity, so that sharded code is
+unsharded code. `Shards` says which of the cache's slots lie where: rank r has `r * chunk ... (r + 1) * chunk - 1` of a
+numbering of all, the last rank what remains.
+
+Each collective is a custom operator around a public function of torch.distributed, so that a step compiles whole and
+nothing depends on torch's functional collectives, which are private and change from release to release. Shapes must be
+the same on all ranks: `agree` sees to that before anything else is sent.
+"""
+
+import zlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# There is no public way from a group's name, all that an operator can take, to the group.
+from torch.distributed.distributed_c10d import (
+    GroupName,
+    _resolve_process_group,  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+)
+
+__all__ = [
+    "ALONE",
+    "PLACEMENTS",
+    "SHARD_MULTIPLE",
+    "Ranks",
+    "Shards",
+    "agree",
+    "check_placement",
+    "distribute",
+    "fetch",
+    "in_one_place",
+]
+
+PLACEMENTS = ("sharded", "replicated")
+SHARD_MULTIPLE = 1024  # slots; a group of the hierarchical draw must lie on one rank
+
+
+def _either(name: str, before: str) -> Callable[..., object]:
+    """A function of torch.distributed by its name since torch 2.13, or the one before."""
+    return cast("Callable[..., object]", getattr(dist, name, None) or getattr(dist, before))
+
+
+_all_gather = _either("all_gather_single", "all_gather_into_tensor")
+_reduce_scatter = _either("reduce_scatter_single", "reduce_scatter_tensor")
+_FIELDS = ("capacity", "queries", "documents", "embedding_dim", "num_samples", "refresh_stalest")
+
+
+class Ranks(NamedTuple):
+    """A process group as this process sees it."""
+
+    name: str | None  # of the group; None: this process is alone
+    rank: int
+    size: int
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[n, ...] -> [size * n, ...]: the values of all ranks, in their order. Differentiable."""
+        if self.name is None:
+            return values
+        return cast(Tensor, _all_gather_op(values, self.name, self.size))
+
+    def exchange(self, values: Tensor) -> Tensor:
+        """[size * n, ...] -> [size * n, ...]: the r-th n go to rank r, and come from it. Differentiable."""
+        if self.name is None:
+            return values
+        return cast(Tensor, _all_to_all_op(values, self.name))
+
+    def by_rank(self, values: Tensor) -> Tensor:
+        """[size * n, ...] -> [size, n, ...]."""
+        return values.view(self.size, values.shape[0] // self.size, *values.shape[1:])
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over ranks, without gradient."""
+        return values if self.name is None else cast(Tensor, _all_reduce_op(values, "sum", self.name))
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest over ranks, without gradient."""
+        return values if self.name is None else cast(Tensor, _all_reduce_op(values, "max", self.name))
+
+    def logsumexp(self, values: Tensor) -> Tensor:
+        """The log-sum-exp over ranks, without gradient."""
+        if self.name is None:
+            return values
+        largest = self.largest(values)
+        shift = torch.where(largest == -float("inf"), 0.0, largest)
+        return self.total((values - shift).exp()).log() + shift
+
+    def own(self, values: Tensor) -> Tensor:
+        """[size * n, ...] -> [n, ...]: what of gathered values is this rank's."""
+        rows = values.shape[0] // self.size
+        return values[self.rank * rows : (self.rank + 1) * rows]
+
+    def checking(self) -> AbstractContextManager[None]:
+        """A context for checks of the arguments: an error in one rank's is raised on every rank, and nobody waits."""
+        if self.name is None or torch.compiler.is_compiling():
+            return nullcontext()
+        return _Announcing(self)
+
+
+class Shards(NamedTuple):
+    """Where the slots are."""
+
+    ranks: Ranks  # that have a part each
+    first: int | Tensor  # number of the first slot here
+    chunk: int | Tensor  # slots of every rank but the last
+    capacity: int | Tensor  # of all
+
+
+ALONE = Ranks(None, 0, 1)
+
+
+def in_one_place(capacity: int) -> Shards:
+    """All slots here."""
+    return Shards(ALONE, 0, capacity, capacity)
+
+
+def distribute(group: Any) -> Ranks:
+    """The ranks of a process group; `ALONE` without one."""
+    if group is None:
+        return ALONE
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group is a {type(group).__name__}; expected a torch.distributed process group, such as "
+            f"torch.distributed.group.WORLD after init_process_group(...), on a rank that is in it"
+        )
+    return Ranks(str(group.group_name), group.rank(), group.size())
+
+
+def check_placement(placement: Any, ranks: Ranks) -> None:
+    """Raises unless `placement` is known and possible."""
+    if placement not in PLACEMENTS:
+        raise ValueError(f"placement is {placement!r}; expected 'sharded' or 'replicated'")
+    if placement != "sharded" and ranks.name is None:
+        raise ValueError(f"placement is {placement!r} without a group; expected group= as well")
+
+
+def agree(
+    ranks: Ranks,
+    tensor: Tensor,
+    capacity: int,
+    *,
+    placement: str,
+    options: str,
+    queries: int = 0,
+    documents: int = 0,
+    num_samples: int = 0,
+    refresh_stalest: int = 0,
+) -> tuple[Tensor, Shards]:
+    """Makes sure, before anything is sent, that all ranks are about to do the same.
+
+    Args:
+        ranks: of the group.
+        tensor: [rows, D], from which all that is sent later derives: the check cannot be reordered behind it.
+        capacity: slots here.
+        placement: "sharded" or "replicated".
+        options: all other arguments that must be equal, spelled out.
+        queries: rows of the batch here; this and the following must be equal.
+        documents: rows of the batch here.
+        num_samples: draws per query.
+        refresh_stalest: rows to renew.
+
+    Returns:
+        `tensor`, and where the slots are.
+
+    Raises:
+        ValueError: on every rank, if sizes or options differ, or shards cannot be those of one cache.
+    """
+    if ranks.name is None:
+        return tensor, in_one_place(capacity)
+    sizes = [capacity, queries, documents, tensor.shape[-1], num_samples, refresh_stalest]
+    tensor, capacities = cast("tuple[Tensor, Tensor]", _agree_op(tensor, sizes, placement, options, ranks.name))
+    if placement == "replicated":
+        return tensor, in_one_place(capacity)
+    return tensor, Shards(ranks, capacities[0] * ranks.rank, capacities[0], capacities.sum())
+
+
+def fetch(leaves: list[Tensor], slots: Tensor, shards: Shards) -> list[Tensor]:
+    """Rows of tensors [C, ...] that are spread over the ranks, wherever they are.
+
+    Args:
+        leaves: the part of each tensor that is here.
+        slots: [M] int64, numbers of the rows wanted here. Negative ones read some row.
+        shards: where they are.
+
+    Returns:
+        [M, ...] of each.
+    """
+    ranks = shards.ranks
+    if ranks.name is None:
+        rows = slots.clamp(min=0)
+        return [leaf[rows] for leaf in leaves]
+    wanted = ranks.gather(slots) - shards.first
+    rows = wanted.clamp(0, leaves[0].shape[0] - 1)
+    owner = torch.clamp(slots, min=0) // shards.chunk
+    place = torch.arange(slots.shape[0], device=slots.device)
+    found: list[Tensor | None] = [None] * len(leaves)
+    for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):  # one exchange for each
+        places = [number for number, leaf in enumerate(leaves) if leaf.dtype == dtype]
+        parts = [
+            leaves[number][rows].flatten(1) if leaves[number].ndim > 1 else leaves[number][rows][:, None]
+            for number in places
+        ]
+        received = ranks.by_rank(ranks.exchange(torch.cat(parts, dim=1)))[owner, place]
+        columns = torch.split(received, [part.shape[1] for part in parts], dim=1)
+        for number, column in zip(places, columns, strict=True):
+            found[number] = column.reshape(slots.shape[0], *leaves[number].shape[1:])
+    return cast("list[Tensor]", found)
+
+
+class _Announcing:
+    """Tells the other ranks of an error here; they hear of it in `agree`."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, (ValueError, TypeError)):
+            group = _group(cast(str, self.ranks.name))
+            _gather_rows([1] + [0] * (len(_FIELDS) + 1), group, _device_of(group))
+            _raise_for_all(group, f"{type(error).__name__}: {error}", own=True)
+
+
+def _group(name: str) -> dist.ProcessGroup:
+    return _resolve_process_group(GroupName(name))
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    return (
+        torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    )
+
+
+def _gather_rows(row: list[int], group: dist.ProcessGroup, device: torch.device) -> Tensor:
+    """[ranks, len(row)] int64."""
+    own = torch.tensor(row, dtype=torch.int64, device=device)
+    rows = own.new_empty(group.size() * len(row))
+    _all_gather(rows, own, group=group)
+    return rows.view(group.size(), len(row))
+
+
+def _raise_for_all(group: dist.ProcessGroup, error: str | None, *, own: bool = False) -> None:
+    """Raises what went wrong on other ranks; what went wrong here is already being raised."""
+    errors: list[str | None] = [None] * group.size()
+    dist.all_gather_object(errors, error, group=group)
+    if not own:
+        told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None)
+        raise ValueError(f"another rank of the group was given something wrong. {told}")
+
+
+@torch.library.custom_op("negcache_fn::agree", mutates_args=())
+def _agree_op(tensor: Tensor, sizes: list[int], placement: str, options: str, name: str) -> tuple[Tensor, Tensor]:
+    group = _group(name)
+    rows = _gather_rows([0, zlib.crc32(f"{placement} {options}".encode()), *sizes], group, tensor.device)
+    failed, digests, *columns = cast("list[list[int]]", rows.t().tolist())
+    if any(failed):
+        _raise_for_all(group, None)
+    for field, column in zip(_FIELDS, columns, strict=True):
+        if field != "capacity" and len(set(column)) > 1:
+            raise ValueError(
+                f"{field} differs between the ranks of the group: {column}; expected the same on every rank "
+                f"(for batches: drop_last=True, or pad the last one)"
+            )
+    if len(set(digests)) > 1:
+        told: list[str | None] = [None] * group.size()
+        dist.all_gather_object(told, f"{placement} {options}", group=group)
+        raise ValueError(
+            f"the ranks of the group were given different arguments: {told}; expected the same on every rank"
+        )
+    _check_capacities(columns[0], placement)
+    return tensor.clone(), rows[:, 2].clone()
+
+
+def _check_capacities(capacities: list[int], placement: str) -> None:
+    chunk, last = capacities[0], capacities[-1]
+    if placement == "replicated":
+        if len(set(capacities)) > 1:
+            raise ValueError(f"the caches of the ranks have {capacities} slots; expected the same on every rank")
+        return
+    equal = all(part == chunk for part in capacities[:-1]) and last <= chunk
+    if not equal or chunk % SHARD_MULTIPLE or last % SHARD_MULTIPLE:
+        raise ValueError(
+            f"the shards of the ranks have {capacities} slots; expected multiples of {SHARD_MULTIPLE}, the same on "
+            f"every rank but the last, which may have fewer: negcache_fn.distributed.local_capacity(...) gives them"
+        )
+
+
+@_agree_op.register_fake
+def _(tensor: Tensor, sizes: list[int], placement: str, options: str, name: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(tensor), tensor.new_empty(dist.get_world_size(_group(name)), dtype=torch.int64)
+
+
+def _identity_gradient(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return gradient, None, None, None, None
+
+
+_agree_op.register_autograd(_identity_gradient)
+
+
+def _bytes(values: Tensor) -> Tensor:
+    """Contiguous, and of a type that is sent as it is: gloo knows neither bool nor, everywhere, half precision."""
+    values = values.contiguous()
+    if values.dtype == torch.bool:
+        return values.view(torch.uint8)
+    return values.view(torch.int16) if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+@torch.library.custom_op("negcache_fn::all_gather", mutates_args=())
+def _all_gather_op(values: Tensor, name: str, size: int) -> Tensor:
+    gathered = values.new_empty(size * values.shape[0], *values.shape[1:])
+    _all_gather(_bytes(gathered), _bytes(values), group=_group(name))
+    return gathered
+
+
+@_all_gather_op.register_fake
+def _(values: Tensor, name: str, size: int) -> Tensor:
+    return values.new_empty(size * values.shape[0], *values.shape[1:])
+
+
+@torch.library.custom_op("negcache_fn::reduce_scatter", mutates_args=())
+def _reduce_scatter_op(values: Tensor, name: str, size: int) -> Tensor:
+    wide = values.to(torch.promote_types(values.dtype, torch.float32)).contiguous()
+    scattered = wide.new_empty(wide.shape[0] // size, *wide.shape[1:])
+    _reduce_scatter(scattered, wide, group=_group(name))
+    return scattered.to(values.dtype)
+
+
+@_reduce_scatter_op.register_fake
+def _(values: Tensor, name: str, size: int) -> Tensor:
+    return values.new_empty(values.shape[0] // size, *values.shape[1:])
+
+
+@torch.library.custom_op("negcache_fn::all_to_all", mutates_args=())
+def _all_to_all_op(values: Tensor, name: str) -> Tensor:
+    received = torch.empty_like(values, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(_bytes(received), _bytes(values), group=_group(name))
+    return received
+
+
+@_all_to_all_op.register_fake
+def _(values: Tensor, name: str) -> Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("negcache_fn::all_reduce", mutates_args=())
+def _all_reduce_op(values: Tensor, operation: str, name: str) -> Tensor:
+    reduced = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(reduced, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX, group=_group(name))
+    return reduced
+
+
+@_all_reduce_op.register_fake
+def _(values: Tensor, operation: str, name: str) -> Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
+def _keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.arguments = inputs[1:]
+
+
+def _all_gather_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return cast(Tensor, _reduce_scatter_op(gradient, *ctx.arguments)), None, None
+
+
+def _all_to_all_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return cast(Tensor, _all_to_all_op(gradient, *ctx.arguments)), None
+
+
+_all_gather_op.register_autograd(_all_gather_gradient, setup_context=_keep_arguments)
+_all_to_all_op.register_autograd(_all_to_all_gradient, setup_context=_keep_arguments)

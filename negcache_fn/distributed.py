@@ -1,0 +1,276 @@
+"""A cache over several ranks: its parts, its checkpoints, and what data-parallel training needs besides.
+
+With `group=`, the functions of this package are their sharded selves: each rank holds a part of the slots, and draws,
+losses and states are those of one rank that holds all (docs/scaling.md). Here is what surrounds a step.
+
+Each rank but the last has the same whole number of groups of 1024 slots, the last what remains: those are the groups
+of the hierarchical draw, whose noise goes by their number. So the number of ranks does not change what is drawn.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load  # pyright: ignore[reportUnknownVariableType]
+from torch.distributed.checkpoint.state_dict_saver import save  # pyright: ignore[reportUnknownVariableType]
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from negcache_fn.checks import check_size, check_state
+from negcache_fn.collectives import SHARD_MULTIPLE, Ranks, agree, distribute
+from negcache_fn.features import map_features
+from negcache_fn.state import lock, stored
+
+__all__ = [
+    "average_gradients",
+    "checkpointable",
+    "load_checkpoint",
+    "local_capacity",
+    "save_checkpoint",
+    "shard",
+    "unshard",
+]
+
+_FOLDER = re.compile(r"step-(\d+)")
+
+
+def local_capacity(capacity: int, group: dist.ProcessGroup | None = None) -> int:
+    """How many of a cache's `capacity` slots this rank holds: what to give to `init_cache`.
+
+    Args:
+        capacity: slots of the whole cache, a multiple of 1024.
+        group: the ranks; None: this process alone.
+
+    Returns:
+        The slots of this rank: the same number on every rank but the last, which may have fewer.
+
+    Raises:
+        ValueError: on every rank, if the capacity is no multiple of 1024 or leaves a rank without a slot.
+
+    Examples:
+        >>> local_capacity(7168)
+        7168
+    """
+    ranks = distribute(group)
+    check_size("capacity", capacity)
+    if capacity % SHARD_MULTIPLE:
+        raise ValueError(
+            f"capacity is {capacity}; expected a multiple of {SHARD_MULTIPLE}, such as "
+            f"{-(-capacity // SHARD_MULTIPLE) * SHARD_MULTIPLE}"
+        )
+    chunk = _chunk(capacity, ranks)
+    if chunk * (ranks.size - 1) >= capacity:
+        raise ValueError(
+            f"capacity is {capacity}: in parts of {chunk} slots it leaves some of the {ranks.size} ranks without any; "
+            f"expected a multiple of {SHARD_MULTIPLE * ranks.size}"
+        )
+    return min(chunk, capacity - chunk * ranks.rank)
+
+
+def shard(state: TensorDictBase, group: dist.ProcessGroup) -> TensorDictBase:
+    """This rank's part of a whole cache, a copy.
+
+    Args:
+        state: the whole cache, the same on every rank.
+        group: the ranks.
+
+    Returns:
+        The slots `r * chunk ... (r + 1) * chunk - 1` on rank r, for the functions that take `group=`.
+
+    Raises:
+        ValueError: as `local_capacity`.
+    """
+    check_state(state)
+    capacity, ranks = stored(state, "embedding").shape[0], distribute(group)
+    rows = local_capacity(capacity, group)
+    first = _chunk(capacity, ranks) * ranks.rank
+
+    def part(leaf: Tensor) -> Tensor:
+        return leaf[first : first + rows].clone()
+
+    return _mapped(state, part)
+
+
+def unshard(state: TensorDictBase, group: dist.ProcessGroup) -> TensorDictBase:
+    """The whole cache, on every rank, from its parts.
+
+    Args:
+        state: this rank's part.
+        group: the ranks.
+
+    Raises:
+        ValueError: on every rank, if the parts are not those of one cache.
+    """
+    check_state(state)
+    ranks, rows = distribute(group), stored(state, "embedding").shape[0]
+    embedding, shards = agree(
+        ranks, stored(state, "embedding"), rows, placement="sharded", options="unshard", queries=0
+    )
+    chunk, capacity = int(shards.chunk), int(shards.capacity)
+
+    def whole(leaf: Tensor) -> Tensor:
+        filled = leaf.new_zeros(chunk, *leaf.shape[1:])
+        filled[:rows] = leaf
+        return ranks.gather(filled)[:capacity].clone()
+
+    assert embedding.shape[0] == rows
+    return _mapped(state, whole)
+
+
+def checkpointable(state: TensorDictBase, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+    """The tensors of a (part of a) cache as `torch.distributed.checkpoint` saves and loads them on any number of ranks.
+
+    They share the storage of the state: loading into them fills it. A sharded state gives DTensors, `Shard(0)` over
+    groups of 1024 slots; a replicated one, or a process alone, tensors of the same global shape.
+
+    Args:
+        state: the cache, or this rank's part of it.
+        group: of the ranks over which it is sharded.
+
+    Returns:
+        A nested dict.
+
+    Raises:
+        ValueError: as `unshard`; a capacity that is no multiple of 1024.
+
+    Examples:
+        >>> state = init_cache(1024, 4, torch.zeros(1, 3))
+        >>> checkpointable(state)["items"]["embedding"].shape
+        torch.Size([1, 1024, 4])
+    """
+    check_state(state)
+    ranks, rows = distribute(group), stored(state, "embedding").shape[0]
+    _, shards = agree(ranks, stored(state, "embedding"), rows, placement="sharded", options="checkpoint")
+    capacity = int(shards.capacity)
+    if capacity % SHARD_MULTIPLE:
+        raise ValueError(
+            f"the cache has {capacity} slots; expected a multiple of {SHARD_MULTIPLE} for checkpoints by part"
+        )
+    mesh = None if group is None else DeviceMesh.from_group(group, stored(state, "embedding").device.type)
+
+    def spread(leaf: Tensor) -> Tensor:
+        local = leaf.view(-1, SHARD_MULTIPLE, *leaf.shape[1:])
+        if mesh is None:
+            return local
+        shape = torch.Size((capacity // SHARD_MULTIPLE, *local.shape[1:]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+    items = cast(TensorDictBase, state["items"])
+    nested = {name: _nested(items[name], spread) for name in cast("Iterable[str]", items.keys())}
+    return {"items": nested, "step": state["step"], "seed": state["seed"]}
+
+
+def save_checkpoint(
+    folder: str | Path, step: int, state_dict: dict[str, Any], *, group: dist.ProcessGroup | None = None, keep: int = 2
+) -> Path:
+    """Saves what all ranks hold, so that a run killed at any moment leaves the last whole checkpoint.
+
+    The files are written under another name, and get theirs when every rank is done.
+
+    Args:
+        folder: where checkpoints are; each gets a folder of its own.
+        step: its number.
+        state_dict: what `torch.distributed.checkpoint` saves: models, optimisers, `checkpointable(...)`, numbers.
+        group: the ranks; None: this process alone.
+        keep: how many checkpoints to leave there.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        ValueError: a `step` below 0, a `keep` below 1.
+    """
+    check_size("step", step, least=0)
+    check_size("keep", keep)
+    ranks, path = distribute(group), Path(folder) / f"step-{step}"
+    partial = path.with_name(path.name + ".partial")
+    if ranks.rank == 0:
+        for left in Path(folder).glob("*.partial"):
+            shutil.rmtree(left)
+        partial.mkdir(parents=True)
+    _wait(group)
+    save(state_dict, checkpoint_id=partial, process_group=group, no_dist=group is None)
+    _wait(group)
+    if ranks.rank == 0:
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+        for old in _checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    _wait(group)
+    return path
+
+
+def load_checkpoint(
+    folder: str | Path, state_dict: dict[str, Any], *, group: dist.ProcessGroup | None = None
+) -> int | None:
+    """Loads the newest whole checkpoint into `state_dict`, in place, on any number of ranks.
+
+    Args:
+        folder: as in `save_checkpoint`.
+        state_dict: as there, of this run: tensors are filled, other values replaced.
+        group: the ranks; None: this process alone.
+
+    Returns:
+        The number of its step; None, and nothing is loaded, where there is none.
+    """
+    found = _checkpoints(folder)
+    if not found:
+        return None
+    load(state_dict, checkpoint_id=found[-1], process_group=group, no_dist=group is None)
+    return _step_of(found[-1])
+
+
+def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup) -> None:
+    """Averages the gradients of parameters outside a module wrapped by DistributedDataParallel, such as a scale.
+
+    Call it after `backward` and before the optimiser's step.
+
+    Args:
+        parameters: the same on every rank, in the same order; one without a gradient counts as 0.
+        group: the ranks.
+    """
+    ranks = distribute(group)
+    for parameter in parameters:
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = ranks.total(gradient) / ranks.size
+
+
+def _chunk(capacity: int, ranks: Ranks) -> int:
+    return -(-capacity // SHARD_MULTIPLE // ranks.size) * SHARD_MULTIPLE
+
+
+def _mapped(state: TensorDictBase, function: Any) -> TensorDictBase:
+    items = map_features(function, cast(TensorDict, state["items"]))
+    scalars = {name: cast(Tensor, state[name]).clone() for name in ("step", "seed")}
+    mapped = TensorDict({"items": items, **scalars}, batch_size=[])
+    return lock(mapped) if state.is_locked else mapped
+
+
+def _nested(value: Any, function: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    return {key: _nested(child, function) for key, child in value.items()}
+
+
+def _wait(group: dist.ProcessGroup | None) -> None:
+    if group is not None:
+        dist.barrier(group)
+
+
+def _checkpoints(folder: str | Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [path for path in Path(folder).glob("step-*") if _FOLDER.fullmatch(path.name)]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

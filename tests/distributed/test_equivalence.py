@@ -1,0 +1,77 @@
+"""The sharded run is the single run, split: the same draws, losses, gradients and state on any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.harness import run_ranks
+from tests.distributed.training import Record, train
+
+DOUBLE: dict[str, Any] = {"dtype": torch.float64, "steps": 8}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "long": DOUBLE | {"steps": 50, "in_batch": "global", "num_samples": 2},
+    "own-draws-fifo": DOUBLE | {"in_batch": False, "share_draws": False, "evict": "fifo", "refresh_stalest": 3},
+    "top-k": DOUBLE | {"in_batch": False, "top_k": 40, "num_samples": 3, "staleness_correction": "none"},
+    "weights-anonymous": DOUBLE | {"in_batch": "global", "with_ids": False, "with_weights": True},
+    "replicated": DOUBLE | {"in_batch": "global", "placement": "replicated", "num_samples": 2, "evict": "fifo"},
+    "replicated-top-k": DOUBLE | {"in_batch": False, "placement": "replicated", "top_k": 40, "refresh_stalest": 3},
+    "float32": {"dtype": torch.float32, "steps": 8, "in_batch": "global", "num_samples": 2},
+    "float32-long": {"dtype": torch.float32, "steps": 50, "in_batch": False},
+}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Record]:
+    """The run of one process without a group."""
+    records = {}
+    for name, options in CONFIGURATIONS.items():
+        options = {key: value for key, value in options.items() if key != "placement"}
+        if "refresh_stalest" in options:
+            continue
+        records[name] = train(0, 1, alone=True, **options)
+    return records
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_any_number_of_ranks(world: int, alone: dict[str, Record], tmp_path: Path) -> None:
+    cases = {
+        name: (train, options | ({"refresh_stalest": 12 // world} if "refresh_stalest" in options else {}))
+        for name, options in CONFIGURATIONS.items()
+    }
+    for name, of_ranks in run_ranks(world, cases, tmp_path).items():
+        if name not in alone:
+            options = {key: value for key, value in CONFIGURATIONS[name].items() if key != "placement"}
+            alone[name] = train(0, 1, alone=True, **options | {"refresh_stalest": 12})
+        for record in of_ranks:
+            _assert_same(name, record, alone[name])
+
+
+def _assert_same(name: str, record: Record, expected: Record) -> None:
+    tolerance = {"rtol": 0.0, "atol": 1e-12} if "float32" not in name else {"rtol": 1e-5, "atol": 1e-5}
+    assert len(record.slots) == len(expected.slots)
+    for found, wanted in zip(record.slots, expected.slots, strict=True):
+        assert torch.equal(found, wanted), name
+    atol = 1e-12 if "float32" not in name else 1e-6
+    assert record.losses == pytest.approx(expected.losses, rel=atol, abs=atol), name
+    for key, gradient in expected.gradients.items():
+        torch.testing.assert_close(
+            record.gradients[key], gradient, **tolerance, msg=lambda text, key=key: f"{name} {key}: {text}"
+        )
+    for key, value in expected.metrics.items():
+        torch.testing.assert_close(
+            record.metrics[key], value, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{name} {key}: {text}"
+        )
+    _assert_same_state(name, record, expected, tolerance)
+
+
+def _assert_same_state(name: str, record: Record, expected: Record, tolerance: dict[str, float]) -> None:
+    for key, value in expected.state.items(include_nested=True, leaves_only=True):
+        found = record.state[key]
+        if key == ("items", "embedding"):
+            torch.testing.assert_close(found, value, **tolerance)
+        else:
+            assert torch.equal(found, value), (name, key)
