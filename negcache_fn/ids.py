@@ -1,28 +1,28 @@
 """Document ids: where the cache has them, and which rows of a batch share one. -1 is anonymous and equals nothing."""
 
-from collections.abc import Iterator
+from typing import cast
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from negcache_fn.kernels import cpu
 from negcache_fn.state import live, segments, stored
 
-__all__ = ["cached_under", "find_slots", "first_of_each", "last_of_each"]
+__all__ = ["find_slots", "first_of_each", "last_of_each", "without"]
 
 
 def find_slots(state: TensorDictBase, ids: Tensor) -> Tensor:
     """The live slot of each id in this part of the cache, -1 where it is not there; the shape of `ids`."""
-    ordered = ids.flatten().sort().values
-    found = torch.full_like(ordered, -1)
-    for place, hit, slots in _look_up(state, ordered):
-        found = found.scatter_reduce(0, place, slots.masked_fill(~hit, -1), "amax")
-    return found[torch.searchsorted(ordered, ids.contiguous())].masked_fill(ids < 0, -1)
+    found = cast(Tensor, _find_slots_op(ids.flatten(), stored(state, "id"), stored(state, "embedded_at")))
+    return found.view(ids.shape)
 
 
-def cached_under(state: TensorDictBase, ids: Tensor) -> Tensor:
-    """[C] bool: which live slots have one of the `ids` [P]."""
-    return torch.cat([hit for _, hit, _ in _look_up(state, ids.sort().values)])
+def without(state: TensorDictBase, ids: Tensor) -> Tensor:
+    """[C] bool: the live slots that have none of the `ids` [P]."""
+    slots, capacity = find_slots(state, ids), stored(state, "id").shape[0]
+    kept = torch.cat([live(state), torch.zeros(1, dtype=torch.bool, device=slots.device)])
+    return kept.scatter(0, torch.where(slots >= 0, slots, capacity), False)[:capacity]
 
 
 def last_of_each(ids: Tensor) -> Tensor:
@@ -40,13 +40,21 @@ def first_of_each(ids: Tensor) -> Tensor:
     return last_of_each(ids.flip(0)).flip(0)
 
 
-def _look_up(state: TensorDictBase, ordered: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """A segment of slots at a time: the places of their ids among the `ordered` ones [P], if they are there; slots.
+@torch.library.custom_op("negcache_fn::find_slots", mutates_args=())
+def _find_slots_op(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
+    if cpu.supports_scans(ids):
+        return cpu.find_slots(ids, cached, embedded_at)
+    # The few ids are sorted, not the cache.
+    ordered = ids.sort().values
+    found = torch.full_like(ordered, -1)
+    for start, stop in segments(cached.shape[0]):
+        known = cached[start:stop].masked_fill(embedded_at[start:stop] < 0, -1)
+        place = torch.searchsorted(ordered, known).clamp(max=ordered.shape[0] - 1)
+        slots = torch.arange(start, stop, device=ids.device).masked_fill((ordered[place] != known) | (known < 0), -1)
+        found.scatter_reduce_(0, place, slots, "amax")
+    return found[torch.searchsorted(ordered, ids)].masked_fill(ids < 0, -1)
 
-    The few ids are sorted, not the cache.
-    """
-    known = stored(state, "id").masked_fill(~live(state), -1)
-    for start, stop in segments(known.shape[0]):
-        place = torch.searchsorted(ordered, known[start:stop]).clamp(max=ordered.shape[0] - 1)
-        hit = (ordered[place] == known[start:stop]) & (known[start:stop] >= 0)
-        yield place, hit, torch.arange(start, stop, device=known.device)
+
+@_find_slots_op.register_fake
+def _(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
+    return torch.empty_like(ids)

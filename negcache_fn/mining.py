@@ -58,7 +58,7 @@ def top_negatives(
     with ranks.checking():
         check_search(state, queries, scale, exclude_ids)
         capacity = stored(state, "embedding").shape[0]
-        check_size("n", n, most=capacity * ranks.size)
+        check_size("n", n, most=capacity if group is None else None)
     with torch.no_grad(), full_precision(state):  # mining is a look-up
         queries, shards = agree(
             ranks,

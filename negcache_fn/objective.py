@@ -211,7 +211,7 @@ def exact_loss(
         check_batch(queries, documents, in_batch, ids, log_weights, ranks)
         capacity = stored(state, "embedding").shape[0]
         if top_k is not None:
-            check_size("top_k", top_k, most=capacity * ranks.size)
+            check_size("top_k", top_k, most=capacity if group is None else None)
     with full_precision(state):
         rows = queries.shape[0]
         queries, shards = agree(

@@ -23,7 +23,7 @@ from negcache_fn.mining import hardest_of_all
 from negcache_fn.random import gumbel
 from negcache_fn.scoring import check_search, full_precision, score_matrix
 from negcache_fn.state import scalar, segments, stored
-from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, reduce_blocks, score_blocks
+from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, after, reduce_blocks, score_blocks
 
 __all__ = ["Draw", "check_draw", "check_draws", "draw_negatives", "merge_draws", "sample_gumbel"]
 
@@ -164,7 +164,7 @@ def check_draws(state: TensorDictBase, num_samples: int, top_k: int | None, rank
     """Raises unless so many draws can be made."""
     check_size("num_samples", num_samples)
     if top_k is not None:
-        check_size("top_k", top_k, most=stored(state, "embedding").shape[0] * ranks.size)
+        check_size("top_k", top_k, most=stored(state, "embedding").shape[0] if ranks.name is None else None)
 
 
 def merge_draws(a: Draw, b: Draw) -> Draw:
@@ -254,6 +254,9 @@ def _choose(matrix: ScoreMatrix, noise: _Noise, first_slot: int | Tensor) -> _Ch
     capacity = matrix.embeddings.shape[0]
     best = None
     for start, stop in segments(capacity):
+        if best is not None:
+            # Else the compiler may keep the blocks of all segments at once.
+            matrix = matrix._replace(queries=after(matrix.queries, best.blocks))
         found = _choose_group(matrix, noise, start, stop, first_slot)
         best = found if best is None else _better(best, found)
     assert best is not None  # a cache has a slot

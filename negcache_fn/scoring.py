@@ -7,7 +7,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn.checks import check_embeddings, check_ids, check_scale, check_state
-from negcache_fn.ids import cached_under, find_slots
+from negcache_fn.ids import find_slots, without
 from negcache_fn.state import live, stored
 from negcache_fn.streaming import ScoreMatrix, ScoreTransform
 
@@ -77,7 +77,7 @@ def score_matrix(
     kept = live(state)
     if exclude_ids is not None and exclude_ids.shape[-1] > 0:
         if exclude_ids.ndim == 1:
-            kept = kept & ~cached_under(state, exclude_ids)
+            kept = without(state, exclude_ids)
         else:
             excluded = find_slots(state, exclude_ids)
     dtype = torch.promote_types(torch.promote_types(queries.dtype, embeddings.dtype), torch.float32)

@@ -27,6 +27,7 @@ from torch.nn.functional import pad
 from negcache_fn.checks import check_size, check_slots, check_state
 from negcache_fn.collectives import Shards, agree, distribute, fetch, in_one_place
 from negcache_fn.features import Features, as_stored, check_example, leaves, map_features
+from negcache_fn.kernels import cpu
 
 __all__ = [
     "init_cache",
@@ -230,17 +231,33 @@ def segments(capacity: int) -> list[tuple[int, int]]:
 
 def lowest(key: Tensor, n: int, *, skip: Tensor, shards: Shards) -> Tensor:
     """[n] slots of the smallest `key` [C], ascending, ties by slot, without those to skip [C]; -1 if too few."""
+    slots = cast(Tensor, _lowest_op(key, skip, n))
+    if shards.ranks.name is None:
+        return slots
+    # Distinct integers in the order of (key, slot).
     last = torch.iinfo(torch.int64).max
+    ranked = key[slots.clamp(min=0)] * shards.capacity + slots + shards.first
+    best = shards.ranks.gather(torch.where(slots >= 0, ranked, last)).topk(n, largest=False, sorted=True).values
+    return torch.where(best == last, -1, best % shards.capacity)
+
+
+@torch.library.custom_op("negcache_fn::lowest", mutates_args=())
+def _lowest_op(key: Tensor, skip: Tensor, n: int) -> Tensor:
+    if cpu.supports_scans(key):
+        return cpu.lowest(key, skip, n)
+    capacity, last = key.shape[0], torch.iinfo(torch.int64).max
     best = key.new_empty(0)
-    for start, stop in segments(key.shape[0]):
+    for start, stop in segments(capacity):
         # Distinct integers in the order of (key, slot): their top-k is deterministic.
-        ranked = key[start:stop] * shards.capacity + (torch.arange(start, stop, device=key.device) + shards.first)
+        ranked = key[start:stop] * capacity + torch.arange(start, stop, device=key.device)
         best = torch.cat([best, ranked.masked_fill(skip[start:stop], last)])
         best = best.topk(min(n, best.shape[0]), largest=False, sorted=True).values
-    if shards.ranks.name is not None:
-        best = shards.ranks.gather(pad(best, (0, n - best.shape[0]), value=last))
-        best = best.topk(n, largest=False, sorted=True).values
-    return torch.where(best == last, -1, best % shards.capacity)
+    return pad(torch.where(best == last, -1, best % capacity), (0, n - best.shape[0]), value=-1)
+
+
+@_lowest_op.register_fake
+def _(key: Tensor, skip: Tensor, n: int) -> Tensor:
+    return key.new_empty(n)
 
 
 def lock(state: TensorDict) -> TensorDict:

@@ -18,7 +18,16 @@ from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVa
 
 from negcache_fn.kernels import cpu, cuda
 
-__all__ = ["BLOCK", "ScoreMatrix", "ScoreTransform", "cache_logsumexp", "logsumexp", "reduce_blocks", "score_blocks"]
+__all__ = [
+    "BLOCK",
+    "ScoreMatrix",
+    "ScoreTransform",
+    "after",
+    "cache_logsumexp",
+    "logsumexp",
+    "reduce_blocks",
+    "score_blocks",
+]
 
 BLOCK = 64
 _CHUNK = 2048  # slots scored at a time; a multiple of BLOCK
@@ -67,6 +76,11 @@ def logsumexp(values: Tensor) -> Tensor:
     """[..., n] -> [...]: log-sum-exp whose gradient is 0, not NaN, where every value is -inf."""
     empty = (values == -_INFINITY).all(-1)
     return values.masked_fill(empty[..., None], 0.0).logsumexp(-1).masked_fill(empty, -_INFINITY)
+
+
+def after(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor`, for what a compiler must not start before `other` is there."""
+    return cast(Tensor, _after_op(tensor, other)) if torch.compiler.is_compiling() else tensor
 
 
 def _transformed(products: Tensor, transform: ScoreTransform | None) -> Tensor:
@@ -144,6 +158,16 @@ def _block_logsumexp(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded
         if kernels.supports(queries, embeddings):
             return kernels.block_logsumexp(queries, embeddings, bias, excluded)
     return _reduce_blocks(queries, embeddings, bias, excluded, None, "logsumexp")
+
+
+@torch.library.custom_op("negcache_fn::after", mutates_args=())
+def _after_op(tensor: Tensor, other: Tensor) -> Tensor:
+    return tensor.clone()
+
+
+@_after_op.register_fake
+def _(tensor: Tensor, other: Tensor) -> Tensor:
+    return torch.empty_like(tensor)
 
 
 @torch.library.custom_op("negcache_fn::reduce_blocks", mutates_args=())

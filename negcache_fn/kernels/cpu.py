@@ -21,7 +21,17 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["block_logsumexp", "finds_hardest", "hardest", "library", "score_blocks", "supports"]
+__all__ = [
+    "block_logsumexp",
+    "find_slots",
+    "finds_hardest",
+    "hardest",
+    "library",
+    "lowest",
+    "score_blocks",
+    "supports",
+    "supports_scans",
+]
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-w")
@@ -87,6 +97,26 @@ def hardest(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor,
     problem = _problem(queries, embeddings, bias, excluded)
     _call("negcache_hardest", *problem, *_arithmetic(queries.shape[0]), n, scores, slots)
     return scores, slots
+
+
+def supports_scans(key: Tensor) -> bool:
+    """Whether `lowest` and `find_slots` take tensors like this one."""
+    return key.device.type == "cpu" and library() is not None
+
+
+def lowest(key: Tensor, skip: Tensor, n: int) -> Tensor:
+    """[n] slots of the smallest `key` [C], ascending, ties by slot, without those to skip [C]; -1 if too few."""
+    slots = key.new_empty(n)
+    _call("negcache_lowest", key.contiguous(), skip.contiguous(), key.shape[0], n, slots)
+    return slots
+
+
+def find_slots(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
+    """[P] the live slot of each id [P] among those cached [C], -1 where it is not there."""
+    slots = torch.empty_like(ids)
+    known = (cached.contiguous(), embedded_at.contiguous(), cached.shape[0])
+    _call("negcache_find_slots", ids.contiguous(), ids.shape[0], *known, slots)
+    return slots
 
 
 @functools.cache

@@ -47,10 +47,10 @@ def test_any_number_of_ranks(world: int, alone: dict[str, Record], tmp_path: Pat
             options = {key: value for key, value in CONFIGURATIONS[name].items() if key != "placement"}
             alone[name] = train(0, 1, alone=True, **options | {"refresh_stalest": 12})
         for record in of_ranks:
-            _assert_same(name, record, alone[name])
+            assert_same(name, record, alone[name])
 
 
-def _assert_same(name: str, record: Record, expected: Record) -> None:
+def assert_same(name: str, record: Record, expected: Record) -> None:
     tolerance = {"rtol": 0.0, "atol": 1e-12} if "float32" not in name else {"rtol": 1e-5, "atol": 1e-5}
     assert len(record.slots) == len(expected.slots)
     for found, wanted in zip(record.slots, expected.slots, strict=True):
@@ -65,10 +65,10 @@ def _assert_same(name: str, record: Record, expected: Record) -> None:
         torch.testing.assert_close(
             record.metrics[key], value, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{name} {key}: {text}"
         )
-    _assert_same_state(name, record, expected, tolerance)
+    _assert_state(name, record, expected, tolerance)
 
 
-def _assert_same_state(name: str, record: Record, expected: Record, tolerance: dict[str, float]) -> None:
+def _assert_state(name: str, record: Record, expected: Record, tolerance: dict[str, float]) -> None:
     for key, value in expected.state.items(include_nested=True, leaves_only=True):
         found = record.state[key]
         if key == ("items", "embedding"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from tensordict import TensorDictBase
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import negcache_fn
@@ -25,6 +28,7 @@ class Record(NamedTuple):
     gradients: dict[str, Tensor]  # of the last step
     metrics: dict[str, Tensor]  # of the last step
     state: TensorDictBase
+    graphs: int  # compiled
 
 
 def whole_cache(dtype: torch.dtype, seed: int = 3) -> TensorDictBase:
@@ -68,6 +72,7 @@ def train(
     dtype: torch.dtype,
     alone: bool = False,
     compiled: bool = False,
+    wrap: Literal["ddp", "fsdp", "none"] = "ddp",
     placement: str = "sharded",
     start: TensorDictBase | None = None,
     **options: Any,
@@ -84,13 +89,14 @@ def train(
         options |= {"group": group, "placement": placement}
     queries_tower, documents_tower = Tower(dtype, 1), Tower(dtype, 2)
     scale = torch.nn.Parameter(torch.tensor(3.0, dtype=dtype))
-    towers = (
-        [queries_tower, documents_tower]
-        if alone
-        else [DistributedDataParallel(tower) for tower in (queries_tower, documents_tower)]
-    )
+    towers = [queries_tower, documents_tower]
+    if group is not None and wrap == "ddp":
+        towers = [DistributedDataParallel(tower) for tower in towers]
+    elif group is not None and wrap == "fsdp":
+        towers = [fully_shard(tower) for tower in towers]
     optimizer = torch.optim.SGD([*towers[0].parameters(), *towers[1].parameters(), scale], lr=0.05)
-    step = torch.compile(negcache_fn.step_, fullgraph=True) if compiled else negcache_fn.step_
+    counter = CompileCounterWithBackend("inductor")
+    step = torch.compile(negcache_fn.step_, fullgraph=True, backend=counter) if compiled else negcache_fn.step_
     generator = torch.Generator().manual_seed(11)
     losses: list[float] = []
     slots: list[Tensor] = []
@@ -118,7 +124,8 @@ def train(
         loss = out.loss.detach()
         drawn = out.draw.slot
         if group is not None:
-            distributed.average_gradients([scale], group)
+            unwrapped = [queries_tower.weight, documents_tower.weight] if wrap == "none" else []
+            distributed.average_gradients([scale, *unwrapped], group)
             dist.all_reduce(loss)
             loss /= world
             drawn = _gathered(drawn, world)
@@ -129,9 +136,8 @@ def train(
     if group is not None and placement == "sharded":
         whole = distributed.unshard(state, group)
     gradients = {"queries": queries_tower.weight.grad, "documents": documents_tower.weight.grad, "scale": scale.grad}
-    return Record(
-        losses, slots, {name: grad for name, grad in gradients.items() if grad is not None}, out.metrics, whole
-    )
+    full = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
+    return Record(losses, slots, full, out.metrics, whole, counter.frame_count)
 
 
 def _part(values: Tensor, rank: int, world: int) -> Tensor:

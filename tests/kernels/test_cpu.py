@@ -195,3 +195,23 @@ def test_without_a_compiler_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch
     finally:
         monkeypatch.undo()
         cpu.library.cache_clear()
+
+
+@needs_kernels
+@given(data=st.data(), capacity=st.integers(1, 300))
+def test_lowest_and_find_slots_equal_a_list(data: st.DataObject, capacity: int) -> None:
+    keys = data.draw(st.lists(st.integers(-3, 3), min_size=capacity, max_size=capacity))
+    skip = data.draw(st.lists(st.booleans(), min_size=capacity, max_size=capacity))
+    n = data.draw(st.integers(1, capacity + 3))
+    order = sorted((key, slot) for slot, key in enumerate(keys) if not skip[slot])[:n]
+    expected = [slot for _, slot in order] + [-1] * (n - len(order))
+    assert cpu.lowest(torch.tensor(keys), torch.tensor(skip), n).tolist() == expected
+    seed = data.draw(st.integers(0, 99))
+    generator = torch.Generator().manual_seed(seed)
+    cached = torch.randperm(2 * capacity, generator=generator)[:capacity] * 2**40
+    cached[torch.rand(capacity, generator=generator) < 0.2] = -1
+    live = torch.tensor(skip).long() - 1
+    ids = torch.randint(-1, 2 * capacity, (n,), generator=generator) * 2**40
+    ids[ids < 0] = -1
+    places = {int(document): slot for slot, document in enumerate(cached) if document >= 0 and live[slot] >= 0}
+    assert cpu.find_slots(ids, cached, live).tolist() == [places.get(int(document), -1) for document in ids]

@@ -1,0 +1,101 @@
+"""The functions a step is made of, called one by one: sharded and single give the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import negcache_fn
+from negcache_fn import distributed
+from tests.distributed.harness import run_ranks
+from tests.distributed.training import CAPACITY, DIM, features, whole_cache
+
+BATCH = 12
+SCALE = 2.0
+
+
+def inputs() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    vectors = torch.randn(3, BATCH, DIM, generator=generator, dtype=torch.float64)
+    return {"queries": vectors[0], "documents": vectors[1], "ids": torch.arange(BATCH) * 500}
+
+
+def together(rank: int, world: int, *, alone: bool = False) -> dict[str, Any]:
+    """Everything of this rank's part of the batch; of the whole batch if alone."""
+    state = whole_cache(torch.float64)
+    group = None if alone else dist.group.WORLD
+    options: dict[str, Any] = {"scale": SCALE, "group": group}
+    in_batch: Any = True
+    if group is not None:
+        state, in_batch = distributed.shard(state, group), "global"
+    part = {name: values.view(world, -1, *values.shape[1:])[rank] for name, values in inputs().items()}
+    queries, documents = part["queries"].requires_grad_(), part["documents"].requires_grad_()
+    ids = part["ids"]
+    scores, slots = negcache_fn.top_negatives(state, queries, 70, exclude_ids=ids, **options)
+    most, most_slots = negcache_fn.top_negatives(state, queries, CAPACITY - 3, **options)
+    draw = negcache_fn.sample_gumbel(state, queries, num_samples=3, exclude_ids=ids, **options)
+    own = negcache_fn.sample_gumbel(state, queries, num_samples=3, exclude_ids=ids[:, None], top_k=9, **options)
+    taken = negcache_fn.take(state, draw.slot, group=group)
+    fresh = (draw.embedding.flatten(0, 1) * 1.1).requires_grad_()
+    loss = negcache_fn.loss(queries, documents, fresh, draw, in_batch=in_batch, ids=ids, **options)
+    scale = torch.tensor(SCALE, dtype=torch.float64, requires_grad=True)
+    del options["scale"]
+    exact = negcache_fn.exact_loss(state, queries, documents, scale=scale, in_batch=in_batch, ids=ids, **options)
+    hard = negcache_fn.exact_loss(state, queries, documents, scale=scale, in_batch=False, ids=ids, top_k=50, **options)
+    gradients = torch.autograd.grad(loss + exact + 2 * hard, [queries, documents, fresh, scale])
+    updated = negcache_fn.update(
+        state,
+        features(ids, torch.float64),
+        documents,
+        ids=ids,
+        refresh=(draw.slot[:, 0], documents * 0.5),
+        evict="fifo",
+        group=group,
+    )
+    whole = updated if group is None else distributed.unshard(updated, group)
+    return {
+        "rows": {
+            "scores": scores,
+            "slots": slots,
+            "most": most,
+            "most_slots": most_slots,
+            "draw": draw.slot,
+            "own": own.slot,
+            "normalizer": draw.log_normalizer,
+            "cutoff": own.cutoff,
+            "embedding": draw.embedding,
+            "id": draw.id,
+            "tokens": taken["text"]["tokens"],
+            "kept": taken["kept"],
+        },
+        "gradients": [gradient / world for gradient in gradients],
+        "losses": torch.stack([loss, exact, hard]).detach(),
+        "state": whole,
+    }
+
+
+def test_parts_of_a_step(tmp_path: Path) -> None:
+    expected = together(0, 1, alone=True)
+    for world in (2, 3):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        of_ranks = run_ranks(world, {"together": (together, {})}, folder)["together"]
+        for name, value in expected["rows"].items():
+            found = torch.cat([of_rank["rows"][name] for of_rank in of_ranks])
+            torch.testing.assert_close(
+                found, value, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+            )
+        losses = torch.stack([of_rank["losses"] for of_rank in of_ranks]).mean(0)
+        torch.testing.assert_close(losses, expected["losses"], rtol=1e-12, atol=1e-12)
+        for number, gradient in enumerate(expected["gradients"][:3]):
+            found = torch.cat([of_rank["gradients"][number] for of_rank in of_ranks])
+            torch.testing.assert_close(found, gradient, rtol=1e-12, atol=1e-12)
+        of_scale = torch.stack([of_rank["gradients"][3] for of_rank in of_ranks]).sum()
+        torch.testing.assert_close(of_scale, expected["gradients"][3], rtol=1e-12, atol=1e-12)
+        for of_rank in of_ranks:
+            for key, value in expected["state"].items(include_nested=True, leaves_only=True):
+                assert torch.equal(of_rank["state"][key], value), key
