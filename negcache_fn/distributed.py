@@ -10,7 +10,9 @@ of the hierarchical draw, whose noise goes by their number. So the number of ran
 import os
 import re
 import shutil
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -197,7 +199,8 @@ def save_checkpoint(
             shutil.rmtree(left)
         partial.mkdir(parents=True)
     _wait(group)
-    save(state_dict, checkpoint_id=partial, process_group=group, no_dist=group is None)
+    with _in_one_process_if(group is None):
+        save(state_dict, checkpoint_id=partial, process_group=group, no_dist=group is None)
     _wait(group)
     if ranks.rank == 0:
         if path.exists():
@@ -225,7 +228,8 @@ def load_checkpoint(
     found = _checkpoints(folder)
     if not found:
         return None
-    load(state_dict, checkpoint_id=found[-1], process_group=group, no_dist=group is None)
+    with _in_one_process_if(group is None):
+        load(state_dict, checkpoint_id=found[-1], process_group=group, no_dist=group is None)
     return _step_of(found[-1])
 
 
@@ -264,6 +268,17 @@ def _nested(value: Any, function: Any) -> Any:
 def _wait(group: dist.ProcessGroup | None) -> None:
     if group is not None:
         dist.barrier(group)
+
+
+@contextmanager
+def _in_one_process_if(alone: bool) -> Iterator[None]:
+    """Without torch's warning that this is one process, where it is meant to be."""
+    with warnings.catch_warnings():
+        if alone:
+            warnings.filterwarnings(
+                "ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning
+            )
+        yield
 
 
 def _checkpoints(folder: str | Path) -> list[Path]:

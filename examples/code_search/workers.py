@@ -82,10 +82,15 @@ def join_workers() -> Iterator[Workers]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield ALONE
         return
-    dist.init_process_group("gloo", timeout=TIMEOUT)
+    environment = os.environ
+    rank, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    # After a restart torchrun's store still has the addresses of those that died: each attempt takes keys of its own.
+    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
+    store = dist.PrefixStore(f"attempt-{environment['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=TIMEOUT)
     group = dist.group.WORLD
     assert group is not None
     try:
-        yield Workers(group, dist.get_rank(), dist.get_world_size())
+        yield Workers(group, rank, count)
     finally:
         dist.destroy_process_group()
