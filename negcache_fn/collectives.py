@@ -9,6 +9,7 @@ nothing depends on torch's functional collectives, which are private and change 
 the same on all ranks: `agree` sees to that before anything else is sent.
 """
 
+import math
 import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -36,6 +37,7 @@ __all__ = [
     "distribute",
     "fetch",
     "in_one_place",
+    "in_order",
 ]
 
 PLACEMENTS = ("sharded", "replicated")
@@ -65,11 +67,23 @@ class Ranks(NamedTuple):
             return values
         return cast(Tensor, _all_gather_op(values, self.name, self.size))
 
+    def gather_all(self, *values: Tensor) -> list[Tensor]:
+        """`gather` of each, in one message and without gradient."""
+        if self.name is None:
+            return list(values)
+        return cast("list[Tensor]", _all_gather_packed_op(list(values), self.name, self.size))
+
     def exchange(self, values: Tensor) -> Tensor:
         """[size * n, ...] -> [size * n, ...]: the r-th n go to rank r, and come from it. Differentiable."""
         if self.name is None:
             return values
         return cast(Tensor, _all_to_all_op(values, self.name))
+
+    def exchange_all(self, *values: Tensor) -> list[Tensor]:
+        """`exchange` of each, in one message and without gradient."""
+        if self.name is None:
+            return list(values)
+        return cast("list[Tensor]", _all_to_all_packed_op(list(values), self.name, self.size))
 
     def by_rank(self, values: Tensor) -> Tensor:
         """[size * n, ...] -> [size, n, ...]."""
@@ -82,14 +96,6 @@ class Ranks(NamedTuple):
     def largest(self, values: Tensor) -> Tensor:
         """The largest over ranks, without gradient."""
         return values if self.name is None else cast(Tensor, _all_reduce_op(values, "max", self.name))
-
-    def logsumexp(self, values: Tensor) -> Tensor:
-        """The log-sum-exp over ranks, without gradient."""
-        if self.name is None:
-            return values
-        largest = self.largest(values)
-        shift = torch.where(largest == -float("inf"), 0.0, largest)
-        return self.total((values - shift).exp()).log() + shift
 
     def own(self, values: Tensor) -> Tensor:
         """[size * n, ...] -> [n, ...]: what of gathered values is this rank's."""
@@ -195,22 +201,19 @@ def fetch(leaves: list[Tensor], slots: Tensor, shards: Shards) -> list[Tensor]:
     if ranks.name is None:
         rows = slots.clamp(min=0)
         return [leaf[rows] for leaf in leaves]
-    wanted = ranks.gather(slots) - shards.first
-    rows = wanted.clamp(0, leaves[0].shape[0] - 1)
+    rows = (ranks.gather(slots) - shards.first).clamp(0, leaves[0].shape[0] - 1)
     owner = torch.clamp(slots, min=0) // shards.chunk
     place = torch.arange(slots.shape[0], device=slots.device)
-    found: list[Tensor | None] = [None] * len(leaves)
-    for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):  # one exchange for each
-        places = [number for number, leaf in enumerate(leaves) if leaf.dtype == dtype]
-        parts = [
-            leaves[number][rows].flatten(1) if leaves[number].ndim > 1 else leaves[number][rows][:, None]
-            for number in places
-        ]
-        received = ranks.by_rank(ranks.exchange(torch.cat(parts, dim=1)))[owner, place]
-        columns = torch.split(received, [part.shape[1] for part in parts], dim=1)
-        for number, column in zip(places, columns, strict=True):
-            found[number] = column.reshape(slots.shape[0], *leaves[number].shape[1:])
-    return cast("list[Tensor]", found)
+    received = ranks.exchange_all(*(leaf[rows] for leaf in leaves))
+    return [ranks.by_rank(values)[owner, place] for values in received]
+
+
+def in_order(gathered: Tensor, positives: int, ranks: Ranks) -> Tensor:
+    """Documents of all ranks, [size * N, ...]: first the positives of their queries, then the others."""
+    of_ranks = ranks.by_rank(gathered)
+    if of_ranks.shape[1] == positives:
+        return gathered
+    return torch.cat([of_ranks[:, :positives].flatten(0, 1), of_ranks[:, positives:].flatten(0, 1)])
 
 
 class _Announcing:
@@ -308,11 +311,8 @@ _agree_op.register_autograd(_identity_gradient)
 
 
 def _bytes(values: Tensor) -> Tensor:
-    """Contiguous, and of a type that is sent as it is: gloo knows neither bool nor, everywhere, half precision."""
-    values = values.contiguous()
-    if values.dtype == torch.bool:
-        return values.view(torch.uint8)
-    return values.view(torch.int16) if values.dtype in (torch.bfloat16, torch.float16) else values
+    """Contiguous, as bytes: gloo does not send every type, and they are only moved."""
+    return values.contiguous().view(torch.uint8)
 
 
 @torch.library.custom_op("negcache_fn::all_gather", mutates_args=())
@@ -350,6 +350,55 @@ def _all_to_all_op(values: Tensor, name: str) -> Tensor:
 @_all_to_all_op.register_fake
 def _(values: Tensor, name: str) -> Tensor:
     return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
+def _packed(values: list[Tensor], parts: int) -> Tensor:
+    """[parts, bytes]: of each tensor the first n / parts rows, then the next."""
+    return torch.cat([_bytes(tensor).view(parts, -1) for tensor in values], dim=1)
+
+
+def _unpacked(packed: Tensor, like: list[Tensor], rows: list[int]) -> list[Tensor]:
+    """The tensors of [parts, bytes], each with so many rows in all."""
+    sizes = [_row_bytes(tensor) * count // packed.shape[0] for tensor, count in zip(like, rows, strict=True)]
+    unpacked: list[Tensor] = []
+    for columns, tensor, count in zip(torch.split(packed, sizes, dim=1), like, rows, strict=True):
+        unpacked.append(
+            columns.clone(memory_format=torch.contiguous_format)
+            .view(-1)
+            .view(tensor.dtype)
+            .view(count, *tensor.shape[1:])
+        )
+    return unpacked
+
+
+def _row_bytes(tensor: Tensor) -> int:
+    return tensor.element_size() * math.prod(tensor.shape[1:])
+
+
+@torch.library.custom_op("negcache_fn::all_gather_packed", mutates_args=())
+def _all_gather_packed_op(values: list[Tensor], name: str, size: int) -> list[Tensor]:
+    packed = _packed(values, 1)
+    gathered = packed.new_empty(size, packed.shape[1])
+    _all_gather(gathered.view(-1), packed.view(-1), group=_group(name))
+    return _unpacked(gathered, values, [size * tensor.shape[0] for tensor in values])
+
+
+@_all_gather_packed_op.register_fake
+def _(values: list[Tensor], name: str, size: int) -> list[Tensor]:
+    return [tensor.new_empty(size * tensor.shape[0], *tensor.shape[1:]) for tensor in values]
+
+
+@torch.library.custom_op("negcache_fn::all_to_all_packed", mutates_args=())
+def _all_to_all_packed_op(values: list[Tensor], name: str, size: int) -> list[Tensor]:
+    packed = _packed(values, size)
+    received = torch.empty_like(packed)
+    dist.all_to_all_single(received, packed, group=_group(name))
+    return _unpacked(received, values, [tensor.shape[0] for tensor in values])
+
+
+@_all_to_all_packed_op.register_fake
+def _(values: list[Tensor], name: str, size: int) -> list[Tensor]:
+    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in values]
 
 
 @torch.library.custom_op("negcache_fn::all_reduce", mutates_args=())

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -271,7 +271,7 @@ def _wait(group: dist.ProcessGroup | None) -> None:
 
 
 @contextmanager
-def _in_one_process_if(alone: bool) -> Iterator[None]:
+def _in_one_process_if(alone: bool) -> Generator[None]:
     """Without torch's warning that this is one process, where it is meant to be."""
     with warnings.catch_warnings():
         if alone:

@@ -43,15 +43,8 @@ class Pool(NamedTuple):
 
 def pool_draws(negatives: Tensor, draw: Draw, ranks: Ranks) -> Pool:
     """The draws of all ranks; those of this one if it is alone."""
-    slot, document, source = draw.slot.flatten(), draw.id.flatten(), draw.source.flatten()
-    weight = draw.log_weight.flatten()
-    if ranks.name is not None:
-        bits = weight.view(torch.int32).to(torch.int64)  # numbers in one tensor, so that they are sent at once
-        numbers = ranks.gather(torch.stack([slot, document, source, bits], dim=1))
-        slot, document, source, bits = numbers.unbind(1)
-        weight = bits.to(torch.int32).view(torch.float32)
-    embedding = ranks.gather(draw.embedding.flatten(0, 1))
-    return Pool(ranks, ranks.gather(negatives), embedding, slot, document, weight, source)
+    known = (draw.embedding, draw.slot, draw.id, draw.log_weight, draw.source)
+    return Pool(ranks, ranks.gather(negatives), *ranks.gather_all(*(values.flatten(0, 1) for values in known)))
 
 
 def estimate_cache_logit(
@@ -114,7 +107,11 @@ def _balance_heuristic(stale: Tensor, draw: Draw, pool: Pool) -> Tensor:
         possible = possible & ~excluded.any(-1)
     possible = (possible | own) & (pool.slot >= 0) & (draw.slot[:, :1] >= 0)
     log_probability = torch.where(possible, stale - draw.log_normalizer[:, None], -_INFINITY)
-    log_expected_draws = pool.ranks.logsumexp(log_probability.logsumexp(0)) + torch.full_like(stale[0], samples).log_()
+    log_expected = log_probability.logsumexp(0)
+    if pool.ranks.name is not None:
+        # No overflow: probabilities. No underflow in float64: one of them is that of who drew.
+        log_expected = pool.ranks.total(log_expected.double().exp()).log().to(stale.dtype)
+    log_expected_draws = log_expected + torch.full_like(stale[0], samples).log_()
     return torch.where(possible, log_probability - log_expected_draws, -_INFINITY)
 
 

@@ -4,14 +4,14 @@ They are whatever the user's encoder takes. This module is the only one that loo
 compares a batch with what a cache stores, and pads narrow batches.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeAlias, TypeVar, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-__all__ = ["Features", "as_stored", "check_example", "fit", "leaves", "map_features"]
+__all__ = ["Features", "as_stored", "check_example", "fit", "leaves", "map_features", "nested_as"]
 
 Features: TypeAlias = "Tensor | Mapping[str, Features] | TensorDictBase"
 FeaturesT = TypeVar("FeaturesT", bound="Features")
@@ -44,6 +44,16 @@ def leaves(features: Features, name: str = "features") -> Iterator[tuple[str, Te
             yield from leaves(value, f"{name}[{key!r}]")
     else:
         raise TypeError(f"{name} is a {type(features).__name__}; expected a tensor or a mapping of tensors")
+
+
+def nested_as(features: FeaturesT, rows: Iterable[Tensor]) -> FeaturesT:
+    """Tensors in the order of `leaves`, nested as `features`."""
+    unread = iter(rows)
+
+    def following(_: Tensor) -> Tensor:
+        return next(unread)
+
+    return map_features(following, features)
 
 
 def check_example(features: Features) -> torch.device:

@@ -15,7 +15,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_scale, check_size, shape_of
-from negcache_fn.collectives import Ranks, agree, distribute, fetch
+from negcache_fn.collectives import Ranks, agree, distribute, fetch, in_order
 from negcache_fn.estimator import STALENESS_CORRECTIONS, Pool, estimate_cache_logit, pool_draws
 from negcache_fn.ids import first_of_each
 from negcache_fn.mining import hardest_of_all
@@ -35,7 +35,6 @@ __all__ = [
     "cross_entropy",
     "exact_loss",
     "false_negative_ids",
-    "gather_documents",
     "loss",
     "loss_terms",
     "reduce_loss",
@@ -309,16 +308,6 @@ def check_batch(
         check_rows("log_weights", log_weights, None, documents.shape[0], queries.device)
 
 
-def gather_documents(values: Tensor, queries: int, ranks: Ranks) -> Tensor:
-    """Rows of the documents of all ranks: first the positives of their queries, then the others. Differentiable."""
-    if ranks.name is None:
-        return values
-    of_ranks = ranks.by_rank(ranks.gather(values))
-    if values.shape[0] == queries:
-        return of_ranks.flatten(0, 1)
-    return torch.cat([of_ranks[:, :queries].flatten(0, 1), of_ranks[:, queries:].flatten(0, 1)])
-
-
 def batch_classes(
     queries: int,
     documents: Tensor,
@@ -330,9 +319,9 @@ def batch_classes(
     """The batch's own documents, or those of all ranks."""
     if in_batch != "global":
         return Classes(documents, ids, log_weights, 0)
-    documents = gather_documents(documents, queries, ranks)
-    ids = None if ids is None else gather_documents(ids, queries, ranks)
-    log_weights = None if log_weights is None else gather_documents(log_weights, queries, ranks)
+    documents = in_order(ranks.gather(documents), queries, ranks)
+    ids = None if ids is None else in_order(ranks.gather(ids), queries, ranks)
+    log_weights = None if log_weights is None else in_order(ranks.gather(log_weights), queries, ranks)
     return Classes(documents, ids, log_weights, ranks.rank * queries)
 
 

@@ -120,7 +120,8 @@ def sample_gumbel(
         score_transform=score_transform,
         exclude_ids=exclude_ids,
         top_k=top_k,
-    )
+        also=[],
+    )[0]
 
 
 def draw_negatives(
@@ -134,16 +135,22 @@ def draw_negatives(
     score_transform: ScoreTransform | None,
     exclude_ids: Tensor | None,
     top_k: int | None,
-) -> Draw:
-    """`sample_gumbel` on checked arguments: of this rank's queries, from slots wherever they are."""
+    also: list[Tensor],
+) -> tuple[Draw, list[Tensor]]:
+    """`sample_gumbel` on checked arguments: of this rank's queries, from slots wherever they are.
+
+    Returns the rows of the tensors `also` [C, ...] that were drawn, [B * k, ...], besides.
+    """
     rows = queries.shape[0]
     with torch.no_grad(), full_precision(state):  # sampling has no gradient
-        if exclude_ids is not None and (exclude_ids.ndim == 1 or shards.ranks.name is not None):
-            of_all = ranks.gather(exclude_ids)
+        of_all = queries.new_empty(0, dtype=torch.int64) if exclude_ids is None else exclude_ids
+        if shards.ranks.name is not None:
+            # A shard is searched for the queries of all ranks.
+            everyone, of_all = ranks.gather_all(queries, of_all)
         else:
-            of_all = exclude_ids
-        # A shard is searched for the queries of all ranks.
-        everyone = shards.ranks.gather(queries)
+            everyone = queries
+            if of_all.ndim == 1:
+                of_all = ranks.gather(of_all)
         matrix = score_matrix(state, everyone, scale=scale, score_transform=score_transform, exclude_ids=of_all)
         first_row = ranks.rank * rows
         noise = _Noise.of(state, first_row, rows, num_samples)
@@ -153,11 +160,8 @@ def draw_negatives(
             chosen = _merge_shards(_choose(matrix, noise, shards.first), shards.ranks)
         else:
             chosen = _choose_among(*hardest_of_all(matrix, top_k + 1, shards), noise)
-        if exclude_ids is None or of_all is None:
-            excluded = noise.row.new_empty(1, 0)
-        else:
-            excluded = of_all[None] if of_all.ndim == 1 else exclude_ids
-        return _describe(state, chosen, shards, excluded)
+        excluded = of_all[None] if exclude_ids is None or of_all.ndim == 1 else exclude_ids
+        return _describe(state, chosen, shards, excluded, also)
 
 
 def check_draws(state: TensorDictBase, num_samples: int, top_k: int | None, ranks: Ranks) -> None:
@@ -355,13 +359,15 @@ def _choose_among(scores: Tensor, slots: Tensor, noise: _Noise) -> _Chosen:
     return _Chosen(slots.gather(1, place), scores.gather(1, place), perturbed, scores.logsumexp(-1), cutoff)
 
 
-def _describe(state: TensorDictBase, chosen: _Chosen, shards: Shards, excluded: Tensor) -> Draw:
+def _describe(
+    state: TensorDictBase, chosen: _Chosen, shards: Shards, excluded: Tensor, also: list[Tensor]
+) -> tuple[Draw, list[Tensor]]:
     # A comparison that NaN fails: queries that have diverged draw nothing, and their loss says so.
     drawn = (chosen.log_normalizer > -_INFINITY)[:, None]
     slot = torch.where(drawn, chosen.slot, -1)
     leaves = [stored(state, name) for name in ("embedding", "id", "log_weight")]
-    embedding, document, log_weight = fetch(leaves, slot.flatten(), shards)
-    return Draw(
+    embedding, document, log_weight, *others = fetch([*leaves, *also], slot.flatten(), shards)
+    draw = Draw(
         slot=slot,
         score=torch.where(drawn, chosen.score, -_INFINITY),
         perturbed=chosen.perturbed,
@@ -373,3 +379,4 @@ def _describe(state: TensorDictBase, chosen: _Chosen, shards: Shards, excluded: 
         cutoff=chosen.cutoff,
         exclude_ids=excluded,
     )
+    return draw, others

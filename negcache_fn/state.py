@@ -26,10 +26,12 @@ from torch.nn.functional import pad
 
 from negcache_fn.checks import check_size, check_slots, check_state
 from negcache_fn.collectives import Shards, agree, distribute, fetch, in_one_place
-from negcache_fn.features import Features, as_stored, check_example, leaves, map_features
+from negcache_fn.features import Features, as_stored, check_example, leaves, map_features, nested_as
 from negcache_fn.kernels import cpu
 
 __all__ = [
+    "as_features",
+    "feature_leaves",
     "init_cache",
     "live",
     "lock",
@@ -41,7 +43,6 @@ __all__ = [
     "stored",
     "stored_features",
     "take",
-    "take_rows",
     "whole",
 ]
 
@@ -148,21 +149,18 @@ def take(
             queries=slots.numel(),
         )
         slots = flat.view(slots.shape)
-    return take_rows(state, slots, shards)[0]
+    rows = fetch(feature_leaves(state), slots.flatten(), shards)
+    return as_features(state, [leaf.view(slots.shape + leaf.shape[1:]) for leaf in rows])
 
 
-def take_rows(state: TensorDictBase, slots: Tensor, shards: Shards) -> tuple[Tensor | TensorDictBase, Tensor]:
-    """`take`, wherever the slots are; and `embedded_at` there."""
-    features = stored_features(state)
-    *found, embedded_at = fetch(
-        [*(leaf for _, leaf in leaves(features)), stored(state, "embedded_at")], slots.flatten(), shards
-    )
-    unread = iter(found)
+def feature_leaves(state: TensorDictBase) -> list[Tensor]:
+    """The tensors of the features, [C, ...] each."""
+    return [leaf for _, leaf in leaves(stored_features(state))]
 
-    def read(leaf: Tensor) -> Tensor:
-        return next(unread).view(slots.shape + leaf.shape[1:])
 
-    return map_features(read, features), embedded_at.view(slots.shape)
+def as_features(state: TensorDictBase, rows: list[Tensor]) -> Tensor | TensorDictBase:
+    """Rows of each of `feature_leaves`, nested as they are."""
+    return nested_as(stored_features(state), rows)
 
 
 def occupancy(state: TensorDictBase) -> Tensor:

@@ -16,7 +16,7 @@ from negcache_fn.checks import (
     check_state,
     shape_of,
 )
-from negcache_fn.collectives import Ranks, agree, check_placement, distribute
+from negcache_fn.collectives import Ranks, agree, check_placement, distribute, fetch
 from negcache_fn.estimator import STALENESS_CORRECTIONS, pool_draws
 from negcache_fn.features import Features, fit, leaves, map_features
 from negcache_fn.objective import (
@@ -27,12 +27,11 @@ from negcache_fn.objective import (
     check_in_batch,
     cross_entropy,
     false_negative_ids,
-    gather_documents,
     loss_terms,
     reduce_loss,
 )
 from negcache_fn.sampling import Draw, check_draws, draw_negatives
-from negcache_fn.state import live, lowest, scalar, stored, stored_features, take_rows
+from negcache_fn.state import as_features, feature_leaves, live, lowest, scalar, stored, stored_features
 from negcache_fn.streaming import ScoreTransform
 from negcache_fn.updating import EVICTIONS, Arrivals, copy_state, storable, write_
 
@@ -223,7 +222,8 @@ def step_(
     )
     batch = queries.shape[0]
 
-    draw = draw_negatives(
+    leaves_of_state = [*feature_leaves(state), stored(state, "embedded_at")]
+    draw, rows_of_draws = draw_negatives(
         state,
         queries,
         ranks,
@@ -233,22 +233,27 @@ def step_(
         score_transform=score_transform,
         exclude_ids=None if ids is None else false_negative_ids(ids, batch, in_batch=in_batch),
         top_k=top_k,
+        also=leaves_of_state,
     )
     slots = draw.slot.flatten()
     drawn = slots.shape[0]
+    *cached, drawn_at = rows_of_draws
     oldest = slots[:0]
     if refresh_stalest:
         oldest = lowest(stored(state, "embedded_at"), refresh_stalest * ranks.size, skip=~live(state), shards=shards)
-        slots = torch.cat([slots, ranks.own(oldest)])
-    cached, embedded_at = take_rows(state, slots, shards)
-    embeddings = encode(_join(documents, cast(Features, cached), slots))
+        own_oldest = ranks.own(oldest)
+        slots = torch.cat([slots, own_oldest])
+        cached = [
+            torch.cat(rows) for rows in zip(cached, fetch(feature_leaves(state), own_oldest, shards), strict=True)
+        ]
+    embeddings = encode(_join(documents, cast(Features, as_features(state, cached)), slots))
     check_embeddings("the output of encode", embeddings, stored(state, "embedding"), rows=rows + slots.shape[0])
     of_documents, of_draws, of_oldest = torch.split(embeddings, [rows, drawn, slots.shape[0] - drawn])
 
     # What is needed of other ranks' documents goes with a gradient only where the loss uses it.
     to_cache = of_documents if in_batch == "global" else of_documents.detach()
     arrivals = Arrivals.of(documents, to_cache, ids, log_weights, mask)
-    arrivals = arrivals.each(lambda values: gather_documents(values, batch, ranks))
+    arrivals = arrivals.gathered(batch, ranks, differentiable=in_batch == "global")
     if in_batch == "global":
         classes = Classes(arrivals.embeddings, arrivals.ids, arrivals.log_weights, ranks.rank * batch)
     else:
@@ -267,11 +272,10 @@ def step_(
     )
     loss = reduce_loss(cross_entropy(terms.batch_logits, terms.cache_logit, terms.positive), reduction)
     with torch.no_grad():  # what is looked at or cached has no gradient
-        metrics = _metrics(state, draw, terms, of_draws, embedded_at[:drawn], ranks)
         not_written = _count_not_storable(state, embeddings, mask, slots)
-        metrics["non_finite"] = ranks.total(not_written)
+        metrics = _metrics(state, draw, terms, of_draws, drawn_at, not_written, ranks)
         if pool is None:
-            fresh_slots, fresh = ranks.gather(slots[:drawn]), ranks.gather(of_draws)
+            fresh_slots, fresh = ranks.gather_all(slots[:drawn], of_draws)
         else:
             fresh_slots, fresh = pool.slot, pool.negatives
         if refresh_stalest:
@@ -310,7 +314,13 @@ def _join(documents: Features, cached: Features, slots: Tensor) -> Features:
 
 
 def _metrics(
-    state: TensorDictBase, draw: Draw, terms: Terms, fresh: Tensor, drawn_at: Tensor, ranks: Ranks
+    state: TensorDictBase,
+    draw: Draw,
+    terms: Terms,
+    fresh: Tensor,
+    drawn_at: Tensor,
+    not_written: Tensor,
+    ranks: Ranks,
 ) -> dict[str, Tensor]:
     exact = cross_entropy(terms.batch_logits, draw.log_normalizer, terms.positive)
     step, embedded_at, drawn = scalar(state, "step"), stored(state, "embedded_at"), draw.slot >= 0
@@ -332,11 +342,16 @@ def _metrics(
         "drift": _sum_where(drift, drawn.flatten()),
         "effective_sample_size": _sum_where(sample_size, drawn[:, 0]),
     }
+    totals = [value for ratio in ratios.values() for value in ratio] + [not_written]
     if ranks.name is not None:
-        totals = ranks.total(torch.stack([value.double() for ratio in ratios.values() for value in ratio]))
-        ratios = dict(zip(ratios, zip(totals[::2], totals[1::2], strict=True), strict=True))
+        totals = list(ranks.total(torch.stack([value.double() for value in totals])).unbind())
     dtype = exact.dtype
-    return {name: total.to(dtype) / count.to(dtype).clamp(min=1) for name, (total, count) in ratios.items()}
+    metrics = {
+        name: total.to(dtype) / count.to(dtype).clamp(min=1)
+        for name, total, count in zip(ratios, totals[:-1:2], totals[1::2], strict=True)
+    }
+    metrics["non_finite"] = totals[-1].to(not_written.dtype)
+    return metrics
 
 
 def _sum_where(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:

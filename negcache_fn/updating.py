@@ -4,7 +4,6 @@
 whatever the data, so that both compile: a row that must not be written repeats the write of one that must.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -12,8 +11,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_slots, check_state
-from negcache_fn.collectives import Shards, agree, check_placement, distribute
-from negcache_fn.features import Features, fit, map_features
+from negcache_fn.collectives import Ranks, Shards, agree, check_placement, distribute, in_order
+from negcache_fn.features import Features, fit, leaves, map_features, nested_as
 from negcache_fn.ids import find_slots, last_of_each
 from negcache_fn.state import lock, lowest, scalar, stored, stored_features
 
@@ -132,9 +131,10 @@ def update_(
         num_samples=0 if refresh is None else refresh[0].shape[0],
     )
     if refresh is not None:
-        refresh = (ranks.gather(refresh[0]), ranks.gather(refresh[1].detach()))
+        slots, fresh = ranks.gather_all(refresh[0], refresh[1].detach())
+        refresh = (slots, fresh)
     arrivals = Arrivals.of(features, embeddings.detach(), ids, log_weights, mask)
-    return write_(state, arrivals.each(ranks.gather), refresh, shards, evict=evict)
+    return write_(state, arrivals.gathered(rows, ranks, differentiable=False), refresh, shards, evict=evict)
 
 
 class Arrivals(NamedTuple):
@@ -162,11 +162,23 @@ class Arrivals(NamedTuple):
         mask = torch.ones(rows, dtype=torch.bool, device=device) if mask is None else mask
         return cls(features, embeddings, ids, log_weights, mask)
 
-    def each(self, function: Callable[[Tensor], Tensor]) -> "Arrivals":
-        """With the function of every tensor."""
-        return Arrivals(
-            map_features(function, cast(Features, self.features)), *(function(values) for values in self[1:])
-        )
+    def gathered(self, positives: int, ranks: Ranks, *, differentiable: bool) -> "Arrivals":
+        """Those of all ranks: the first rows, the positives of queries, of each, then the others.
+
+        With a gradient for the embeddings where the loss uses them, at the price of a message.
+        """
+        if ranks.name is None:
+            return self
+        parts = [leaf for _, leaf in leaves(cast(Features, self.features))]
+        parts = [*parts, self.ids, self.log_weights, self.mask]
+        if differentiable:
+            *found, ids, log_weights, mask = ranks.gather_all(*parts)
+            embeddings = ranks.gather(self.embeddings)
+        else:
+            *found, ids, log_weights, mask, embeddings = ranks.gather_all(*parts, self.embeddings)
+        features = nested_as(cast(Features, self.features), [in_order(rows, positives, ranks) for rows in found])
+        rest = (in_order(rows, positives, ranks) for rows in (embeddings, ids, log_weights, mask))
+        return Arrivals(features, *rest)
 
 
 def write_(

@@ -1,0 +1,117 @@
+"""What a sharded step sends: bytes by collective as a function of the sizes, and what a rank really sent."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from negcache_fn import collectives
+
+__all__ = ["Step", "counted", "messages", "sent_bytes"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """The sizes of a step of one rank: with ids, float32 queries and embeddings that the encoder gives in float32."""
+
+    world: int
+    batch: int
+    """Queries of a rank."""
+    documents: int
+    """Of a rank's batch, the positives included."""
+    dim: int
+    samples: int = 1
+    feature_bytes: int = 64
+    """Of one document."""
+    storage_bytes: int = 4
+    """Of a number of a stored embedding."""
+    in_batch: bool | str = "global"
+    share_draws: bool = True
+    refresh_stalest: int = 0
+
+
+def messages(step: Step) -> list[tuple[str, str, int, int]]:
+    """(what for, collective, how many, bytes of a rank's whole buffer) of a step and its backward pass."""
+    draws = step.batch * step.samples
+    world, documents, dim = step.world, step.documents, step.dim
+    excluded = documents if step.in_batch else step.batch
+    numbers = 8 + 4 + 1  # of a new document: id, log-weight, mask
+    found = [
+        ("agreeing on sizes", "all_gather", 1, 8 * 8),
+        ("queries, ids that are no negatives", "all_gather", 1, 4 * step.batch * dim + 8 * excluded),
+        ("draws of each part", "all_to_all", 1, world * step.batch * 8 * (3 * step.samples + 1)),
+        ("slots drawn", "all_gather", 1, 8 * draws),
+        (
+            "their stale embeddings, numbers and features",
+            "all_to_all",
+            1,
+            world * draws * (step.storage_bytes * dim + 8 + 4 + 8 + step.feature_bytes),
+        ),
+        ("slots to evict", "all_gather", 1, 8 * world * documents),
+        ("slots to replace", "all_reduce", 1, 8 * world * documents),
+        ("metrics", "all_reduce", 1, 8 * 15),
+    ]
+    if step.in_batch == "global":
+        found += [
+            ("new documents: features and numbers", "all_gather", 1, documents * (step.feature_bytes + numbers)),
+            ("new documents: embeddings", "all_gather", 1, 4 * documents * dim),
+            ("new documents: gradients", "reduce_scatter", 1, 4 * world * documents * dim),
+        ]
+    else:
+        found.append(("new documents", "all_gather", 1, documents * (step.feature_bytes + numbers + 4 * dim)))
+    if step.share_draws:
+        found += [
+            ("draws: stale embeddings and numbers", "all_gather", 1, draws * (step.storage_bytes * dim + 8 * 3 + 4)),
+            ("draws: fresh embeddings", "all_gather", 1, 4 * draws * dim),
+            ("draws: gradients", "reduce_scatter", 1, 4 * world * draws * dim),
+            ("draws: how often expected", "all_reduce", 1, 8 * world * draws),
+        ]
+    else:
+        found.append(("draws: slots and fresh embeddings", "all_gather", 1, draws * (8 + 4 * dim)))
+    if step.refresh_stalest:
+        found += [
+            ("slots to renew", "all_gather", 1, 8 * world * step.refresh_stalest),
+            ("slots to renew, wanted", "all_gather", 1, 8 * step.refresh_stalest),
+            ("their features", "all_to_all", 1, world * step.refresh_stalest * step.feature_bytes),
+            ("their fresh embeddings", "all_gather", 1, 4 * step.refresh_stalest * dim),
+        ]
+    return found
+
+
+def sent_bytes(collective: str, buffer_bytes: float, world: int) -> float:
+    """What a rank sends for a buffer: to each of the others, or what the ring algorithm takes."""
+    share = {"all_gather": world - 1, "all_to_all": 1 - 1 / world, "reduce_scatter": 1 - 1 / world}
+    return buffer_bytes * share.get(collective, 2 * (1 - 1 / world))
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Bytes of this rank's buffers by collective, of all that the library hands to torch.distributed meanwhile."""
+    counter: Counter[str] = Counter()
+    originals: dict[tuple[Any, str], Any] = {}
+
+    def watch(owner: Any, attribute: str, name: str, argument: int) -> None:
+        original = originals[owner, attribute] = getattr(owner, attribute)
+
+        def watched(*tensors: Any, **options: Any) -> Any:
+            buffer: Tensor = tensors[argument]
+            counter[name] += buffer.numel() * buffer.element_size()
+            return original(*tensors, **options)
+
+        setattr(owner, attribute, watched)
+
+    watch(collectives, "_all_gather", "all_gather", 1)
+    watch(collectives, "_reduce_scatter", "reduce_scatter", 1)
+    watch(dist, "all_to_all_single", "all_to_all", 1)
+    watch(dist, "all_reduce", "all_reduce", 0)
+    try:
+        yield counter
+    finally:
+        for (owner, attribute), original in originals.items():
+            setattr(owner, attribute, original)
