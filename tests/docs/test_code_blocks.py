@@ -15,7 +15,7 @@ FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 # Pages that must have code: a page whose blocks are no longer found would pass by running nothing.
-WITH_CODE = {"README.md", "index.md", "getting_started.md", "method.md", "checkpoints.md"}
+WITH_CODE = {"README.md", "index.md", "getting_started.md", "method.md", "checkpoints.md", "scaling.md"}
 
 
 class Block(NamedTuple):
