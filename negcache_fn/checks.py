@@ -19,7 +19,6 @@ __all__ = [
     "check_size",
     "check_slots",
     "check_state",
-    "shape_of",
 ]
 
 _ITEM_KEYS = {"embedding", "features", "id", "embedded_at", "log_weight", "inserted_at"}
@@ -110,11 +109,6 @@ def check_scale(scale: Any, device: torch.device) -> None:
         _check_device("scale", scale, device)
     elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"scale is a {type(scale).__name__}; expected a number or a 0-d tensor")
-
-
-def shape_of(value: Tensor | None) -> tuple[int, ...] | None:
-    """The shape, or None without a tensor: for comparing arguments between ranks."""
-    return None if value is None else tuple(value.shape)
 
 
 def _keys(state: TensorDictBase) -> set[str]:

@@ -51,7 +51,9 @@ def _either(name: str, before: str) -> Callable[..., object]:
 
 _all_gather = _either("all_gather_single", "all_gather_into_tensor")
 _reduce_scatter = _either("reduce_scatter_single", "reduce_scatter_tensor")
-_FIELDS = ("capacity", "queries", "documents", "embedding_dim", "num_samples", "refresh_stalest")
+# What ranks must agree on, in numbers; "seed" and "step" are those of the cache.
+_SIZES = ("capacity", "embedding_dim", "queries", "documents", "num_samples", "top_k", "exclude_ids", "refresh_stalest")
+_FIELDS = (*_SIZES, "seed", "step")
 
 
 class Ranks(NamedTuple):
@@ -153,10 +155,8 @@ def agree(
     *,
     placement: str,
     options: str,
-    queries: int = 0,
-    documents: int = 0,
-    num_samples: int = 0,
-    refresh_stalest: int = 0,
+    seed_and_step: tuple[Tensor, Tensor] | None = None,
+    **sizes: int,
 ) -> tuple[Tensor, Shards]:
     """Makes sure, before anything is sent, that all ranks are about to do the same.
 
@@ -166,21 +166,22 @@ def agree(
         capacity: slots here.
         placement: "sharded" or "replicated".
         options: all other arguments that must be equal, spelled out.
-        queries: rows of the batch here; this and the following must be equal.
-        documents: rows of the batch here.
-        num_samples: draws per query.
-        refresh_stalest: rows to renew.
+        seed_and_step: of the cache, where there is one.
+        **sizes: numbers that must be equal, by their names in `_SIZES`.
 
     Returns:
         `tensor`, and where the slots are.
 
     Raises:
-        ValueError: on every rank, if sizes or options differ, or shards cannot be those of one cache.
+        ValueError: on every rank, if anything differs, or shards cannot be those of one cache.
     """
     if ranks.name is None:
         return tensor, in_one_place(capacity)
-    sizes = [capacity, queries, documents, tensor.shape[-1], num_samples, refresh_stalest]
-    tensor, capacities = cast("tuple[Tensor, Tensor]", _agree_op(tensor, sizes, placement, options, ranks.name))
+    sizes |= {"capacity": capacity, "embedding_dim": tensor.shape[-1]}
+    row = [sizes.get(name, 0) for name in _SIZES]
+    marks = tensor.new_zeros(2, dtype=torch.int64) if seed_and_step is None else torch.stack(seed_and_step)
+    options = f"{placement} {options}"
+    tensor, capacities = cast("tuple[Tensor, Tensor]", _agree_op(tensor, marks, row, options, ranks.name))
     if placement == "replicated":
         return tensor, in_one_place(capacity)
     return tensor, Shards(ranks, capacities[0] * ranks.rank, capacities[0], capacities.sum())
@@ -230,7 +231,7 @@ class _Announcing:
     ) -> None:
         if isinstance(error, (ValueError, TypeError)):
             group = _group(cast(str, self.ranks.name))
-            _gather_rows([1] + [0] * (len(_FIELDS) + 1), group, _device_of(group))
+            _gather_rows(torch.tensor([1] + [0] * (len(_FIELDS) + 1), device=_device_of(group)), group)
             _raise_for_all(group, f"{type(error).__name__}: {error}", own=True)
 
 
@@ -239,17 +240,16 @@ def _group(name: str) -> dist.ProcessGroup:
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:
-    return (
-        torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    )
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
-def _gather_rows(row: list[int], group: dist.ProcessGroup, device: torch.device) -> Tensor:
-    """[ranks, len(row)] int64."""
-    own = torch.tensor(row, dtype=torch.int64, device=device)
-    rows = own.new_empty(group.size() * len(row))
-    _all_gather(rows, own, group=group)
-    return rows.view(group.size(), len(row))
+def _gather_rows(row: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[n] -> [ranks, n]."""
+    rows = row.new_empty(group.size() * row.shape[0])
+    _all_gather(rows, row, group=group)
+    return rows.view(group.size(), row.shape[0])
 
 
 def _raise_for_all(group: dist.ProcessGroup, error: str | None, *, own: bool = False) -> None:
@@ -262,9 +262,10 @@ def _raise_for_all(group: dist.ProcessGroup, error: str | None, *, own: bool = F
 
 
 @torch.library.custom_op("negcache_fn::agree", mutates_args=())
-def _agree_op(tensor: Tensor, sizes: list[int], placement: str, options: str, name: str) -> tuple[Tensor, Tensor]:
+def _agree_op(tensor: Tensor, marks: Tensor, sizes: list[int], options: str, name: str) -> tuple[Tensor, Tensor]:
     group = _group(name)
-    rows = _gather_rows([0, zlib.crc32(f"{placement} {options}".encode()), *sizes], group, tensor.device)
+    head = torch.tensor([0, zlib.crc32(options.encode()), *sizes], device=marks.device)
+    rows = _gather_rows(torch.cat([head, marks]), group)
     failed, digests, *columns = cast("list[list[int]]", rows.t().tolist())
     if any(failed):
         _raise_for_all(group, None)
@@ -276,11 +277,11 @@ def _agree_op(tensor: Tensor, sizes: list[int], placement: str, options: str, na
             )
     if len(set(digests)) > 1:
         told: list[str | None] = [None] * group.size()
-        dist.all_gather_object(told, f"{placement} {options}", group=group)
+        dist.all_gather_object(told, options, group=group)
         raise ValueError(
             f"the ranks of the group were given different arguments: {told}; expected the same on every rank"
         )
-    _check_capacities(columns[0], placement)
+    _check_capacities(columns[0], options.split()[0])
     return tensor.clone(), rows[:, 2].clone()
 
 
@@ -299,8 +300,8 @@ def _check_capacities(capacities: list[int], placement: str) -> None:
 
 
 @_agree_op.register_fake
-def _(tensor: Tensor, sizes: list[int], placement: str, options: str, name: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(tensor), tensor.new_empty(dist.get_world_size(_group(name)), dtype=torch.int64)
+def _(tensor: Tensor, marks: Tensor, sizes: list[int], options: str, name: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(tensor), marks.new_empty(dist.get_world_size(_group(name)))
 
 
 def _identity_gradient(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:

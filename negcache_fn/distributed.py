@@ -112,9 +112,7 @@ def unshard(state: TensorDictBase, group: dist.ProcessGroup) -> TensorDictBase:
     """
     check_state(state)
     ranks, rows = distribute(group), stored(state, "embedding").shape[0]
-    embedding, shards = agree(
-        ranks, stored(state, "embedding"), rows, placement="sharded", options="unshard", queries=0
-    )
+    embedding, shards = agree(ranks, stored(state, "embedding"), rows, placement="sharded", options="unshard")
     chunk, capacity = int(shards.chunk), int(shards.capacity)
 
     def whole(leaf: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torch.nn.functional import pad
 
-from negcache_fn.checks import check_size, shape_of
+from negcache_fn.checks import check_size
 from negcache_fn.collectives import Shards, agree, distribute
 from negcache_fn.kernels import cpu
 from negcache_fn.scoring import check_search, full_precision, score_matrix
-from negcache_fn.state import stored
+from negcache_fn.state import scalar, stored
 from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, reduce_blocks, score_blocks
 
 __all__ = ["hardest", "hardest_of_all", "top_negatives"]
@@ -65,7 +65,10 @@ def top_negatives(
             queries,
             capacity,
             placement="sharded",
-            options=f"top_negatives n={n} exclude_ids={shape_of(exclude_ids)}",
+            options=f"top_negatives exclude_ids={exclude_ids is not None and exclude_ids.ndim}",
+            seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
+            top_k=n,
+            exclude_ids=0 if exclude_ids is None else exclude_ids.shape[-1],
             queries=queries.shape[0],
         )
         excluded = None if exclude_ids is None else ranks.gather(exclude_ids)

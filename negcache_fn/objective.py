@@ -14,14 +14,14 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_scale, check_size, shape_of
+from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_scale, check_size
 from negcache_fn.collectives import Ranks, agree, distribute, fetch, in_order
 from negcache_fn.estimator import STALENESS_CORRECTIONS, Pool, estimate_cache_logit, pool_draws
 from negcache_fn.ids import first_of_each
 from negcache_fn.mining import hardest_of_all
 from negcache_fn.sampling import Draw, check_draw
 from negcache_fn.scoring import Similarity, check_search, full_precision, score_matrix
-from negcache_fn.state import stored
+from negcache_fn.state import scalar, stored
 from negcache_fn.streaming import ScoreTransform, cache_logsumexp, logsumexp
 
 __all__ = [
@@ -139,7 +139,10 @@ def loss(
         queries,
         0,
         placement="replicated",
-        options=f"loss in_batch={in_batch} share_draws={share_draws} {shape_of(ids)} {shape_of(log_weights)}",
+        options=(
+            f"loss in_batch={in_batch} share_draws={share_draws} "
+            f"ids={ids is not None} log_weights={log_weights is not None}"
+        ),
         queries=queries.shape[0],
         documents=documents.shape[0],
         num_samples=draw.slot.shape[1],
@@ -218,7 +221,9 @@ def exact_loss(
             queries,
             capacity,
             placement="sharded",
-            options=f"exact_loss in_batch={in_batch} top_k={top_k} {shape_of(ids)} {shape_of(log_weights)}",
+            options=f"exact_loss in_batch={in_batch} ids={ids is not None} log_weights={log_weights is not None}",
+            seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
+            top_k=0 if top_k is None else top_k,
             queries=rows,
             documents=documents.shape[0],
         )

@@ -17,7 +17,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torch.nn.functional import pad
 
-from negcache_fn.checks import check_size, shape_of
+from negcache_fn.checks import check_size
 from negcache_fn.collectives import Ranks, Shards, agree, check_placement, distribute, fetch
 from negcache_fn.mining import hardest_of_all
 from negcache_fn.random import gumbel
@@ -106,7 +106,10 @@ def sample_gumbel(
         queries,
         stored(state, "embedding").shape[0],
         placement=placement,
-        options=f"sample_gumbel top_k={top_k} exclude_ids={shape_of(exclude_ids)}",
+        options=f"sample_gumbel exclude_ids={exclude_ids is not None and exclude_ids.ndim}",
+        seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
+        top_k=0 if top_k is None else top_k,
+        exclude_ids=0 if exclude_ids is None else exclude_ids.shape[-1],
         queries=queries.shape[0],
         num_samples=num_samples,
     )
@@ -347,14 +350,13 @@ def _perturbed_argmax(scores: Tensor, noise: _Noise, parent: Tensor, level: int)
 
 def _choose_among(scores: Tensor, slots: Tensor, noise: _Noise) -> _Chosen:
     """Among the hardest documents but the last, which is there to say where they end."""
-    top_k = scores.shape[1] - 1
     # Midway between the last document inside and the first outside: a score recomputed with other rounding stays on
     # its side.
-    cutoff = (scores[:, top_k - 1] + scores[:, top_k])[:, None] / 2
-    scores, slots = scores[:, :top_k], slots[:, :top_k]
+    cutoff = (scores[:, -2] + scores[:, -1])[:, None] / 2
+    scores, slots = scores[:, :-1], slots[:, :-1]
     column = slots.clamp(min=0)[:, None, :]
     variates = noise.columns(column // _QUAD, _AMONG_SLOTS)
-    lane = (torch.arange(top_k, device=slots.device) * _QUAD + column % _QUAD).expand(-1, variates.shape[1], -1)
+    lane = (torch.arange(slots.shape[1], device=slots.device) * _QUAD + column % _QUAD).expand(-1, variates.shape[1], -1)
     perturbed, place = (scores[:, None, :] + variates.gather(-1, lane)).max(-1)
     return _Chosen(slots.gather(1, place), scores.gather(1, place), perturbed, scores.logsumexp(-1), cutoff)
 

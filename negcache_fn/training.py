@@ -14,7 +14,6 @@ from negcache_fn.checks import (
     check_scale,
     check_size,
     check_state,
-    shape_of,
 )
 from negcache_fn.collectives import Ranks, agree, check_placement, distribute, fetch
 from negcache_fn.estimator import STALENESS_CORRECTIONS, pool_draws
@@ -212,9 +211,11 @@ def step_(
         capacity,
         placement=placement,
         options=(
-            f"step top_k={top_k} in_batch={in_batch} share_draws={share_draws} evict={evict} "
-            f"ids={shape_of(ids)} log_weights={shape_of(log_weights)}"
+            f"step in_batch={in_batch} share_draws={share_draws} evict={evict} "
+            f"ids={ids is not None} log_weights={log_weights is not None}"
         ),
+        seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
+        top_k=0 if top_k is None else top_k,
         queries=queries.shape[0],
         documents=rows,
         num_samples=num_samples,

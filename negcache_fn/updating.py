@@ -127,6 +127,7 @@ def update_(
         cached.shape[0],
         placement=placement,
         options=f"update evict={evict}",
+        seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
         documents=rows,
         num_samples=0 if refresh is None else refresh[0].shape[0],
     )

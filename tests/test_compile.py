@@ -111,6 +111,33 @@ def test_train_step_is_one_frame_and_equals_eager(backend: str, name: str, in_pl
         assert all(is_close(one[key], other[key], 1e-4) for key in other)
 
 
+def test_sizes_may_vary_without_a_new_frame() -> None:
+    """`dynamic=True`: every size, the number of draws and `top_k` among them, may change without a new graph."""
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(negcache_fn.step_, fullgraph=True, dynamic=True, backend=counter)
+    tower, frames = Tower(), []
+    for rows, capacity, samples, top_k in ((3, 150, 2, 20), (5, 400, 3, 30), (4, 230, 4, 25)):
+        outputs = []
+        for function in (step, negcache_fn.step_):
+            state = negcache_fn.init_cache(capacity, 6, documents(1, 0), seed=4)
+            for n in range(2):
+                questions, batch = documents(rows, 100 + n), documents(rows + 2, n)
+                out = function(
+                    state,
+                    tower(questions).detach(),
+                    batch,
+                    tower,
+                    ids=torch.arange(rows + 2),
+                    num_samples=samples,
+                    top_k=top_k,
+                )
+            outputs.append(out)
+        assert is_close(outputs[0].loss.detach(), outputs[1].loss.detach(), 1e-5)
+        assert torch.equal(outputs[0].draw.slot, outputs[1].draw.slot)
+        frames.append(counter.frame_count)
+    assert frames[2] == frames[1] == frames[0]
+
+
 def test_pieces_compile() -> None:
     """Sampling, mining, exact loss and update, each a full graph, without inductor."""
     state = negcache_fn.init_cache(CAPACITY, 6, documents(1, 0))

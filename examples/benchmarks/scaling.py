@@ -212,9 +212,8 @@ def _measured_table(measured: dict[int, dict[str, Any]]) -> str:
             return count * small + size * max(0.0, large - small) / (LARGE - SMALL)
 
         whole = statistics.median(found["seconds"]["together"])
-        lines.append(
-            f"| {world} | {_predicted(step, seconds_of) * 1e3:.2f} ms | {found['in_collectives'] * 1e3:.2f} ms | {whole * 1e3:.1f} ms |"
-        )
+        cells = (_predicted(step, seconds_of), found["in_collectives"], whole)
+        lines.append(f"| {world} | " + " | ".join(f"{seconds * 1e3:.1f} ms" for seconds in cells) + " |")
     return "\n".join(lines)
 
 
@@ -222,9 +221,10 @@ def _overhead_text(found: dict[str, Any], world: int, shape: Shape) -> str:
     alone, together = found["seconds"]["alone"], found["seconds"]["together"]
     ratios = sorted(one / other for one, other in zip(together, alone, strict=True))
     low, middle, high = ratios[len(ratios) // 4], statistics.median(ratios), ratios[-1 - len(ratios) // 4]
+    one, many = statistics.median(alone) * 1e3, statistics.median(together) * 1e3
     return (
-        f"{shape} in all, float32, eager, alternating: one process with {world} threads {statistics.median(alone) * 1e3:.1f} ms, "
-        f"{world} processes with one thread each {statistics.median(together) * 1e3:.1f} ms, ratio **{middle:.2f}** ({low:.2f} to {high:.2f})."
+        f"{shape} in all, float32, eager, alternating: one process with {world} threads {one:.1f} ms, "
+        f"{world} processes with one thread each {many:.1f} ms, ratio **{middle:.2f}** ({low:.2f} to {high:.2f})."
     )
 
 
@@ -242,7 +242,7 @@ def _messages_table() -> str:
 
 def _clusters_table() -> str:
     lines = [
-        "| documents | GPUs | memory of a part | pass over it | collectives: latency | collectives: bytes | step | largest message |",
+        "| documents | GPUs | memory of a part | pass over it | messages: latency | bytes | step | largest message |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for capacity in (10**8, 10**9):
@@ -254,10 +254,15 @@ def _clusters_table() -> str:
             moving = sum(size for size, _ in sent) / CLUSTER_BYTES_PER_SECOND
             size, what = max(sent)
             memory = capacity / world * (step.storage_bytes * step.dim + step.feature_bytes + 28)
-            lines.append(
-                f"| 10^{len(str(capacity)) - 1} | {world} | {_size(memory)} | {passing * 1e3:.0f} ms | {latency * 1e3:.1f} ms | "
-                f"{moving * 1e3:.1f} ms | {(passing + latency + moving) * 1e3:.0f} ms | {what}, {_size(size)} |"
+            cells = (
+                f"10^{len(str(capacity)) - 1}",
+                str(world),
+                _size(memory),
+                *(f"{seconds * 1e3:.{digits}f} ms" for seconds, digits in ((passing, 0), (latency, 1), (moving, 1))),
+                f"{(passing + latency + moving) * 1e3:.0f} ms",
+                f"{what}, {_size(size)}",
             )
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

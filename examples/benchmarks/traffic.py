@@ -43,7 +43,7 @@ def messages(step: Step) -> list[tuple[str, str, int, int]]:
     excluded = documents if step.in_batch else step.batch
     numbers = 8 + 4 + 1  # of a new document: id, log-weight, mask
     found = [
-        ("agreeing on sizes", "all_gather", 1, 8 * 8),
+        ("agreeing on sizes", "all_gather", 1, 8 * 12),
         ("queries, ids that are no negatives", "all_gather", 1, 4 * step.batch * dim + 8 * excluded),
         ("draws of each part", "all_to_all", 1, world * step.batch * 8 * (3 * step.samples + 1)),
         ("slots drawn", "all_gather", 1, 8 * draws),
