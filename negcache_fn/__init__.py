@@ -1,5 +1,6 @@
 """Negative cache for training retrieval models: pure functions on an explicit state."""
 
+from negcache_fn.filling import prefill, reset, resize
 from negcache_fn.mining import top_negatives
 from negcache_fn.objective import exact_loss, loss
 from negcache_fn.sampling import Draw, merge_draws, sample_gumbel
@@ -18,6 +19,9 @@ __all__ = [
     "loss",
     "merge_draws",
     "occupancy",
+    "prefill",
+    "reset",
+    "resize",
     "sample_gumbel",
     "score",
     "stalest",

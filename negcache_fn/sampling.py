@@ -356,7 +356,9 @@ def _choose_among(scores: Tensor, slots: Tensor, noise: _Noise) -> _Chosen:
     scores, slots = scores[:, :-1], slots[:, :-1]
     column = slots.clamp(min=0)[:, None, :]
     variates = noise.columns(column // _QUAD, _AMONG_SLOTS)
-    lane = (torch.arange(slots.shape[1], device=slots.device) * _QUAD + column % _QUAD).expand(-1, variates.shape[1], -1)
+    lane = (torch.arange(slots.shape[1], device=slots.device) * _QUAD + column % _QUAD).expand(
+        -1, variates.shape[1], -1
+    )
     perturbed, place = (scores[:, None, :] + variates.gather(-1, lane)).max(-1)
     return _Chosen(slots.gather(1, place), scores.gather(1, place), perturbed, scores.logsumexp(-1), cutoff)
 

@@ -148,7 +148,7 @@ def _time(call: Callable[[], object]) -> float:
 
 
 def _seconds_in_collectives(call: Callable[[], None]) -> float:
-    """Median over rounds of the time that a step spends in them, the waiting for other ranks included."""
+    """Median over rounds of the time that a step spends in them, once all ranks are there."""
     from negcache_fn import collectives
 
     times = []
@@ -158,6 +158,7 @@ def _seconds_in_collectives(call: Callable[[], None]) -> float:
         def timed(function: Callable[..., Any]) -> Callable[..., Any]:
             def wrapper(*tensors: Tensor, **options: Any) -> Any:
                 nonlocal spent
+                dist.barrier()
                 start = time.perf_counter()
                 result = function(*tensors, **options)
                 spent += time.perf_counter() - start
@@ -201,7 +202,7 @@ def _measured_table(measured: dict[int, dict[str, Any]]) -> str:
             )
     lines += [
         "",
-        "| ranks | model: all collectives of a step | measured, waiting included | whole step |",
+        "| ranks | model: all collectives of a step | measured, once all ranks are there | whole step |",
         "| ---: | ---: | ---: | ---: |",
     ]
     for world, found in measured.items():

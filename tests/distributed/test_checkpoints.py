@@ -36,7 +36,7 @@ def queries() -> torch.Tensor:
     return torch.randn(24, DIM, generator=torch.Generator().manual_seed(1))
 
 
-def save(rank: int, world: int, *, folder: Path) -> None:
+def save_first(rank: int, world: int, *, folder: Path) -> None:
     group = dist.group.WORLD
     assert group is not None
     state = distributed.shard(whole(), group)
@@ -45,37 +45,41 @@ def save(rank: int, world: int, *, folder: Path) -> None:
     )
 
 
-def load(rank: int, world: int, *, folder: Path) -> tuple[Any, ...]:
+def load_and_save(rank: int, world: int, *, folder: Path) -> tuple[Any, ...]:
     group = dist.group.WORLD
     assert group is not None
     example = features(torch.zeros(1, dtype=torch.int64), torch.float32)
     state = negcache_fn.init_cache(distributed.local_capacity(CAPACITY, group), DIM, example)
     saved = {"cache": distributed.checkpointable(state, group), "note": ""}
     step = distributed.load_checkpoint(folder, saved, group=group)
+    assert step is not None
+    distributed.save_checkpoint(folder, step + 1, saved, group=group)  # for the next number of ranks
     draw = negcache_fn.sample_gumbel(state, queries().view(world, -1, DIM)[rank], num_samples=2, group=group)
     return step, saved["note"], distributed.unshard(state, group), draw.slot
 
 
-def test_saved_on_four_loaded_on_any(tmp_path: Path) -> None:
+def test_four_two_one_three_eight(tmp_path: Path) -> None:
     expected = whole()
     drawn = negcache_fn.sample_gumbel(expected, queries(), num_samples=2).slot
     checkpoints = tmp_path / "checkpoints"
-    for world in (4, 2, 1, 3, 8):
-        folder = tmp_path / str(world)
-        folder.mkdir()
-        case = save if world == 4 else load
-        of_ranks = run_ranks(world, {"case": (case, {"folder": checkpoints})}, folder)["case"]
-        if case is save:
-            continue
+    run_ranks(4, {"case": (save_first, {"folder": checkpoints})}, _made(tmp_path / "4"))
+    for number, world in enumerate((2, 1, 3, 8)):
+        folder = _made(tmp_path / f"{world} after")
+        of_ranks = run_ranks(world, {"case": (load_and_save, {"folder": checkpoints})}, folder)["case"]
         for step, note, state, _ in of_ranks:
-            assert (step, note) == (5, "five")
+            assert (step, note) == (5 + number, "five")
             assert bool((state == expected).all())
         assert torch.equal(torch.cat([slots for *_, slots in of_ranks]), drawn), world
     # Without a group as well.
     example = features(torch.zeros(1, dtype=torch.int64), torch.float32)
     state = negcache_fn.init_cache(CAPACITY, DIM, example)
-    assert distributed.load_checkpoint(checkpoints, {"cache": distributed.checkpointable(state)}) == 5
+    assert distributed.load_checkpoint(checkpoints, {"cache": distributed.checkpointable(state)}) == 9
     assert bool((state == expected).all())
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
