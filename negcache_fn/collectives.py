@@ -271,9 +271,9 @@ def _agree_op(tensor: Tensor, marks: Tensor, sizes: list[int], options: str, nam
         _raise_for_all(group, None)
     for field, column in zip(_FIELDS, columns, strict=True):
         if field != "capacity" and len(set(column)) > 1:
+            hint = " (drop_last=True, or pad the last batch)" if field in ("queries", "documents") else ""
             raise ValueError(
-                f"{field} differs between the ranks of the group: {column}; expected the same on every rank "
-                f"(for batches: drop_last=True, or pad the last one)"
+                f"{field} differs between the ranks of the group: {column}; expected the same on every rank{hint}"
             )
     if len(set(digests)) > 1:
         told: list[str | None] = [None] * group.size()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tensordict import TensorDictBase
 
 import negcache_fn
 from negcache_fn import distributed
@@ -68,11 +69,22 @@ def wrong_on_one(rank: int, given: dict[str, Any]) -> None:
 
 def unequal_shards(rank: int, given: dict[str, Any]) -> None:
     if rank == 0:
-        given["state"] = negcache_fn.init_cache(1024, DIM, given["documents"])
+        given["state"] = empty(1024, given)
 
 
 def odd_shards(_rank: int, given: dict[str, Any]) -> None:
-    given["state"] = negcache_fn.init_cache(1000, DIM, given["documents"])
+    given["state"] = empty(1000, given)
+
+
+def other_seed(rank: int, given: dict[str, Any]) -> None:
+    given["state"] = given["state"].clone()
+    given["state"]["seed"].fill_(rank)
+
+
+def empty(capacity: int, given: dict[str, Any]) -> TensorDictBase:
+    state = negcache_fn.init_cache(capacity, DIM, given["documents"])
+    state["step"].copy_(given["state"]["step"])
+    return state
 
 
 MISTAKES: dict[Callable[[int, dict[str, Any]], None], tuple[str, str]] = {
@@ -87,6 +99,7 @@ MISTAKES: dict[Callable[[int, dict[str, Any]], None], tuple[str, str]] = {
         r"documents has keys \['text'\]; expected those of the cache",
     ),
     unequal_shards: (r"the shards of the ranks have \[1024, 3072\] slots; expected multiples of 1024",) * 2,
+    other_seed: (r"seed differs between the ranks of the group: \[0, 1\]",) * 2,
     odd_shards: (r"the shards of the ranks have \[1000, 1000\] slots; expected multiples of 1024",) * 2,
 }
 
