@@ -78,7 +78,7 @@ def block_logsumexp(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded:
     """[B, ceil(C / BLOCK)]: the log-sum-exp of every block of scores; arguments as the fields of `ScoreMatrix`."""
     out = queries.new_empty(queries.shape[0], -(-embeddings.shape[0] // _BLOCK))
     problem = _problem(queries, embeddings, bias, excluded)
-    _call("negcache_block_logsumexp", *problem, *_arithmetic(queries.shape[0]), out)
+    _call("negcache_block_logsumexp", *problem, *_arithmetic(queries, embeddings), out)
     return out
 
 
@@ -95,7 +95,7 @@ def hardest(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor,
     scores = queries.new_empty(queries.shape[0], n)
     slots = torch.empty_like(scores, dtype=torch.int64)
     problem = _problem(queries, embeddings, bias, excluded)
-    _call("negcache_hardest", *problem, *_arithmetic(queries.shape[0]), n, scores, slots)
+    _call("negcache_hardest", *problem, *_arithmetic(queries, embeddings), n, scores, slots)
     return scores, slots
 
 
@@ -125,10 +125,12 @@ def _multiplies_tiles() -> bool:
     return kernels is not None and bool(kernels.negcache_has_amx())
 
 
-def _arithmetic(rows: int) -> tuple[ctypes.c_int, ctypes.c_int]:
+def _arithmetic(queries: Tensor, embeddings: Tensor) -> tuple[ctypes.c_int, ctypes.c_int]:
     """Whether to multiply by tiles; of how many bfloat16 parts, as `torch.set_float32_matmul_precision` asks."""
-    tiles = rows > _FEW_QUERIES and _multiplies_tiles()
+    tiles = queries.shape[0] > _FEW_QUERIES and _multiplies_tiles()
     parts = {"highest": 3, "high": 2, "medium": 1}[torch.get_float32_matmul_precision()]
+    if embeddings.dtype == torch.float16:
+        parts = max(parts, 2)  # one bfloat16 has less precision than what is stored
     return ctypes.c_int(tiles), ctypes.c_int(parts)
 
 
