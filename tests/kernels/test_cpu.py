@@ -17,8 +17,11 @@ from torch import Tensor
 from negcache_fn import mining, streaming
 from negcache_fn.kernels import cpu
 
+CPU_INFO = Path("/proc/cpuinfo")
+HAS_PAIRS = CPU_INFO.exists() and "avx512_bf16" in CPU_INFO.read_text()
 PRODUCTS = (
     pytest.param("tiles", marks=pytest.mark.skipif(not cpu._multiplies_tiles(), reason="no bfloat16 tiles here")),
+    pytest.param("emulated", marks=pytest.mark.skipif(not HAS_PAIRS, reason="no AVX-512 with bfloat16 here")),
     "vectors",
     pytest.param("narrow", marks=pytest.mark.skipif(platform.machine() != "x86_64", reason="another kind of CPU")),
 )
@@ -33,25 +36,32 @@ needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="no C++ compile
 
 @contextmanager
 def configured(precision: str, *, products: str) -> Iterator[None]:
-    """With a precision of float32 products, made by "tiles", "vectors" or "narrow" vectors (not AVX-512)."""
+    """With a precision of float32 products, and the way to make them.
+
+    By "tiles", "emulated" tiles, "vectors" or "narrow" vectors (not AVX-512).
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     with pytest.MonkeyPatch.context() as patch:
-        if products == "tiles":
-            patch.setattr(cpu, "_FEW_QUERIES", 0)
-        else:
-            patch.setattr(cpu, "_multiplies_tiles", lambda: False)
-        if products == "narrow":
-            patch.setattr(cpu, "library", narrow_library)
+        patch.setattr(cpu, "_FEW_QUERIES", 0)
+        patch.setattr(cpu, "_multiplies_tiles", lambda: products in ("tiles", "emulated"))
+        if products in FLAGS:
+            patch.setattr(cpu, "library", lambda: library_with(*FLAGS[products]))
         yield
     torch.set_float32_matmul_precision(before)
 
 
+FLAGS = {
+    "narrow": ("-mno-avx512f",),
+    "emulated": ("-D__AMX_BF16__", "-include", str(Path(__file__).with_name("emulated_tiles.h"))),
+}
+
+
 @functools.cache
-def narrow_library() -> ctypes.CDLL | None:
-    """The kernels, built for a CPU without AVX-512."""
+def library_with(*flags: str) -> ctypes.CDLL | None:
+    """The kernels, built with other flags."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_FLAGS", (*cpu._FLAGS, "-mno-avx512f"))
+        patch.setattr(cpu, "_FLAGS", (*cpu._FLAGS, *flags))
         return load_library()
 
 
@@ -143,9 +153,10 @@ def test_hardest_equals_plain_torch(
 @pytest.mark.parametrize("products", PRODUCTS)
 def test_many_rows_and_threads(products: str) -> None:
     """More queries than one panel holds, more candidates than room for them before the first selection."""
-    arguments = problem(1100, 3000, 768, torch.float32, 1, 0)
+    rows, capacity = (1100, 3000) if products != "emulated" else (70, 800)  # which is slow
+    arguments = problem(rows, capacity, 768, torch.float32, 1, 0)
     expected = exact_scores(*arguments)
-    blocks = torch.nn.functional.pad(expected, (0, -3000 % 64), value=-math.inf).view(1100, -1, 64)
+    blocks = torch.nn.functional.pad(expected, (0, -capacity % 64), value=-math.inf).view(rows, -1, 64)
     with configured("highest", products=products):
         assert largest_error(cpu.block_logsumexp(*arguments), blocks.logsumexp(-1)) <= 1e-3
         scores, slots = cpu.hardest(*arguments, 100)
