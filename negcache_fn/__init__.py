@@ -1,5 +1,6 @@
 """Negative cache for training retrieval models: pure functions on an explicit state."""
 
+from negcache_fn.chunking import chunked
 from negcache_fn.filling import prefill, reset, resize
 from negcache_fn.mining import top_negatives
 from negcache_fn.objective import exact_loss, loss
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Draw",
     "StepOutput",
+    "chunked",
     "exact_loss",
     "init_cache",
     "loss",

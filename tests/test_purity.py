@@ -54,6 +54,10 @@ def calls() -> dict[str, Callable[[], Any]]:
         "top_negatives": lambda: pure(negcache_fn.top_negatives, state, queries, 3, exclude_ids=ids, **shared),
         "stalest": lambda: pure(negcache_fn.stalest, state, 3),
         "occupancy": lambda: pure(negcache_fn.occupancy, state),
+        "prefill": lambda: pure(negcache_fn.prefill, state, [(batch, ids), batch], tower),
+        "resize": lambda: (pure(negcache_fn.resize, state, 4), pure(negcache_fn.resize, state, 40)),
+        "reset": lambda: pure(negcache_fn.reset, state),
+        "chunked": lambda: pure(negcache_fn.chunked(tower, 2), batch),
     }
 
 

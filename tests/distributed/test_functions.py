@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,7 +14,8 @@ from torch import Tensor
 import negcache_fn
 from negcache_fn import distributed
 from tests.distributed.harness import run_ranks
-from tests.distributed.training import CAPACITY, DIM, features, whole_cache
+from tests.distributed.test_equivalence import assert_same
+from tests.distributed.training import CAPACITY, DIM, features, train, whole_cache
 
 BATCH = 12
 SCALE = 2.0
@@ -76,6 +79,38 @@ def together(rank: int, world: int, *, alone: bool = False) -> dict[str, Any]:
         "losses": torch.stack([loss, exact, hard]).detach(),
         "state": whole,
     }
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[dist.ProcessGroup]:
+    """In this process, where a debugger and coverage see it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.group.WORLD
+    assert group is not None
+    yield group
+    dist.destroy_process_group()
+
+
+def test_a_group_of_one_is_nothing_special(group_of_one: dist.ProcessGroup) -> None:
+    found, expected = together(0, 1), together(0, 1, alone=True)
+    for name, value in expected["rows"].items():
+        torch.testing.assert_close(found["rows"][name], value, rtol=1e-12, atol=1e-12)
+    for gradient, wanted in zip(found["gradients"], expected["gradients"], strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
+    assert bool((found["state"] == expected["state"]).all())
+    with pytest.raises(ValueError, match="top_k is 0"):
+        negcache_fn.sample_gumbel(expected["state"], inputs()["queries"], top_k=0, group=group_of_one)
+    small = negcache_fn.init_cache(100, DIM, torch.zeros(1, 3), embedding_dtype=torch.float64)
+    with pytest.raises(ValueError, match="the shards of the ranks have"):
+        negcache_fn.sample_gumbel(small, inputs()["queries"], group=group_of_one)
+
+
+@pytest.mark.parametrize("options", [{"in_batch": "global", "refresh_stalest": 2}, {"share_draws": False}])
+def test_a_step_in_a_group_of_one(group_of_one: dist.ProcessGroup, options: dict[str, Any]) -> None:
+    for placement in ("sharded", "replicated"):
+        found = train(0, 1, steps=2, dtype=torch.float64, wrap="none", placement=placement, **options)
+        expected = train(0, 1, steps=2, dtype=torch.float64, alone=True, **options)
+        assert_same("one", found, expected)
 
 
 def test_parts_of_a_step(tmp_path: Path) -> None:
