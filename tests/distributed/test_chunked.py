@@ -1,7 +1,5 @@
 """An encoder in chunks under DistributedDataParallel: the gradients of one piece, synchronised once."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ def encode(rank: int, world: int) -> tuple[Tensor, int]:
     wrapped = DistributedDataParallel(negcache_fn.chunked(Tower(torch.float64, 1), 3))
     calls: list[int] = []
 
-    def hook(group: Any, bucket: Any) -> Any:
+    def hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         calls.append(1)
         return allreduce_hook(group, bucket)
 
