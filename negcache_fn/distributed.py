@@ -20,15 +20,15 @@ import torch
 import torch.distributed as dist
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict_loader import load  # pyright: ignore[reportUnknownVariableType]
-from torch.distributed.checkpoint.state_dict_saver import save  # pyright: ignore[reportUnknownVariableType]
+from torch.distributed.checkpoint.state_dict_loader import load  # pyright: ignore[reportUnknownVariableType] - untyped in torch
+from torch.distributed.checkpoint.state_dict_saver import save  # pyright: ignore[reportUnknownVariableType] - untyped in torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from negcache_fn.checks import check_size, check_state
 from negcache_fn.collectives import SHARD_MULTIPLE, Ranks, agree, distribute
 from negcache_fn.features import map_features
-from negcache_fn.state import lock, stored
+from negcache_fn.state import stored, with_items
 
 __all__ = [
     "average_gradients",
@@ -97,7 +97,7 @@ def shard(state: TensorDictBase, group: dist.ProcessGroup) -> TensorDictBase:
     def part(leaf: Tensor) -> Tensor:
         return leaf[first : first + rows].clone()
 
-    return _mapped(state, part)
+    return with_items(state, map_features(part, cast(TensorDict, state["items"])))
 
 
 def unshard(state: TensorDictBase, group: dist.ProcessGroup) -> TensorDictBase:
@@ -121,7 +121,7 @@ def unshard(state: TensorDictBase, group: dist.ProcessGroup) -> TensorDictBase:
         return ranks.gather(filled)[:capacity].clone()
 
     assert embedding.shape[0] == rows
-    return _mapped(state, whole)
+    return with_items(state, map_features(whole, cast(TensorDict, state["items"])))
 
 
 def checkpointable(state: TensorDictBase, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
@@ -248,13 +248,6 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup) ->
 
 def _chunk(capacity: int, ranks: Ranks) -> int:
     return -(-capacity // SHARD_MULTIPLE // ranks.size) * SHARD_MULTIPLE
-
-
-def _mapped(state: TensorDictBase, function: Any) -> TensorDictBase:
-    items = map_features(function, cast(TensorDict, state["items"]))
-    scalars = {name: cast(Tensor, state[name]).clone() for name in ("step", "seed")}
-    mapped = TensorDict({"items": items, **scalars}, batch_size=[])
-    return lock(mapped) if state.is_locked else mapped
 
 
 def _nested(value: Any, function: Any) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from negcache_fn.checks import check_size, check_state
 from negcache_fn.features import Features, map_features
-from negcache_fn.state import live, lock, lowest, scalar, stored, whole
+from negcache_fn.state import live, lowest, stored, whole, with_items
 from negcache_fn.updating import copy_state, update_
 
 __all__ = ["Batch", "prefill", "reset", "resize"]
@@ -116,7 +116,4 @@ def _picked(state: TensorDictBase, slots: Tensor) -> TensorDictBase:
     items = cast(TensorDict, state["items"])
     picked: dict[str, Any] = {name: pick(stored(state, name), empty) for name, empty in _EMPTY.items()}
     picked["features"] = map_features(pick, cast(Features, items["features"]))
-    new_items = TensorDict(picked, batch_size=[slots.shape[0]])
-    copy = {name: scalar(state, name).clone() for name in ("step", "seed")}
-    new = TensorDict({"items": new_items, **copy}, batch_size=[])
-    return lock(new) if state.is_locked else new
+    return with_items(state, TensorDict(picked, batch_size=[slots.shape[0]]))

@@ -152,17 +152,17 @@ def draw_negatives(
             everyone, of_all = ranks.gather_all(queries, of_all)
         else:
             everyone = queries
-            if of_all.ndim == 1:
+            if of_all.shape[-1] > 0 and of_all.ndim == 1:
                 of_all = ranks.gather(of_all)
         matrix = score_matrix(state, everyone, scale=scale, score_transform=score_transform, exclude_ids=of_all)
         first_row = ranks.rank * rows
-        noise = _Noise.of(state, first_row, rows, num_samples)
-        if top_k is None:
-            if shards.ranks.name is not None:
-                noise = _Noise.of(state, 0, everyone.shape[0], num_samples)
-            chosen = _merge_shards(_choose(matrix, noise, shards.first), shards.ranks)
+        if top_k is not None:
+            own_noise = _Noise.of(state, first_row, rows, num_samples)
+            chosen = _choose_among(*hardest_of_all(matrix, top_k + 1, shards), own_noise)
         else:
-            chosen = _choose_among(*hardest_of_all(matrix, top_k + 1, shards), noise)
+            first_row = first_row if shards.ranks.name is None else 0
+            noise = _Noise.of(state, first_row, everyone.shape[0], num_samples)
+            chosen = _merge_shards(_choose(matrix, noise, shards.first), shards.ranks)
         excluded = of_all[None] if exclude_ids is None or of_all.ndim == 1 else exclude_ids
         return _describe(state, chosen, shards, excluded, also)
 

@@ -44,6 +44,7 @@ __all__ = [
     "stored_features",
     "take",
     "whole",
+    "with_items",
 ]
 
 _SEGMENT = 2**19  # slots; a multiple of the 4096 whose groups share a Philox call in sampling
@@ -256,6 +257,13 @@ def _lowest_op(key: Tensor, skip: Tensor, n: int) -> Tensor:
 @_lowest_op.register_fake
 def _(key: Tensor, skip: Tensor, n: int) -> Tensor:
     return key.new_empty(n)
+
+
+def with_items(state: TensorDictBase, items: TensorDict) -> TensorDictBase:
+    """A state of other items that goes on where `state` is: its `step` and `seed`, locked like it."""
+    scalars = {name: scalar(state, name).clone() for name in ("step", "seed")}
+    new = TensorDict({"items": items, **scalars}, batch_size=[])
+    return lock(new) if state.is_locked else new
 
 
 def lock(state: TensorDict) -> TensorDict:

@@ -24,7 +24,7 @@ import negcache_fn
 from examples.benchmarks.problem import SCALE, Problem
 from examples.benchmarks.report import fill_page
 from examples.benchmarks.shapes import Shape
-from examples.benchmarks.traffic import Step, counted, messages, sent_bytes
+from examples.benchmarks.traffic import Step, counted, messages, sent_bytes, watched
 from negcache_fn import distributed
 
 GLOBAL = Shape(256, 2**17, 128)
@@ -147,39 +147,23 @@ def _time(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _seconds_in_collectives(call: Callable[[], None]) -> float:
+def _seconds_in_collectives(step: Callable[[], None]) -> float:
     """Median over rounds of the time that a step spends in them, once all ranks are there."""
-    from negcache_fn import collectives
-
     times = []
     for _ in range(ROUNDS):
-        spent = 0.0
+        spent: list[float] = []
 
-        def timed(function: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapper(*tensors: Tensor, **options: Any) -> Any:
-                nonlocal spent
-                dist.barrier()
-                start = time.perf_counter()
-                result = function(*tensors, **options)
-                spent += time.perf_counter() - start
-                return result
+        def timed(_name: str, _buffer: Tensor, call: Callable[[], Any], spent: list[float] = spent) -> Any:
+            dist.barrier()
+            start = time.perf_counter()
+            result = call()
+            spent.append(time.perf_counter() - start)
+            return result
 
-            return wrapper
-
-        owners = (
-            (collectives, "_all_gather"),
-            (collectives, "_reduce_scatter"),
-            (dist, "all_to_all_single"),
-            (dist, "all_reduce"),
-        )
-        originals = [(owner, name, getattr(owner, name)) for owner, name in owners]
-        for owner, name, function in originals:
-            setattr(owner, name, timed(function))
         dist.barrier()
-        call()
-        for owner, name, function in originals:
-            setattr(owner, name, function)
-        times.append(spent)
+        with watched(timed):
+            step()
+        times.append(sum(spent))
     return statistics.median(times)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from negcache_fn import collectives
 
-__all__ = ["Step", "counted", "messages", "sent_bytes"]
+__all__ = ["Step", "counted", "messages", "sent_bytes", "watched"]
 
 
 @dataclass(frozen=True)
@@ -94,24 +94,34 @@ def sent_bytes(collective: str, buffer_bytes: float, world: int) -> float:
 def counted() -> Iterator[Counter[str]]:
     """Bytes of this rank's buffers by collective, of all that the library hands to torch.distributed meanwhile."""
     counter: Counter[str] = Counter()
+
+    def count(name: str, buffer: Tensor, call: Callable[[], Any]) -> Any:
+        counter[name] += buffer.numel() * buffer.element_size()
+        return call()
+
+    with watched(count):
+        yield counter
+
+
+@contextmanager
+def watched(watch: Callable[[str, Tensor, Callable[[], Any]], Any]) -> Iterator[None]:
+    """Meanwhile every collective of the library goes through `watch(name, buffer, call)`, which makes the call."""
     originals: dict[tuple[Any, str], Any] = {}
 
-    def watch(owner: Any, attribute: str, name: str, argument: int) -> None:
+    def replace(owner: Any, attribute: str, name: str, argument: int) -> None:
         original = originals[owner, attribute] = getattr(owner, attribute)
 
-        def watched(*tensors: Any, **options: Any) -> Any:
-            buffer: Tensor = tensors[argument]
-            counter[name] += buffer.numel() * buffer.element_size()
-            return original(*tensors, **options)
+        def replaced(*tensors: Any, **options: Any) -> Any:
+            return watch(name, tensors[argument], lambda: original(*tensors, **options))
 
-        setattr(owner, attribute, watched)
+        setattr(owner, attribute, replaced)
 
-    watch(collectives, "_all_gather", "all_gather", 1)
-    watch(collectives, "_reduce_scatter", "reduce_scatter", 1)
-    watch(dist, "all_to_all_single", "all_to_all", 1)
-    watch(dist, "all_reduce", "all_reduce", 0)
+    replace(collectives, "_all_gather", "all_gather", 1)
+    replace(collectives, "_reduce_scatter", "reduce_scatter", 1)
+    replace(dist, "all_to_all_single", "all_to_all", 1)
+    replace(dist, "all_reduce", "all_reduce", 0)
     try:
-        yield counter
+        yield
     finally:
         for (owner, attribute), original in originals.items():
             setattr(owner, attribute, original)

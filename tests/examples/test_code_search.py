@@ -19,36 +19,7 @@ from examples.code_search.harvest import harvest_file
 from examples.code_search.methods import METHODS, in_batch_loss
 from examples.code_search.run import Run
 
-VERBS = ("parse", "format", "remove", "count", "merge", "sort", "encode", "rotate")
-NOUNS = ("date", "header", "matrix", "polygon", "socket", "token", "ledger", "orbit")
-
-FUNCTION = '''
-def {verb}_{noun}({noun}, limit):
-    """{Verb} the {noun} until the {noun} limit is met.
-
-    More about it.
-    """
-    for {verb}_index in range(limit):
-        {noun} = {verb}_{noun}_once({noun}, {verb}_index)
-    return {noun}
-
-
-def undocumented_{verb}_{noun}({noun}):
-    return {noun}.{verb}(strict=True)
-'''
-
 OPTIONS = ["--embedding-dim=32", "--batch-size=4", "--num-samples=2", "--cache-size=24", "--evaluate-every=3"]
-
-
-@pytest.fixture(scope="module")
-def installation(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("installation")
-    for noun in NOUNS:
-        for verb in VERBS:
-            module = root / noun / f"{verb}.py"
-            module.parent.mkdir(exist_ok=True)
-            module.write_text(FUNCTION.format(verb=verb, Verb=verb.title(), noun=noun))
-    return root
 
 
 def train(installation: Path, out: Path, steps: int, *options: str) -> int:

@@ -22,21 +22,9 @@ from examples.code_search.features import rows_of
 from examples.code_search.methods import METHODS
 from examples.code_search.run import Options, Run
 from negcache_fn import distributed
-from tests.examples.test_code_search import FUNCTION, NOUNS, VERBS
 
 STEPS, SLOTS, DIM, BATCH = 24, 3072, 32, 4
 SECONDS = 180
-
-
-@pytest.fixture(scope="module")
-def installation(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("installation")
-    for noun in NOUNS:
-        for verb in VERBS:
-            module = root / noun / f"{verb}.py"
-            module.parent.mkdir(exist_ok=True)
-            module.write_text(FUNCTION.format(verb=verb, Verb=verb.title(), noun=noun))
-    return root
 
 
 def start(installation: Path, out: Path) -> subprocess.Popen[str]:
