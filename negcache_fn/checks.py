@@ -21,7 +21,9 @@ __all__ = [
     "check_state",
 ]
 
-_ITEM_KEYS = {"embedding", "features", "id", "embedded_at", "log_weight", "inserted_at"}
+_NUMBERS = {"id": torch.int64, "embedded_at": torch.int64, "log_weight": torch.float32, "inserted_at": torch.int64}
+_ITEM_KEYS = {"embedding", "features", *_NUMBERS}
+_ORIGIN = "as made by negcache_fn.init_cache(...); is it of another version?"
 
 
 def check_state(state: Any) -> None:
@@ -30,13 +32,21 @@ def check_state(state: Any) -> None:
         raise TypeError(f"state is a {type(state).__name__}; expected a TensorDict made by negcache_fn.init_cache(...)")
     keys = _keys(state)
     if keys != {"items", "step", "seed"}:
-        raise ValueError(
-            f"state has keys {sorted(keys)}; expected ['items', 'seed', 'step'], as made by negcache_fn.init_cache(...)"
-        )
+        raise ValueError(f"state has keys {sorted(keys)}; expected ['items', 'seed', 'step'], {_ORIGIN}")
     items = cast(TensorDictBase, state["items"])
     item_keys = _keys(items)
     if item_keys != _ITEM_KEYS:
-        raise ValueError(f"state['items'] has keys {sorted(item_keys)}; expected {sorted(_ITEM_KEYS)}")
+        raise ValueError(f"state['items'] has keys {sorted(item_keys)}; expected {sorted(_ITEM_KEYS)}, {_ORIGIN}")
+    embedding = cast(Tensor, items["embedding"])
+    if embedding.ndim != 2 or not embedding.dtype.is_floating_point:
+        raise ValueError(
+            f"state['items', 'embedding'] has shape {tuple(embedding.shape)} and dtype {embedding.dtype}; "
+            f"expected [C, D] floating, {_ORIGIN}"
+        )
+    for name, dtype in _NUMBERS.items():
+        _check_number(f"state['items', {name!r}]", cast(Tensor, items[name]), embedding.shape[:1], dtype)
+    for name in ("step", "seed"):
+        _check_number(f"state[{name!r}]", cast(Tensor, state[name]), torch.Size(()), torch.int64)
 
 
 def check_size(name: str, value: Any, *, least: int = 1, most: int | None = None) -> None:
@@ -54,13 +64,16 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
 
 
-def check_embeddings(name: str, value: Any, like: Tensor, *, rows: int | None = None, at_least: int = 1) -> None:
-    """Raises unless `value` is a floating [rows, D] tensor with the D and device of `like` [C, D]."""
+def check_embeddings(
+    name: str, value: Any, like: Tensor, *, of: str = "", rows: int | None = None, at_least: int = 1
+) -> None:
+    """Raises unless `value` is a floating [rows, D] tensor with the D and device of `like` [C, D], the D `of` what."""
     _check_tensor(name, value)
     dim = like.shape[-1]
     if value.ndim != 2 or value.shape[1] != dim or (rows is not None and value.shape[0] != rows):
         count = "rows" if rows is None else rows
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected [{count}, {dim}]")
+        whose = f", where {dim} is the D of {of}" if of else ""
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected [{count}, {dim}]{whose}")
     if value.shape[0] < at_least:
         raise ValueError(f"{name} has {value.shape[0]} rows; expected at least {at_least}")
     if not value.dtype.is_floating_point:
@@ -99,20 +112,28 @@ def check_slots(name: str, value: Any, device: torch.device) -> None:
     _check_device(name, value, device)
 
 
-def check_scale(scale: Any, device: torch.device) -> None:
+def check_scale(scale: Any, device: torch.device, *, name: str = "scale") -> None:
     """Raises unless `scale` is a number or a 0-d floating tensor."""
     if isinstance(scale, Tensor):
         if scale.ndim != 0:
-            raise ValueError(f"scale has shape {tuple(scale.shape)}; expected a number or a 0-d tensor")
+            raise ValueError(f"{name} has shape {tuple(scale.shape)}; expected a number or a 0-d tensor")
         if not scale.dtype.is_floating_point:
-            raise TypeError(f"scale has dtype {scale.dtype}; expected a number or a 0-d floating tensor")
-        _check_device("scale", scale, device)
+            raise TypeError(f"{name} has dtype {scale.dtype}; expected a number or a 0-d floating tensor")
+        _check_device(name, scale, device)
     elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"scale is a {type(scale).__name__}; expected a number or a 0-d tensor")
+        raise TypeError(f"{name} is a {type(scale).__name__}; expected a number or a 0-d tensor")
 
 
 def _keys(state: TensorDictBase) -> set[str]:
     return set(cast("Iterable[str]", state.keys()))
+
+
+def _check_number(name: str, value: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+    if value.shape != shape or value.dtype != dtype:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; expected {tuple(shape)} and {dtype}, "
+            f"{_ORIGIN}"
+        )
 
 
 def _check_tensor(name: str, value: Any) -> None:

@@ -26,6 +26,8 @@ from torch.distributed.distributed_c10d import (
     _resolve_process_group,  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 )
 
+from negcache_fn.features import moved
+
 __all__ = [
     "ALONE",
     "PLACEMENTS",
@@ -191,21 +193,21 @@ def fetch(leaves: list[Tensor], slots: Tensor, shards: Shards) -> list[Tensor]:
     """Rows of tensors [C, ...] that are spread over the ranks, wherever they are.
 
     Args:
-        leaves: the part of each tensor that is here.
+        leaves: the part of each tensor that is here, on any device.
         slots: [M] int64, numbers of the rows wanted here. Negative ones read some row.
         shards: where they are.
 
     Returns:
-        [M, ...] of each.
+        [M, ...] of each, on the device of `slots`.
     """
     ranks = shards.ranks
     if ranks.name is None:
         rows = slots.clamp(min=0)
-        return [leaf[rows] for leaf in leaves]
+        return [_rows(leaf, rows) for leaf in leaves]
     rows = (ranks.gather(slots) - shards.first).clamp(0, leaves[0].shape[0] - 1)
     owner = torch.clamp(slots, min=0) // shards.chunk
     place = torch.arange(slots.shape[0], device=slots.device)
-    received = ranks.exchange_all(*(leaf[rows] for leaf in leaves))
+    received = ranks.exchange_all(*(_rows(leaf, rows) for leaf in leaves))
     return [ranks.by_rank(values)[owner, place] for values in received]
 
 
@@ -215,6 +217,10 @@ def in_order(gathered: Tensor, positives: int, ranks: Ranks) -> Tensor:
     if of_ranks.shape[1] == positives:
         return gathered
     return torch.cat([of_ranks[:, :positives].flatten(0, 1), of_ranks[:, positives:].flatten(0, 1)])
+
+
+def _rows(leaf: Tensor, rows: Tensor) -> Tensor:
+    return moved(leaf[moved(rows, leaf.device)], rows.device)
 
 
 class _Announcing:
@@ -380,7 +386,8 @@ def _row_bytes(tensor: Tensor) -> int:
 def _all_gather_packed_op(values: list[Tensor], name: str, size: int) -> list[Tensor]:
     packed = _packed(values, 1)
     gathered = packed.new_empty(size, packed.shape[1])
-    _all_gather(gathered.view(-1), packed.view(-1), group=_group(name))
+    if packed.shape[1] > 0:
+        _all_gather(gathered.view(-1), packed.view(-1), group=_group(name))
     return _unpacked(gathered, values, [size * tensor.shape[0] for tensor in values])
 
 

@@ -23,7 +23,7 @@ from negcache_fn.collectives import Ranks
 from negcache_fn.sampling import Draw
 from negcache_fn.scoring import Similarity
 
-__all__ = ["STALENESS_CORRECTIONS", "Pool", "estimate_cache_logit", "pool_draws"]
+__all__ = ["STALENESS_CORRECTIONS", "CacheClass", "Pool", "estimate_cache_logit", "pool_draws"]
 
 STALENESS_CORRECTIONS = ("none", "self_normalized", "unnormalized")
 _INFINITY = float("inf")
@@ -41,6 +41,14 @@ class Pool(NamedTuple):
     source: Tensor  # [M]
 
 
+class CacheClass(NamedTuple):
+    """The cache as a class of each query, and what is behind its logit."""
+
+    logit: Tensor  # [B]; -inf: the query has no document
+    log_importance: Tensor  # [B, m] logarithm of the (unnormalised) weight that f_im gets in it, -inf for none
+    masked: Tensor  # [B, m] bool: the draw exists, and is a false negative of the query
+
+
 def pool_draws(negatives: Tensor, draw: Draw, ranks: Ranks) -> Pool:
     """The draws of all ranks; those of this one if it is alone."""
     known = (draw.embedding, draw.slot, draw.id, draw.log_weight, draw.source)
@@ -55,7 +63,7 @@ def estimate_cache_logit(
     pool: Pool | None,
     *,
     staleness_correction: str,
-) -> tuple[Tensor, Tensor]:
+) -> CacheClass:
     """The logits `c_i` and the importance weights behind them.
 
     Args:
@@ -67,8 +75,7 @@ def estimate_cache_logit(
         staleness_correction: "none", "self_normalized" or "unnormalized".
 
     Returns:
-        [B] logits, -inf where the query has no document, with gradient to `queries`, `negatives` and the scale; and
-        [B, m] logarithms of the (unnormalised) weights that the scores `f_im` get in them, -inf for none.
+        The logits, with gradient to `queries`, `negatives` and the scale, and what is behind them.
     """
     # What was encoded in place of a draw that does not exist has no part in the loss, not even a NaN.
     if pool is None:
@@ -79,10 +86,13 @@ def estimate_cache_logit(
         fresh = similarity.all(queries, negatives) + pool.log_weight
     with torch.no_grad():  # weights and stale scores are constants of the estimator
         if pool is not None:
-            stale = similarity.all(queries, pool.embedding) + pool.log_weight
-            log_weights_of_draws = _balance_heuristic(stale, draw, pool)
+            products = similarity.all(queries, pool.embedding)
+            stale = products + pool.log_weight
+            masked = _false_negatives(products, draw, pool)
+            log_weights_of_draws = _balance_heuristic(stale, masked, draw, pool)
         else:
             stale = similarity.own(queries, draw.embedding) + draw.log_weight
+            masked = torch.zeros_like(draw.slot, dtype=torch.bool)
             log_weights_of_draws = torch.full_like(stale, 1.0 / draw.slot.shape[1]).log_()
         has_draws = draw.slot[:, :1] >= 0
         log_weights_of_draws = torch.where(has_draws, log_weights_of_draws, 0.0)
@@ -93,25 +103,36 @@ def estimate_cache_logit(
     if staleness_correction != "none":
         log_importance = log_importance + fresh.detach() - stale
     log_importance = log_importance.masked_fill(~has_draws, -_INFINITY)
-    return cache_logit, log_importance
+    return CacheClass(cache_logit, log_importance, masked)
 
 
-def _balance_heuristic(stale: Tensor, draw: Draw, pool: Pool) -> Tensor:
-    """[B, M]: `log w_im = log p_i(j_m) - log sum_i' k p_i'(j_m)`, -inf where `p_i(j_m) = 0`."""
+def _own(draw: Draw, pool: Pool) -> Tensor:
+    """[B, M] bool: whether the query made the draw itself."""
     rows, samples = draw.slot.shape
-    row = torch.arange(rows, device=stale.device) + pool.ranks.rank * rows
-    own = torch.arange(pool.slot.shape[0], device=stale.device) // samples == row[:, None]
-    possible = stale >= draw.cutoff[:, pool.source]
-    if draw.exclude_ids.shape[0] == rows:  # what is excluded for all is not among the draws
+    row = torch.arange(rows, device=draw.slot.device) + pool.ranks.rank * rows
+    return torch.arange(pool.slot.shape[0], device=draw.slot.device) // samples == row[:, None]
+
+
+def _false_negatives(products: Tensor, draw: Draw, pool: Pool) -> Tensor:
+    """[B, M] bool: whether a draw of another query is no negative of this one; `products` are without log-weights."""
+    masked = products > draw.max_score[:, pool.source]
+    if draw.exclude_ids.shape[0] == draw.slot.shape[0]:  # what is excluded for all is not among the draws
         excluded = (pool.id[:, None] == draw.exclude_ids[:, None, :]) & (pool.id[:, None] >= 0)
-        possible = possible & ~excluded.any(-1)
-    possible = (possible | own) & (pool.slot >= 0) & (draw.slot[:, :1] >= 0)
+        masked = masked | excluded.any(-1)
+    # What the query drew is one, whatever rounding says here.
+    return masked & ~_own(draw, pool) & (pool.slot >= 0) & (draw.slot[:, :1] >= 0)
+
+
+def _balance_heuristic(stale: Tensor, masked: Tensor, draw: Draw, pool: Pool) -> Tensor:
+    """[B, M]: `log w_im = log p_i(j_m) - log sum_i' k p_i'(j_m)`, -inf where `p_i(j_m) = 0`."""
+    possible = (stale >= draw.cutoff[:, pool.source]) & ~masked
+    possible = (possible | _own(draw, pool)) & (pool.slot >= 0) & (draw.slot[:, :1] >= 0)
     log_probability = torch.where(possible, stale - draw.log_normalizer[:, None], -_INFINITY)
     log_expected = log_probability.logsumexp(0)
     if pool.ranks.name is not None:
         # No overflow: probabilities. No underflow in float64: one of them is that of who drew.
         log_expected = pool.ranks.total(log_expected.double().exp()).log().to(stale.dtype)
-    log_expected_draws = log_expected + torch.full_like(stale[0], samples).log_()
+    log_expected_draws = log_expected + torch.full_like(stale[0], draw.slot.shape[1]).log_()
     return torch.where(possible, log_probability - log_expected_draws, -_INFINITY)
 
 

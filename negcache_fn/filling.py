@@ -8,9 +8,9 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from negcache_fn.checks import check_size, check_state
-from negcache_fn.features import Features, map_features
+from negcache_fn.features import Features, all_moved, map_features, moved
 from negcache_fn.state import live, lowest, stored, whole, with_items
-from negcache_fn.updating import copy_state, update_
+from negcache_fn.updating import Evict, copy_state, update_
 
 __all__ = ["Batch", "prefill", "reset", "resize"]
 
@@ -24,7 +24,7 @@ def prefill(
     batches: Iterable[Batch],
     encode: Callable[[Any], Tensor],
     *,
-    evict: str = "lru",
+    evict: Evict = "lru",
     group: torch.distributed.ProcessGroup | None = None,
     placement: str = "sharded",
 ) -> TensorDictBase:
@@ -57,6 +57,7 @@ def prefill(
     with torch.no_grad():  # what is cached is a constant
         for batch in batches:
             features, ids = batch if isinstance(batch, tuple) else (batch, None)
+            features = all_moved(features, stored(state, "embedding").device)
             state = update_(state, features, encode(features), ids=ids, evict=evict, group=group, placement=placement)
     return state
 
@@ -110,8 +111,8 @@ def _picked(state: TensorDictBase, slots: Tensor) -> TensorDictBase:
     rows, exists = slots.clamp(min=0), slots >= 0
 
     def pick(leaf: Tensor, empty: int = 0) -> Tensor:
-        where = exists.view(-1, *[1] * (leaf.ndim - 1))
-        return torch.where(where, leaf[rows], torch.full_like(leaf[:1], empty))
+        where = moved(exists, leaf.device).view(-1, *[1] * (leaf.ndim - 1))
+        return torch.where(where, leaf[moved(rows, leaf.device)], torch.full_like(leaf[:1], empty))
 
     items = cast(TensorDict, state["items"])
     picked: dict[str, Any] = {name: pick(stored(state, name), empty) for name, empty in _EMPTY.items()}

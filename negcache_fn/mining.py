@@ -9,8 +9,15 @@ from torch.nn.functional import pad
 
 from negcache_fn.checks import check_size
 from negcache_fn.collectives import Shards, agree, distribute
+from negcache_fn.false_negatives import (
+    NO_FALSE_NEGATIVES,
+    Exclusions,
+    FalseNegatives,
+    check_false_negatives,
+    max_score_of,
+)
 from negcache_fn.kernels import cpu
-from negcache_fn.scoring import check_search, full_precision, score_matrix
+from negcache_fn.scoring import check_search, full_precision, score_matrix, softmax_dtype
 from negcache_fn.state import scalar, stored
 from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, reduce_blocks, score_blocks
 
@@ -28,6 +35,7 @@ def top_negatives(
     scale: float | Tensor = 1.0,
     score_transform: ScoreTransform | None = None,
     exclude_ids: Tensor | None = None,
+    false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The `n` cached documents of highest score of every query: exact, streaming, ties by slot.
@@ -39,6 +47,7 @@ def top_negatives(
         scale: number or 0-d tensor.
         score_transform: elementwise function of the scaled inner products.
         exclude_ids: int64 ids of documents to leave out, [P] for all queries or [B, P] for each; -1 means none.
+        false_negatives: what else to leave out, by id or by score.
         group: of the ranks over which the cache is sharded; each asks for its own queries, and slots are numbers of all
             the cache's slots. Ids [P] are left out for the queries of every rank.
 
@@ -46,7 +55,8 @@ def top_negatives(
         Scores [B, n] in descending order, without gradient, and slots [B, n] int64; (-inf, -1) where there are fewer.
 
     Raises:
-        ValueError, TypeError: as `score`; `n` not in 1 ... C; `exclude_ids` of another shape or dtype.
+        ValueError, TypeError: as `score`; `n` not in 1 ... C; `exclude_ids` or `false_negatives` of another shape or
+            dtype.
 
     Examples:
         >>> state = init_cache(8, 4, torch.zeros(1, 3))
@@ -59,22 +69,23 @@ def top_negatives(
         check_search(state, queries, scale, exclude_ids)
         capacity = stored(state, "embedding").shape[0]
         check_size("n", n, most=capacity if group is None else None)
+        check_false_negatives(false_negatives, queries, knows_positives=False)
+        limit = max_score_of(false_negatives, queries, softmax_dtype(state, queries))
+        exclusions = Exclusions.of(queries, exclude_ids, false_negatives, limit)
     with torch.no_grad(), full_precision(state):  # mining is a look-up
         queries, shards = agree(
             ranks,
             queries,
             capacity,
             placement="sharded",
-            options=f"top_negatives exclude_ids={exclude_ids is not None and exclude_ids.ndim}",
+            options=f"top_negatives {exclusions.described}",
             seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
             top_k=n,
-            exclude_ids=0 if exclude_ids is None else exclude_ids.shape[-1],
+            exclude_ids=exclusions.ids,
             queries=queries.shape[0],
         )
-        excluded = None if exclude_ids is None else ranks.gather(exclude_ids)
-        matrix = score_matrix(
-            state, ranks.gather(queries), scale=scale, score_transform=score_transform, exclude_ids=excluded
-        )
+        everyone, of_all = exclusions.gathered(queries, ranks)
+        matrix = score_matrix(state, everyone, scale=scale, score_transform=score_transform, exclusions=of_all)
         return hardest_of_all(matrix, n, shards)
 
 
@@ -100,7 +111,7 @@ def hardest(matrix: ScoreMatrix, n: int) -> tuple[Tensor, Tensor]:
     """The `n` highest scores of each row and their slots, ties by slot; (-inf, -1) where there are fewer."""
     if matrix.transform is not None:
         return _hardest(matrix, n)
-    return cast("tuple[Tensor, Tensor]", _hardest_op(*matrix[:4], n))
+    return cast("tuple[Tensor, Tensor]", _hardest_op(*matrix[:5], n))
 
 
 def _hardest(matrix: ScoreMatrix, n: int) -> tuple[Tensor, Tensor]:
@@ -115,7 +126,8 @@ def _hardest(matrix: ScoreMatrix, n: int) -> tuple[Tensor, Tensor]:
     slots = blocks.new_empty(blocks.shape[0], 0)
     # Slots ascend from slab to slab, so that a stable sort breaks ties by slot.
     for slab in torch.split(blocks, _SLAB, dim=1):
-        found = score_blocks(matrix, slab).flatten(1)
+        nothing = maxima.gather(1, slab) == -_INFINITY  # of such a block `score_blocks` may leave a score
+        found = score_blocks(matrix, slab).masked_fill(nothing[..., None], -_INFINITY).flatten(1)
         places = (slab[..., None] * BLOCK + torch.arange(BLOCK, device=slab.device)).flatten(1)
         scores, order = _top(scores, found, n)
         slots = torch.cat([slots, places], dim=1).gather(1, order)
@@ -129,12 +141,16 @@ def _top(left: Tensor, right: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("negcache_fn::hardest", mutates_args=())
-def _hardest_op(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def _hardest_op(
+    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, n: int
+) -> tuple[Tensor, Tensor]:
     if cpu.supports(queries, embeddings) and cpu.finds_hardest(n):
-        return cpu.hardest(queries, embeddings, bias, excluded, n)
-    return _hardest(ScoreMatrix(queries, embeddings, bias, excluded, None), n)
+        return cpu.hardest(queries, embeddings, bias, excluded, max_score, n)
+    return _hardest(ScoreMatrix(queries, embeddings, bias, excluded, max_score, None), n)
 
 
 @_hardest_op.register_fake
-def _(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def _(
+    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, n: int
+) -> tuple[Tensor, Tensor]:
     return queries.new_empty(queries.shape[0], n), excluded.new_empty(queries.shape[0], n)

@@ -8,33 +8,42 @@ from the drawn documents (`loss`; see `estimator`).
 Source: Lindgren, Reddi, Guo, Kumar, NeurIPS 2021. Proofs: docs/method.md.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_scale, check_size
-from negcache_fn.collectives import Ranks, agree, distribute, fetch, in_order
-from negcache_fn.estimator import STALENESS_CORRECTIONS, Pool, estimate_cache_logit, pool_draws
-from negcache_fn.ids import first_of_each
+from negcache_fn.checks import check_choice, check_embeddings, check_scale, check_size
+from negcache_fn.classes import (
+    Classes,
+    InBatch,
+    batch_classes,
+    batch_scores,
+    check_batch,
+    known_ids,
+    positive_scores,
+)
+from negcache_fn.collectives import agree, distribute, fetch
+from negcache_fn.estimator import STALENESS_CORRECTIONS, CacheClass, Pool, estimate_cache_logit, pool_draws
+from negcache_fn.false_negatives import (
+    NO_FALSE_NEGATIVES,
+    Exclusions,
+    FalseNegatives,
+    max_score_of,
+    needs_positives,
+)
 from negcache_fn.mining import hardest_of_all
 from negcache_fn.sampling import Draw, check_draw
-from negcache_fn.scoring import Similarity, check_search, full_precision, score_matrix
+from negcache_fn.scoring import Similarity, check_search, full_precision, score_matrix, softmax_dtype
 from negcache_fn.state import scalar, stored
 from negcache_fn.streaming import ScoreTransform, cache_logsumexp, logsumexp
 
 __all__ = [
     "REDUCTIONS",
-    "Classes",
-    "InBatch",
     "Terms",
-    "batch_classes",
-    "check_batch",
-    "check_in_batch",
     "cross_entropy",
     "exact_loss",
-    "false_negative_ids",
     "loss",
     "loss_terms",
     "reduce_loss",
@@ -44,25 +53,12 @@ REDUCTIONS = ("mean", "sum", "none")
 _INFINITY = float("inf")
 
 
-InBatch = bool | Literal["global"]
-
-
-class Classes(NamedTuple):
-    """The documents that are classes of every query."""
-
-    documents: Tensor  # [N, D]
-    ids: Tensor | None  # [N]
-    log_weights: Tensor | None  # [N]
-    first: int  # the positive of query i is document first + i
-
-
 class Terms(NamedTuple):
-    """The classes of every query's softmax, and the importance weights behind the cache's."""
+    """The classes of every query's softmax."""
 
     batch_logits: Tensor  # [B, N], or [B, 1] without in-batch classes; -inf: no class of this query
     positive: Tensor  # [B]
-    cache_logit: Tensor  # [B]; -inf: nothing in the cache
-    log_importance: Tensor  # [B, m] log of the weights that f_im gets in c_i, corrected, unnormalised; -inf: none
+    cache: CacheClass
 
 
 def loss(
@@ -76,6 +72,7 @@ def loss(
     in_batch: InBatch = True,
     ids: Tensor | None = None,
     log_weights: Tensor | None = None,
+    false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
     share_draws: bool = True,
     staleness_correction: str = "self_normalized",
     reduction: str = "mean",
@@ -101,6 +98,7 @@ def loss(
             negative of it, and of several documents with one id the first alone is a class. Pass the same ids as
             `exclude_ids` when drawing (all of them with `in_batch`, else `ids[:B, None]`); `step` does.
         log_weights: [N] floating, added to the documents' scores (log-Q correction, importance).
+        false_negatives: which documents of the batch are no negatives of a query either; of the cache, the draw knows.
         share_draws: whether every query uses every draw (multiple importance sampling with the balance heuristic).
         staleness_correction: "none", "self_normalized" or "unnormalized".
         reduction: "mean", "sum" or "none".
@@ -133,7 +131,7 @@ def loss(
         check_embeddings("queries", queries, draw.embedding, rows=draw.slot.shape[0])
         check_embeddings("negatives", negatives, queries, rows=draw.slot.numel())
         check_scale(scale, queries.device)
-        check_batch(queries, documents, in_batch, ids, log_weights, ranks)
+        check_batch(queries, documents, in_batch, ids, log_weights, false_negatives, ranks)
     queries, _ = agree(
         ranks,
         queries,
@@ -156,9 +154,10 @@ def loss(
         scale=scale,
         score_transform=score_transform,
         in_batch=bool(in_batch),
+        false_negatives=false_negatives,
         staleness_correction=staleness_correction,
     )
-    return reduce_loss(cross_entropy(terms.batch_logits, terms.cache_logit, terms.positive), reduction)
+    return reduce_loss(cross_entropy(terms.batch_logits, terms.cache.logit, terms.positive), reduction)
 
 
 def exact_loss(
@@ -171,6 +170,7 @@ def exact_loss(
     in_batch: InBatch = True,
     ids: Tensor | None = None,
     log_weights: Tensor | None = None,
+    false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
     top_k: int | None = None,
     reduction: str = "mean",
     group: torch.distributed.ProcessGroup | None = None,
@@ -189,6 +189,7 @@ def exact_loss(
         in_batch: as in `loss`.
         ids: [N] int64, as in `loss`.
         log_weights: [N] floating, as in `loss`.
+        false_negatives: which documents, of the batch and of the cache, are no negatives of a query.
         top_k: restricts the cache to each query's `top_k` highest scores.
         reduction: "mean", "sum" or "none".
         group: of the ranks over which the cache is sharded; gradients as in `loss`.
@@ -210,7 +211,7 @@ def exact_loss(
     with ranks.checking():
         check_choice("reduction", reduction, REDUCTIONS)
         check_search(state, queries, scale)
-        check_batch(queries, documents, in_batch, ids, log_weights, ranks)
+        check_batch(queries, documents, in_batch, ids, log_weights, false_negatives, ranks)
         capacity = stored(state, "embedding").shape[0]
         if top_k is not None:
             check_size("top_k", top_k, most=capacity if group is None else None)
@@ -221,19 +222,31 @@ def exact_loss(
             queries,
             capacity,
             placement="sharded",
-            options=f"exact_loss in_batch={in_batch} ids={ids is not None} log_weights={log_weights is not None}",
+            options=(
+                f"exact_loss in_batch={in_batch} ids={ids is not None} log_weights={log_weights is not None} "
+                f"max_score={false_negatives.max_score is not None}"
+            ),
             seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
             top_k=0 if top_k is None else top_k,
+            exclude_ids=0 if false_negatives.ids is None else false_negatives.ids.shape[1],
             queries=rows,
             documents=documents.shape[0],
         )
-        exclude_ids = None if ids is None else ranks.gather(false_negative_ids(ids, rows, in_batch=in_batch))
+        similarity = Similarity(softmax_dtype(state, queries), scale, score_transform)
+        classes = batch_classes(rows, documents, ids, log_weights, in_batch, ranks)
+        batch_logits, positive = batch_scores(similarity, queries, classes, bool(in_batch), false_negatives)
+        with torch.no_grad():  # what is no negative is not a matter of degree
+            positives = positive_scores(similarity, queries, documents) if needs_positives(false_negatives) else None
+            exclusions = Exclusions.of(
+                queries,
+                None if ids is None else known_ids(ids, rows, in_batch=in_batch),
+                false_negatives,
+                max_score_of(false_negatives, queries, similarity.dtype, positives),
+            )
+            _, of_all = exclusions.gathered(queries[:0], ranks)
         # Each shard's part of the sum is made where the shard is, for the queries of all ranks.
         everyone = ranks.gather(queries)
-        matrix = score_matrix(state, everyone, scale=scale, score_transform=score_transform, exclude_ids=exclude_ids)
-        similarity = Similarity(matrix.queries.dtype, scale, score_transform)
-        classes = batch_classes(rows, documents, ids, log_weights, in_batch, ranks)
-        batch_logits, positive = _batch_scores(similarity, queries, classes, bool(in_batch))
+        matrix = score_matrix(state, everyone, scale=scale, score_transform=score_transform, exclusions=of_all)
         if top_k is None:
             cache_logit = cache_logsumexp(matrix)
             if ranks.name is not None:
@@ -259,16 +272,17 @@ def loss_terms(
     scale: float | Tensor,
     score_transform: ScoreTransform | None,
     in_batch: bool,
+    false_negatives: FalseNegatives,
     staleness_correction: str,
 ) -> Terms:
     """What `loss` is made of; `pool` are the draws to share, None if each query uses its own."""
     similarity = Similarity(draw.log_normalizer.dtype, scale, score_transform)
     with torch.autocast(queries.device.type, enabled=False):  # the softmax is computed in float32 or wider
-        batch_logits, positive = _batch_scores(similarity, queries, classes, in_batch)
-        cache_logit, log_importance = estimate_cache_logit(
+        batch_logits, positive = batch_scores(similarity, queries, classes, in_batch, false_negatives)
+        cache = estimate_cache_logit(
             similarity, queries, negatives, draw, pool, staleness_correction=staleness_correction
         )
-    return Terms(batch_logits, positive, cache_logit, log_importance)
+    return Terms(batch_logits, positive, cache)
 
 
 def cross_entropy(batch_logits: Tensor, cache_logit: Tensor, positive: Tensor) -> Tensor:
@@ -281,71 +295,3 @@ def reduce_loss(losses: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return losses
     return losses.mean() if reduction == "mean" else losses.sum()
-
-
-def false_negative_ids(ids: Tensor, queries: int, *, in_batch: InBatch) -> Tensor:
-    """What must not be drawn: with in-batch classes every document of the batch, else each query's positive."""
-    return ids if in_batch else ids[:queries, None]
-
-
-def check_in_batch(in_batch: InBatch, ranks: Ranks) -> None:
-    """Raises unless `in_batch` is known and possible."""
-    if not isinstance(in_batch, bool) and in_batch != "global":
-        raise ValueError(f"in_batch is {in_batch!r}; expected True, False or 'global'")
-    if in_batch == "global" and ranks.name is None:
-        raise ValueError("in_batch is 'global' without a group; expected group= as well")
-
-
-def check_batch(
-    queries: Tensor,
-    documents: Tensor,
-    in_batch: InBatch,
-    ids: Tensor | None,
-    log_weights: Tensor | None,
-    ranks: Ranks,
-) -> None:
-    """Raises unless the documents fit the queries, and ids and log-weights the documents."""
-    check_in_batch(in_batch, ranks)
-    check_embeddings("documents", documents, queries, at_least=queries.shape[0])
-    if ids is not None:
-        check_rows("ids", ids, torch.int64, documents.shape[0], queries.device)
-    if log_weights is not None:
-        check_rows("log_weights", log_weights, None, documents.shape[0], queries.device)
-
-
-def batch_classes(
-    queries: int,
-    documents: Tensor,
-    ids: Tensor | None,
-    log_weights: Tensor | None,
-    in_batch: InBatch,
-    ranks: Ranks,
-) -> Classes:
-    """The batch's own documents, or those of all ranks."""
-    if in_batch != "global":
-        return Classes(documents, ids, log_weights, 0)
-    documents = in_order(ranks.gather(documents), queries, ranks)
-    ids = None if ids is None else in_order(ranks.gather(ids), queries, ranks)
-    log_weights = None if log_weights is None else in_order(ranks.gather(log_weights), queries, ranks)
-    return Classes(documents, ids, log_weights, ranks.rank * queries)
-
-
-def _batch_scores(similarity: Similarity, queries: Tensor, classes: Classes, in_batch: bool) -> tuple[Tensor, Tensor]:
-    """Logits of the batch's classes [B, N] or [B, 1], and of the positives [B]."""
-    rows, first, log_weights = queries.shape[0], classes.first, classes.log_weights
-    if not in_batch:
-        positive = similarity.own(queries, classes.documents[:rows, None, :])
-        if log_weights is not None:
-            positive = positive + log_weights[:rows, None]
-        return positive, positive[:, 0]
-    scores = similarity.all(queries, classes.documents)
-    if log_weights is not None:
-        scores = scores + log_weights
-    own = torch.arange(rows, device=scores.device)[:, None] + first
-    positive = scores.gather(1, own).squeeze(1)
-    if classes.ids is not None:
-        ids = classes.ids
-        same = (ids[first : first + rows, None] == ids) & (ids >= 0)
-        is_positive = torch.arange(ids.shape[0], device=ids.device) == own
-        scores = scores.masked_fill((same | ~first_of_each(ids)) & ~is_positive, -_INFINITY)
-    return scores, positive

@@ -19,9 +19,16 @@ from torch.nn.functional import pad
 
 from negcache_fn.checks import check_size
 from negcache_fn.collectives import Ranks, Shards, agree, check_placement, distribute, fetch
+from negcache_fn.false_negatives import (
+    NO_FALSE_NEGATIVES,
+    Exclusions,
+    FalseNegatives,
+    check_false_negatives,
+    max_score_of,
+)
 from negcache_fn.mining import hardest_of_all
 from negcache_fn.random import gumbel
-from negcache_fn.scoring import check_search, full_precision, score_matrix
+from negcache_fn.scoring import check_search, full_precision, score_matrix, softmax_dtype
 from negcache_fn.state import scalar, segments, stored
 from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, after, reduce_blocks, score_blocks
 
@@ -46,6 +53,7 @@ class Draw(NamedTuple):
     log_weight: Tensor  # [B, k] float32
     source: Tensor  # [B, k] int64: of which of S merged caches the slot is
     cutoff: Tensor  # [B, S]: documents of that source with a lower score have probability 0; -inf without top_k
+    max_score: Tensor  # [B, S]: those with a higher one, log-weight not included, too; +inf without such a limit
     exclude_ids: Tensor  # [1 or B, P] int64: documents that have probability 0; P may be 0
 
 
@@ -57,6 +65,7 @@ def sample_gumbel(
     scale: float | Tensor = 1.0,
     score_transform: ScoreTransform | None = None,
     exclude_ids: Tensor | None = None,
+    false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
     top_k: int | None = None,
     group: torch.distributed.ProcessGroup | None = None,
     placement: str = "sharded",
@@ -72,8 +81,9 @@ def sample_gumbel(
         num_samples: k, draws per query, with replacement.
         scale: number or 0-d tensor.
         score_transform: elementwise function of the scaled inner products.
-        exclude_ids: int64 ids of documents that must not be drawn (false negatives), [P] for all queries or [B, P] for
-            each; -1 means none.
+        exclude_ids: int64 ids of documents that must not be drawn (positives, and what is a class already), [P] for
+            all queries or [B, P] for each; -1 means none.
+        false_negatives: what else is no negative of a query, by id or by score.
         top_k: restricts each query's softmax to its `top_k` highest scores, exactly, ties by slot.
         group: of ranks that draw together, each for its own queries: what they draw is what one rank draws that has
             the queries of all, in the order of ranks. Ids [P] are excluded for the queries of every rank.
@@ -85,7 +95,7 @@ def sample_gumbel(
 
     Raises:
         ValueError, TypeError: queries that are not [B, D] floating on the device of the state; non-positive
-            `num_samples`; `top_k` not in 1 ... C; `exclude_ids` of another shape or dtype.
+            `num_samples`; `top_k` not in 1 ... C; `exclude_ids` or `false_negatives` of another shape or dtype.
 
     Examples:
         >>> state = init_cache(8, 4, torch.zeros(1, 3))
@@ -100,16 +110,19 @@ def sample_gumbel(
     with ranks.checking():
         check_placement(placement, ranks)
         check_search(state, queries, scale, exclude_ids)
+        check_false_negatives(false_negatives, queries, knows_positives=False)
         check_draws(state, num_samples, top_k, ranks)
+        limit = max_score_of(false_negatives, queries, softmax_dtype(state, queries))
+        exclusions = Exclusions.of(queries, exclude_ids, false_negatives, limit)
     queries, shards = agree(
         ranks,
         queries,
         stored(state, "embedding").shape[0],
         placement=placement,
-        options=f"sample_gumbel exclude_ids={exclude_ids is not None and exclude_ids.ndim}",
+        options=f"sample_gumbel {exclusions.described}",
         seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
         top_k=0 if top_k is None else top_k,
-        exclude_ids=0 if exclude_ids is None else exclude_ids.shape[-1],
+        exclude_ids=exclusions.ids,
         queries=queries.shape[0],
         num_samples=num_samples,
     )
@@ -121,7 +134,7 @@ def sample_gumbel(
         num_samples=num_samples,
         scale=scale,
         score_transform=score_transform,
-        exclude_ids=exclude_ids,
+        exclusions=exclusions,
         top_k=top_k,
         also=[],
     )[0]
@@ -136,7 +149,7 @@ def draw_negatives(
     num_samples: int,
     scale: float | Tensor,
     score_transform: ScoreTransform | None,
-    exclude_ids: Tensor | None,
+    exclusions: Exclusions,
     top_k: int | None,
     also: list[Tensor],
 ) -> tuple[Draw, list[Tensor]]:
@@ -146,15 +159,14 @@ def draw_negatives(
     """
     rows = queries.shape[0]
     with torch.no_grad(), full_precision(state):  # sampling has no gradient
-        of_all = queries.new_empty(0, dtype=torch.int64) if exclude_ids is None else exclude_ids
         if shards.ranks.name is not None:
             # A shard is searched for the queries of all ranks.
-            everyone, of_all = ranks.gather_all(queries, of_all)
+            everyone, of_all = exclusions.gathered(queries, ranks)
         else:
-            everyone = queries
-            if of_all.shape[-1] > 0 and of_all.ndim == 1:
-                of_all = ranks.gather(of_all)
-        matrix = score_matrix(state, everyone, scale=scale, score_transform=score_transform, exclude_ids=of_all)
+            everyone, of_all = queries, exclusions
+            if of_all.for_all.shape[0] > 0:
+                of_all = of_all._replace(for_all=ranks.gather(of_all.for_all))
+        matrix = score_matrix(state, everyone, scale=scale, score_transform=score_transform, exclusions=of_all)
         first_row = ranks.rank * rows
         if top_k is not None:
             own_noise = _Noise.of(state, first_row, rows, num_samples)
@@ -163,8 +175,9 @@ def draw_negatives(
             first_row = first_row if shards.ranks.name is None else 0
             noise = _Noise.of(state, first_row, everyone.shape[0], num_samples)
             chosen = _merge_shards(_choose(matrix, noise, shards.first), shards.ranks)
-        excluded = of_all[None] if exclude_ids is None or of_all.ndim == 1 else exclude_ids
-        return _describe(state, chosen, shards, excluded, also)
+        # What is excluded for all is not among the draws, and needs no mention beside what is for each.
+        excluded = exclusions.for_each if exclusions.for_each.shape[1] > 0 else of_all.for_all[None]
+        return _describe(state, chosen, shards, exclusions.max_score, excluded, also)
 
 
 def check_draws(state: TensorDictBase, num_samples: int, top_k: int | None, ranks: Ranks) -> None:
@@ -220,6 +233,7 @@ def merge_draws(a: Draw, b: Draw) -> Draw:
         log_weight=winner(a.log_weight, b.log_weight),
         source=winner(a.source, b.source + a.cutoff.shape[1]),
         cutoff=torch.cat([a.cutoff, b.cutoff], dim=1),
+        max_score=torch.cat([a.max_score, b.max_score], dim=1),
         exclude_ids=a.exclude_ids,
     )
 
@@ -364,7 +378,12 @@ def _choose_among(scores: Tensor, slots: Tensor, noise: _Noise) -> _Chosen:
 
 
 def _describe(
-    state: TensorDictBase, chosen: _Chosen, shards: Shards, excluded: Tensor, also: list[Tensor]
+    state: TensorDictBase,
+    chosen: _Chosen,
+    shards: Shards,
+    max_score: Tensor | None,
+    excluded: Tensor,
+    also: list[Tensor],
 ) -> tuple[Draw, list[Tensor]]:
     # A comparison that NaN fails: queries that have diverged draw nothing, and their loss says so.
     drawn = (chosen.log_normalizer > -_INFINITY)[:, None]
@@ -381,6 +400,7 @@ def _describe(
         log_weight=torch.where(drawn, log_weight.view(slot.shape), 0.0),
         source=torch.zeros_like(slot),
         cutoff=chosen.cutoff,
+        max_score=torch.full_like(chosen.cutoff, _INFINITY) if max_score is None else max_score[:, None].clone(),
         exclude_ids=excluded,
     )
     return draw, others

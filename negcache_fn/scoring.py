@@ -7,11 +7,12 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn.checks import check_embeddings, check_ids, check_scale, check_state
+from negcache_fn.false_negatives import NO_FALSE_NEGATIVES, Exclusions
 from negcache_fn.ids import find_slots, without
 from negcache_fn.state import live, stored
 from negcache_fn.streaming import ScoreMatrix, ScoreTransform
 
-__all__ = ["Similarity", "check_search", "full_precision", "score", "score_matrix"]
+__all__ = ["Similarity", "check_search", "full_precision", "score", "score_matrix", "softmax_dtype"]
 
 _INFINITY = float("inf")
 
@@ -57,7 +58,7 @@ def check_search(
 ) -> None:
     """The checks that all who score queries against the cache share."""
     check_state(state)
-    check_embeddings("queries", queries, stored(state, "embedding"))
+    check_embeddings("queries", queries, stored(state, "embedding"), of="the cache")
     check_scale(scale, queries.device)
     if exclude_ids is not None:
         check_ids("exclude_ids", exclude_ids, queries)
@@ -69,20 +70,22 @@ def score_matrix(
     *,
     scale: float | Tensor,
     score_transform: ScoreTransform | None,
-    exclude_ids: Tensor | None = None,
+    exclusions: Exclusions | None = None,
 ) -> ScoreMatrix:
     """The (unevaluated) scores of `queries` against the cache, which `check_search` has seen."""
     embeddings = stored(state, "embedding")
-    excluded = torch.empty((queries.shape[0], 0), dtype=torch.int64, device=queries.device)
-    kept = live(state)
-    if exclude_ids is not None and exclude_ids.shape[-1] > 0:
-        if exclude_ids.ndim == 1:
-            kept = without(state, exclude_ids)
-        else:
-            excluded = find_slots(state, exclude_ids)
-    dtype = torch.promote_types(torch.promote_types(queries.dtype, embeddings.dtype), torch.float32)
+    if exclusions is None:
+        exclusions = Exclusions.of(queries, None, NO_FALSE_NEGATIVES, None)
+    kept = without(state, exclusions.for_all) if exclusions.for_all.shape[0] > 0 else live(state)
+    excluded = find_slots(state, exclusions.for_each) if exclusions.for_each.shape[1] > 0 else exclusions.for_each
+    dtype = softmax_dtype(state, queries)
     bias = stored(state, "log_weight").to(dtype).masked_fill(~kept, -_INFINITY)
-    return ScoreMatrix(queries.to(dtype) * scale, embeddings, bias, excluded, score_transform)
+    return ScoreMatrix(queries.to(dtype) * scale, embeddings, bias, excluded, exclusions.max_score, score_transform)
+
+
+def softmax_dtype(state: TensorDictBase, queries: Tensor) -> torch.dtype:
+    """The dtype of scores: float32 or wider."""
+    return torch.promote_types(torch.promote_types(queries.dtype, stored(state, "embedding").dtype), torch.float32)
 
 
 class Similarity(NamedTuple):

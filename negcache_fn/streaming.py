@@ -38,12 +38,16 @@ ScoreTransform = Callable[[Tensor], Tensor]
 
 
 class ScoreMatrix(NamedTuple):
-    """`scores[i, j] = transform(queries[i] . embeddings[j]) + bias[j]`, -inf where `j` is in `excluded[i]`."""
+    """`scores[i, j] = transform(queries[i] . embeddings[j]) + bias[j]`.
+
+    -inf where `j` is in `excluded[i]`, or the transformed product is above `max_score[i]`.
+    """
 
     queries: Tensor  # [B, D] float32 or float64, the scale folded in
     embeddings: Tensor  # [C, D], storage dtype
     bias: Tensor  # [C], dtype of the queries: log-weight, -inf at empty slots and at those excluded for all
     excluded: Tensor  # [B, P] int64 slots, -1: none; P may be 0
+    max_score: Tensor | None  # [B], dtype of the queries; None: no limit
     transform: ScoreTransform | None
 
 
@@ -51,20 +55,24 @@ def reduce_blocks(matrix: ScoreMatrix, reduction: str) -> Tensor:
     """[B, ceil(C / BLOCK)]: the "logsumexp" or "max" of every block of scores, in one streaming pass."""
     if matrix.transform is not None:
         return _reduce_blocks(*matrix, reduction)
-    return cast(Tensor, _reduce_blocks_op(*matrix[:4], reduction))
+    return cast(Tensor, _reduce_blocks_op(*matrix[:5], reduction))
 
 
 def score_blocks(matrix: ScoreMatrix, blocks: Tensor) -> Tensor:
-    """[B, m, BLOCK]: the scores in the blocks [B, m] chosen for each query."""
+    """[B, m, BLOCK]: the scores in the blocks [B, m] chosen for each query.
+
+    The lowest score of a block is never above `max_score`: a block that was chosen has something to draw, even where
+    rounding here differs from that of the pass that chose it.
+    """
     if matrix.transform is not None:
         return _score_blocks(*matrix, blocks)
-    return cast(Tensor, _score_blocks_op(*matrix[:4], blocks))
+    return cast(Tensor, _score_blocks_op(*matrix[:5], blocks))
 
 
 def cache_logsumexp(matrix: ScoreMatrix) -> Tensor:
     """[B]: log-sum-exp of every row. Differentiable in the queries by recomputation: memory stays O(B * chunk)."""
     if matrix.transform is None:
-        return cast(Tensor, _cache_logsumexp_op(*matrix[:4]))
+        return cast(Tensor, _cache_logsumexp_op(*matrix[:5]))
     parts = [
         cast(Tensor, checkpoint(_chunk_logsumexp, *matrix, start, use_reentrant=False))
         for start in range(0, matrix.embeddings.shape[0], _CHUNK)
@@ -88,14 +96,23 @@ def _transformed(products: Tensor, transform: ScoreTransform | None) -> Tensor:
 
 
 def _chunk_scores(
-    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, transform: ScoreTransform | None, start: int
+    queries: Tensor,
+    embeddings: Tensor,
+    bias: Tensor,
+    excluded: Tensor,
+    max_score: Tensor | None,
+    transform: ScoreTransform | None,
+    start: int,
 ) -> Tensor:
     """Scores of the slots `start ... start + _CHUNK - 1`, [B, a multiple of BLOCK], filled up with -inf."""
-    rows = embeddings[start : start + _CHUNK].to(queries.dtype)
-    if transform is None:
-        scores = torch.addmm(bias[start : start + _CHUNK], queries, rows.T)
+    rows, bias = embeddings[start : start + _CHUNK].to(queries.dtype), bias[start : start + _CHUNK]
+    if transform is None and max_score is None:
+        scores = torch.addmm(bias, queries, rows.T)
     else:
-        scores = transform(queries @ rows.T) + bias[start : start + _CHUNK]
+        products = _transformed(queries @ rows.T, transform)
+        scores = products + bias
+        if max_score is not None:
+            scores = scores.masked_fill(products > max_score[:, None], -_INFINITY)
     width = scores.shape[1]
     if width % BLOCK:
         scores = pad(scores, (0, -width % BLOCK), value=-_INFINITY)
@@ -112,12 +129,13 @@ def _reduce_blocks(
     embeddings: Tensor,
     bias: Tensor,
     excluded: Tensor,
+    max_score: Tensor | None,
     transform: ScoreTransform | None,
     reduction: str,
 ) -> Tensor:
     parts: list[Tensor] = []
     for start in range(0, embeddings.shape[0], _CHUNK):
-        blocks = _chunk_scores(queries, embeddings, bias, excluded, transform, start)
+        blocks = _chunk_scores(queries, embeddings, bias, excluded, max_score, transform, start)
         blocks = blocks.view(blocks.shape[0], -1, BLOCK)
         parts.append(blocks.amax(-1) if reduction == "max" else blocks.logsumexp(-1))
     return torch.cat(parts, dim=1)
@@ -128,6 +146,7 @@ def _score_blocks(
     embeddings: Tensor,
     bias: Tensor,
     excluded: Tensor,
+    max_score: Tensor | None,
     transform: ScoreTransform | None,
     blocks: Tensor,
 ) -> Tensor:
@@ -142,22 +161,35 @@ def _score_blocks(
         outside = slots >= capacity
         slots = slots.clamp(max=capacity - 1)
         products = torch.bmm(embeddings[slots].to(queries.dtype), queries[row, :, None]).squeeze(-1)
+        products = _transformed(products, transform)
         outside |= (slots[:, :, None] == excluded[row, None, :]).any(-1)
-        parts.append((_transformed(products, transform) + bias[slots]).masked_fill(outside, -_INFINITY))
+        scores = (products + bias[slots]).masked_fill(outside, -_INFINITY)
+        if max_score is not None:
+            lowest = products.masked_fill(scores == -_INFINITY, _INFINITY).amin(-1)
+            scores = scores.masked_fill(products > torch.maximum(max_score[row], lowest)[:, None], -_INFINITY)
+        parts.append(scores)
     return torch.cat(parts).view(*blocks.shape, BLOCK)
 
 
 def _chunk_logsumexp(
-    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, transform: ScoreTransform | None, start: int
+    queries: Tensor,
+    embeddings: Tensor,
+    bias: Tensor,
+    excluded: Tensor,
+    max_score: Tensor | None,
+    transform: ScoreTransform | None,
+    start: int,
 ) -> Tensor:
-    return logsumexp(_chunk_scores(queries, embeddings, bias, excluded, transform, start))
+    return logsumexp(_chunk_scores(queries, embeddings, bias, excluded, max_score, transform, start))
 
 
-def _block_logsumexp(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
+def _block_logsumexp(
+    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None
+) -> Tensor:
     for kernels in (cpu, cuda):
         if kernels.supports(queries, embeddings):
-            return kernels.block_logsumexp(queries, embeddings, bias, excluded)
-    return _reduce_blocks(queries, embeddings, bias, excluded, None, "logsumexp")
+            return kernels.block_logsumexp(queries, embeddings, bias, excluded, max_score)
+    return _reduce_blocks(queries, embeddings, bias, excluded, max_score, None, "logsumexp")
 
 
 @torch.library.custom_op("negcache_fn::after", mutates_args=())
@@ -171,67 +203,91 @@ def _(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("negcache_fn::reduce_blocks", mutates_args=())
-def _reduce_blocks_op(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, reduction: str) -> Tensor:
+def _reduce_blocks_op(
+    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, reduction: str
+) -> Tensor:
     if reduction == "logsumexp":
-        return _block_logsumexp(queries, embeddings, bias, excluded)
-    return _reduce_blocks(queries, embeddings, bias, excluded, None, reduction)
+        return _block_logsumexp(queries, embeddings, bias, excluded, max_score)
+    return _reduce_blocks(queries, embeddings, bias, excluded, max_score, None, reduction)
 
 
 @_reduce_blocks_op.register_fake
-def _(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, reduction: str) -> Tensor:
+def _(
+    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, reduction: str
+) -> Tensor:
     return queries.new_empty(queries.shape[0], -(-embeddings.shape[0] // BLOCK))
 
 
 @torch.library.custom_op("negcache_fn::score_blocks", mutates_args=())
-def _score_blocks_op(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, blocks: Tensor) -> Tensor:
+def _score_blocks_op(
+    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, blocks: Tensor
+) -> Tensor:
     if cpu.supports(queries, embeddings):
-        return cpu.score_blocks(queries, embeddings, bias, excluded, blocks)
-    return _score_blocks(queries, embeddings, bias, excluded, None, blocks)
+        return cpu.score_blocks(queries, embeddings, bias, excluded, max_score, blocks)
+    return _score_blocks(queries, embeddings, bias, excluded, max_score, None, blocks)
 
 
 @_score_blocks_op.register_fake
-def _(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, blocks: Tensor) -> Tensor:
+def _(
+    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, blocks: Tensor
+) -> Tensor:
     return queries.new_empty(*blocks.shape, BLOCK)
 
 
 @torch.library.custom_op("negcache_fn::cache_logsumexp", mutates_args=())
-def _cache_logsumexp_op(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
-    return _block_logsumexp(queries, embeddings, bias, excluded).logsumexp(1)
+def _cache_logsumexp_op(
+    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None
+) -> Tensor:
+    return _block_logsumexp(queries, embeddings, bias, excluded, max_score).logsumexp(1)
 
 
 @_cache_logsumexp_op.register_fake
-def _(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
+def _(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None) -> Tensor:
     return queries.new_empty(queries.shape[0])
 
 
 @torch.library.custom_op("negcache_fn::cache_logsumexp_backward", mutates_args=())
 def _cache_logsumexp_backward_op(
-    gradient: Tensor, logsumexp: Tensor, queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor
+    gradient: Tensor,
+    logsumexp: Tensor,
+    queries: Tensor,
+    embeddings: Tensor,
+    bias: Tensor,
+    excluded: Tensor,
+    max_score: Tensor | None,
 ) -> Tensor:
     # Of an empty row nothing is taken: its scores are -inf, so that any finite stand-in gives probability 0.
     normalizer = torch.where(logsumexp > -_INFINITY, logsumexp, 0.0)[:, None]
     total = torch.zeros_like(queries)
     for start in range(0, embeddings.shape[0], _CHUNK):
         rows = embeddings[start : start + _CHUNK].to(queries.dtype)
-        scores = _chunk_scores(queries, embeddings, bias, excluded, None, start)[:, : rows.shape[0]]
+        scores = _chunk_scores(queries, embeddings, bias, excluded, max_score, None, start)[:, : rows.shape[0]]
         total.addmm_((scores - normalizer).exp_().mul_(gradient[:, None]), rows)
     return total
 
 
 @_cache_logsumexp_backward_op.register_fake
 def _(
-    gradient: Tensor, logsumexp: Tensor, queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor
+    gradient: Tensor,
+    logsumexp: Tensor,
+    queries: Tensor,
+    embeddings: Tensor,
+    bias: Tensor,
+    excluded: Tensor,
+    max_score: Tensor | None,
 ) -> Tensor:
     return torch.empty_like(queries)
 
 
-def _save_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(output, *inputs)
+def _save_for_backward(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor | None, ...], output: Tensor
+) -> None:
+    ctx.save_for_backward(output, *inputs)  # pyright: ignore[reportArgumentType] - None is one of them
 
 
 def _cache_logsumexp_gradient(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    saved = cast("tuple[Tensor, ...]", ctx.saved_tensors)  # pyright: ignore[reportAttributeAccessIssue]
-    return cast(Tensor, _cache_logsumexp_backward_op(gradient.contiguous(), *saved)), None, None, None
+    saved = cast("tuple[Tensor | None, ...]", ctx.saved_tensors)  # pyright: ignore[reportAttributeAccessIssue]
+    return cast(Tensor, _cache_logsumexp_backward_op(gradient.contiguous(), *saved)), None, None, None, None
 
 
 _cache_logsumexp_op.register_autograd(_cache_logsumexp_gradient, setup_context=_save_for_backward)

@@ -1,5 +1,6 @@
 """The assembly: one training step made of the pure functions."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -15,24 +16,30 @@ from negcache_fn.checks import (
     check_size,
     check_state,
 )
-from negcache_fn.collectives import Ranks, agree, check_placement, distribute, fetch
+from negcache_fn.classes import Classes, InBatch, check_in_batch, known_ids, positive_scores
+from negcache_fn.collectives import agree, check_placement, distribute, fetch
 from negcache_fn.estimator import STALENESS_CORRECTIONS, pool_draws
+from negcache_fn.false_negatives import (
+    NO_FALSE_NEGATIVES,
+    Exclusions,
+    FalseNegatives,
+    check_false_negatives,
+    max_score_of,
+    needs_positives,
+)
 from negcache_fn.features import Features, fit, leaves, map_features
+from negcache_fn.metrics import count_not_storable, step_metrics
 from negcache_fn.objective import (
     REDUCTIONS,
-    Classes,
-    InBatch,
-    Terms,
-    check_in_batch,
     cross_entropy,
-    false_negative_ids,
     loss_terms,
     reduce_loss,
 )
 from negcache_fn.sampling import Draw, check_draws, draw_negatives
+from negcache_fn.scoring import Similarity, full_precision, softmax_dtype
 from negcache_fn.state import as_features, feature_leaves, live, lowest, scalar, stored, stored_features
 from negcache_fn.streaming import ScoreTransform
-from negcache_fn.updating import EVICTIONS, Arrivals, copy_state, storable, write_
+from negcache_fn.updating import Arrivals, Evict, check_evict, copy_state, write_
 
 __all__ = ["StepOutput", "step", "step_"]
 
@@ -62,11 +69,12 @@ def step(
     ids: Tensor | None = None,
     log_weights: Tensor | None = None,
     mask: Tensor | None = None,
+    false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
     share_draws: bool = True,
     staleness_correction: str = "self_normalized",
     reduction: str = "mean",
-    refresh_stalest: int = 0,
-    evict: str = "lru",
+    refresh_stalest: float = 0,
+    evict: Evict = "lru",
     group: torch.distributed.ProcessGroup | None = None,
     placement: str = "sharded",
 ) -> StepOutput:
@@ -74,6 +82,9 @@ def step(
 
     `encode` is called once, on the N documents, the B * k drawn ones and the `refresh_stalest` stalest ones of the
     cache (whose gradient is cut). What was drawn or refreshed gets its fresh embedding, then the N documents come in.
+
+    Where gradients are off (`torch.no_grad()`), the step is an evaluation: loss and metrics are the same, nothing is
+    written, and the state that comes back is the one that was given.
 
     Args:
         state: the cache, C slots.
@@ -90,11 +101,14 @@ def step(
             a class in the batch, is no negative; a document whose id is cached replaces that one.
         log_weights: [N] floating, added to the documents' scores, now and while they are cached.
         mask: [N] bool, False for documents not to be cached; they are in the loss all the same.
+        false_negatives: what else is no negative of a query, by id or by score. If its `max_score` is a function of
+            the positives' scores, `encode` is called twice: on the documents, then on what is drawn.
         share_draws: whether every query uses every draw.
         staleness_correction: "none", "self_normalized" or "unnormalized", see `loss`.
         reduction: "mean", "sum" or "none".
-        refresh_stalest: how many of the oldest embeddings to renew besides (each rank so many).
-        evict: "lru" or "fifo", see `update`.
+        refresh_stalest: how many of the oldest embeddings to renew besides (each rank so many); a float below 1 is
+            that share of the slots (of each rank's).
+        evict: "lru", "fifo" or the priorities [C] of the slots, see `update`.
         group: of ranks that train together, each with its own queries and documents: draws, losses and states are those
             of one rank that has the queries, the positives and the further candidates of all, in the order of ranks.
             The loss is that of this rank's queries; see docs/scaling.md for gradients.
@@ -109,6 +123,8 @@ def step(
         - `cache_age_steps`, `draw_age_steps`: mean age of the embeddings, of all and of the drawn;
         - `drift`: mean `|fresh - stale|^2 / |fresh|^2` of the drawn;
         - `effective_sample_size`: mean `(sum w)^2 / sum w^2` of the weights with which a query uses the draws;
+        - `unique_draws`: distinct documents among the draws, as a share of the draws;
+        - `masked_pairs`: share of the pairs of a query and a draw that are false negatives, by id or by score;
         - `non_finite`: rows that were not written because they were not finite.
 
         With a group they are those of all ranks' queries and the whole cache.
@@ -129,7 +145,7 @@ def step(
     Reference: Lindgren et al., NeurIPS 2021, algorithm 1.
     """
     return step_(
-        copy_state(state),
+        copy_state(state) if torch.is_grad_enabled() else state,
         queries,
         documents,
         encode,
@@ -141,6 +157,7 @@ def step(
         ids=ids,
         log_weights=log_weights,
         mask=mask,
+        false_negatives=false_negatives,
         share_draws=share_draws,
         staleness_correction=staleness_correction,
         reduction=reduction,
@@ -165,11 +182,12 @@ def step_(
     ids: Tensor | None = None,
     log_weights: Tensor | None = None,
     mask: Tensor | None = None,
+    false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
     share_draws: bool = True,
     staleness_correction: str = "self_normalized",
     reduction: str = "mean",
-    refresh_stalest: int = 0,
-    evict: str = "lru",
+    refresh_stalest: float = 0,
+    evict: Evict = "lru",
     group: torch.distributed.ProcessGroup | None = None,
     placement: str = "sharded",
 ) -> StepOutput:
@@ -190,12 +208,12 @@ def step_(
             raise TypeError(f"encode is a {type(encode).__name__}; expected a function of features, such as a module")
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("staleness_correction", staleness_correction, STALENESS_CORRECTIONS)
-        check_choice("evict", evict, tuple(EVICTIONS))
+        evict_kind = check_evict(evict, stored(state, "embedding"))
         check_in_batch(in_batch, ranks)
         check_scale(scale, stored(state, "embedding").device)
         capacity = stored(state, "embedding").shape[0]
         most = capacity if placement == "sharded" else capacity // ranks.size
-        check_size("refresh_stalest", refresh_stalest, least=0, most=most)
+        to_refresh = _number_to_refresh(refresh_stalest, capacity, most)
         check_draws(state, num_samples, top_k, ranks)
         documents, rows = _fit_documents(state, queries, documents, most)
         for name, values, dtype in (
@@ -205,23 +223,42 @@ def step_(
         ):
             if values is not None:
                 check_rows(name, values, dtype, rows, queries.device)
+        check_false_negatives(false_negatives, queries, knows_positives=True)
+    training = torch.is_grad_enabled()
     queries, shards = agree(
         ranks,
         queries,
         capacity,
         placement=placement,
         options=(
-            f"step in_batch={in_batch} share_draws={share_draws} evict={evict} "
-            f"ids={ids is not None} log_weights={log_weights is not None}"
+            f"step in_batch={in_batch} share_draws={share_draws} evict={evict_kind} "
+            f"ids={ids is not None} log_weights={log_weights is not None} "
+            f"max_score={false_negatives.max_score is not None} gradients={training}"
         ),
         seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
         top_k=0 if top_k is None else top_k,
+        exclude_ids=0 if false_negatives.ids is None else false_negatives.ids.shape[1],
         queries=queries.shape[0],
         documents=rows,
         num_samples=num_samples,
-        refresh_stalest=refresh_stalest,
+        refresh_stalest=to_refresh,
     )
     batch = queries.shape[0]
+    cached_embeddings = stored(state, "embedding")
+
+    encoded_first: Tensor | None = None
+    positives: Tensor | None = None
+    if needs_positives(false_negatives):
+        encoded_first = _encode(encode, documents, rows, cached_embeddings)
+        with torch.no_grad(), full_precision(state):  # a limit is a constant
+            similarity = Similarity(softmax_dtype(state, queries), scale, score_transform)
+            positives = positive_scores(similarity, queries, encoded_first)
+    exclusions = Exclusions.of(
+        queries,
+        None if ids is None else known_ids(ids, batch, in_batch=in_batch),
+        false_negatives,
+        max_score_of(false_negatives, queries, softmax_dtype(state, queries), positives),
+    )
 
     leaves_of_state = [*feature_leaves(state), stored(state, "embedded_at")]
     draw, rows_of_draws = draw_negatives(
@@ -232,7 +269,7 @@ def step_(
         num_samples=num_samples,
         scale=scale,
         score_transform=score_transform,
-        exclude_ids=None if ids is None else false_negative_ids(ids, batch, in_batch=in_batch),
+        exclusions=exclusions,
         top_k=top_k,
         also=leaves_of_state,
     )
@@ -240,15 +277,19 @@ def step_(
     drawn = slots.shape[0]
     *cached, drawn_at = rows_of_draws
     oldest = slots[:0]
-    if refresh_stalest:
-        oldest = lowest(stored(state, "embedded_at"), refresh_stalest * ranks.size, skip=~live(state), shards=shards)
+    if to_refresh:
+        oldest = lowest(stored(state, "embedded_at"), to_refresh * ranks.size, skip=~live(state), shards=shards)
         own_oldest = ranks.own(oldest)
         slots = torch.cat([slots, own_oldest])
         cached = [
             torch.cat(rows) for rows in zip(cached, fetch(feature_leaves(state), own_oldest, shards), strict=True)
         ]
-    embeddings = encode(_join(documents, cast(Features, as_features(state, cached)), slots))
-    check_embeddings("the output of encode", embeddings, stored(state, "embedding"), rows=rows + slots.shape[0])
+    from_cache = _with_stand_ins(documents, cast(Features, as_features(state, cached)), slots)
+    if encoded_first is None:
+        together = map_features(_joined, documents, from_cache)
+        embeddings = _encode(encode, together, rows + slots.shape[0], cached_embeddings)
+    else:
+        embeddings = torch.cat([encoded_first, _encode(encode, from_cache, slots.shape[0], cached_embeddings)])
     of_documents, of_draws, of_oldest = torch.split(embeddings, [rows, drawn, slots.shape[0] - drawn])
 
     # What is needed of other ranks' documents goes with a gradient only where the loss uses it.
@@ -269,25 +310,27 @@ def step_(
         scale=scale,
         score_transform=score_transform,
         in_batch=bool(in_batch),
+        false_negatives=false_negatives,
         staleness_correction=staleness_correction,
     )
-    loss = reduce_loss(cross_entropy(terms.batch_logits, terms.cache_logit, terms.positive), reduction)
+    loss = reduce_loss(cross_entropy(terms.batch_logits, terms.cache.logit, terms.positive), reduction)
     with torch.no_grad():  # what is looked at or cached has no gradient
-        not_written = _count_not_storable(state, embeddings, mask, slots)
-        metrics = _metrics(state, draw, terms, of_draws, drawn_at, not_written, ranks)
         if pool is None:
             fresh_slots, fresh = ranks.gather_all(slots[:drawn], of_draws)
         else:
             fresh_slots, fresh = pool.slot, pool.negatives
-        if refresh_stalest:
-            fresh_slots, fresh = torch.cat([fresh_slots, oldest]), torch.cat([fresh, ranks.gather(of_oldest)])
-        write_(state, arrivals, (fresh_slots, fresh), shards, evict=evict)
+        not_written = count_not_storable(state, embeddings, mask, slots)
+        metrics = step_metrics(state, draw, terms, of_draws, drawn_at, fresh_slots, not_written, ranks)
+        if training:
+            if to_refresh:
+                fresh_slots, fresh = torch.cat([fresh_slots, oldest]), torch.cat([fresh, ranks.gather(of_oldest)])
+            write_(state, arrivals, (fresh_slots, fresh), shards, evict=evict)
     return StepOutput(loss, state, metrics, draw)
 
 
 def _fit_documents(state: TensorDictBase, queries: Tensor, documents: Features, most: int) -> tuple[Features, int]:
     """The documents, as wide as the cache stores them, and their number."""
-    check_embeddings("queries", queries, stored(state, "embedding"))
+    check_embeddings("queries", queries, stored(state, "embedding"), of="the cache")
     name, leaf = next(leaves(documents, "documents"), ("documents", None))
     if leaf is None or leaf.ndim == 0:
         raise ValueError(f"{name} holds no rows; expected features of at least {queries.shape[0]} documents")
@@ -297,71 +340,39 @@ def _fit_documents(state: TensorDictBase, queries: Tensor, documents: Features, 
             f"{name} has {rows} rows; expected at least {queries.shape[0]}, the number of queries, "
             f"and at most {most}, the capacity of the cache (per rank)"
         )
-    return fit(stored_features(state), documents, rows, "documents"), rows
+    return fit(stored_features(state), documents, rows, "documents", queries.device), rows
 
 
-def _join(documents: Features, cached: Features, slots: Tensor) -> Features:
-    """The batch's documents, then the cached ones; where there is no slot, one of the batch stands in.
+def _number_to_refresh(refresh_stalest: float, capacity: int, most: int) -> int:
+    """How many slots that is, checked."""
+    if isinstance(refresh_stalest, float):
+        if not 0.0 <= refresh_stalest < 1.0:
+            raise ValueError(f"refresh_stalest is {refresh_stalest}; expected a number of slots, or a share in 0 ... 1")
+        refresh_stalest = math.ceil(refresh_stalest * capacity)
+    check_size("refresh_stalest", refresh_stalest, least=0, most=most)
+    return refresh_stalest
+
+
+def _encode(encode: Encoder, features: Features, rows: int, like: Tensor) -> Tensor:
+    """[rows, D], checked."""
+    embeddings = encode(features)
+    check_embeddings("the output of encode", embeddings, like, of="the cache", rows=rows)
+    return embeddings
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    return torch.cat([first, second])
+
+
+def _with_stand_ins(documents: Features, cached: Features, slots: Tensor) -> Features:
+    """Cached documents; where there is no slot, one of the batch.
 
     A stand-in keeps the shapes fixed and the encoder away from the zeros of an empty slot; it has no part in the loss.
     """
 
-    def join(of_batch: Tensor, of_cache: Tensor) -> Tensor:
-        stand_in = of_batch[torch.arange(slots.shape[0], device=slots.device) % of_batch.shape[0]]
+    def stand_in(of_batch: Tensor, of_cache: Tensor) -> Tensor:
+        rows = of_batch[torch.arange(slots.shape[0], device=slots.device) % of_batch.shape[0]]
         exists = (slots >= 0).view(-1, *[1] * (of_cache.ndim - 1))
-        return torch.cat([of_batch, torch.where(exists, of_cache, stand_in)])
+        return torch.where(exists, of_cache, rows)
 
-    return map_features(join, documents, cached)
-
-
-def _metrics(
-    state: TensorDictBase,
-    draw: Draw,
-    terms: Terms,
-    fresh: Tensor,
-    drawn_at: Tensor,
-    not_written: Tensor,
-    ranks: Ranks,
-) -> dict[str, Tensor]:
-    exact = cross_entropy(terms.batch_logits, draw.log_normalizer, terms.positive)
-    step, embedded_at, drawn = scalar(state, "step"), stored(state, "embedded_at"), draw.slot >= 0
-    capacity = embedded_at.new_tensor(embedded_at.shape[0])
-    documents = live(state).sum()
-    # Empty slots, whose entry is -1, are added back: no tensor of C ages.
-    embedded_at_sum = embedded_at.sum() + capacity - documents
-    fresh = fresh.to(draw.log_normalizer.dtype)
-    difference = fresh - draw.embedding.flatten(0, 1)
-    drift = difference.square().sum(-1) / fresh.square().sum(-1)
-    sample_size = (2 * terms.log_importance.logsumexp(-1) - (2 * terms.log_importance).logsumexp(-1)).exp()
-    queries = capacity.new_tensor(exact.shape[0])
-    ratios = {
-        "exact_loss": (exact.sum(), queries),
-        "positive_probability": ((-exact).exp().sum(), queries),
-        "occupancy": (documents, capacity),
-        "cache_age_steps": (step * documents - embedded_at_sum, documents),
-        "draw_age_steps": _sum_where(step - drawn_at, drawn.flatten()),
-        "drift": _sum_where(drift, drawn.flatten()),
-        "effective_sample_size": _sum_where(sample_size, drawn[:, 0]),
-    }
-    totals = [value for ratio in ratios.values() for value in ratio] + [not_written]
-    if ranks.name is not None:
-        totals = list(ranks.total(torch.stack([value.double() for value in totals])).unbind())
-    dtype = exact.dtype
-    metrics = {
-        name: total.to(dtype) / count.to(dtype).clamp(min=1)
-        for name, total, count in zip(ratios, totals[:-1:2], totals[1::2], strict=True)
-    }
-    metrics["non_finite"] = totals[-1].to(not_written.dtype)
-    return metrics
-
-
-def _sum_where(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and number of the values that count."""
-    return torch.where(where, values, torch.zeros_like(values)).sum(), where.sum()
-
-
-def _count_not_storable(state: TensorDictBase, embeddings: Tensor, mask: Tensor | None, slots: Tensor) -> Tensor:
-    rows = embeddings.shape[0] - slots.shape[0]
-    to_insert = torch.ones(rows, dtype=torch.bool, device=slots.device) if mask is None else mask
-    to_write = torch.cat([to_insert, slots >= 0])
-    return (to_write & ~storable(embeddings, stored(state, "embedding").dtype)).sum()
+    return map_features(stand_in, documents, cached)

@@ -4,21 +4,23 @@
 whatever the data, so that both compile: a row that must not be written repeats the write of one that must.
 """
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from negcache_fn.checks import check_choice, check_embeddings, check_rows, check_slots, check_state
+from negcache_fn.checks import check_embeddings, check_rows, check_slots, check_state
 from negcache_fn.collectives import Ranks, Shards, agree, check_placement, distribute, in_order
-from negcache_fn.features import Features, fit, leaves, map_features, nested_as
+from negcache_fn.features import Features, fit, leaves, map_features, moved, nested_as
 from negcache_fn.ids import find_slots, last_of_each
-from negcache_fn.state import lock, lowest, scalar, stored, stored_features
+from negcache_fn.state import live, lock, lowest, scalar, stored, stored_features
 
-__all__ = ["EVICTIONS", "Arrivals", "copy_state", "storable", "update", "update_", "write_"]
+__all__ = ["Arrivals", "Evict", "check_evict", "copy_state", "storable", "update", "update_", "write_"]
 
-EVICTIONS = {"lru": "embedded_at", "fifo": "inserted_at"}
+Evict: TypeAlias = str | Tensor
+
+_EVICTIONS = {"lru": "embedded_at", "fifo": "inserted_at"}
 
 
 def update(
@@ -30,7 +32,7 @@ def update(
     log_weights: Tensor | None = None,
     mask: Tensor | None = None,
     refresh: tuple[Tensor, Tensor] | None = None,
-    evict: str = "lru",
+    evict: Evict = "lru",
     group: torch.distributed.ProcessGroup | None = None,
     placement: str = "sharded",
 ) -> TensorDictBase:
@@ -49,7 +51,9 @@ def update(
         mask: [N] bool, False for rows to leave out.
         refresh: slots [R] int64 and their fresh embeddings [R, D]; negative and empty slots are ignored, and of
             several rows for one slot the last counts. The documents' age is that of their embedding from then on.
-        evict: "lru" (oldest embedding) or "fifo" (oldest insertion).
+        evict: "lru" (oldest embedding), "fifo" (oldest insertion), or the priority of every slot here, [C] floating or
+            int64: the lowest leave first. NaN counts as -inf; floats are rounded to float32, integers beyond 32 bits
+            count as the nearest within. If the cache is replicated, the same on every rank.
         group: of ranks that share a cache: the documents of all come in, in the order of ranks, and slots are numbers
             of all its slots.
         placement: "sharded": each rank has a part of the cache; "replicated": each has the whole.
@@ -59,7 +63,7 @@ def update(
 
     Raises:
         ValueError, TypeError: features unlike those of the cache; N > C; shapes, dtypes or devices that do not fit; an
-            unknown `evict`. Nothing has been written then.
+            unknown `evict`; priorities of another shape, dtype or device. Nothing has been written then.
 
     Examples:
         >>> state = init_cache(8, 4, {"input_ids": torch.zeros(1, 5, dtype=torch.int64)})
@@ -90,7 +94,7 @@ def update_(
     log_weights: Tensor | None = None,
     mask: Tensor | None = None,
     refresh: tuple[Tensor, Tensor] | None = None,
-    evict: str = "lru",
+    evict: Evict = "lru",
     group: torch.distributed.ProcessGroup | None = None,
     placement: str = "sharded",
 ) -> TensorDictBase:
@@ -106,19 +110,19 @@ def update_(
         check_placement(placement, ranks)
         check_state(state)
         cached = stored(state, "embedding")
-        check_embeddings("embeddings", embeddings, cached)
+        check_embeddings("embeddings", embeddings, cached, of="the cache")
         rows, device = embeddings.shape[0], cached.device
         most = cached.shape[0] if placement == "sharded" else cached.shape[0] // ranks.size
         if rows > most:
             raise ValueError(f"embeddings has {rows} rows; expected at most {most}, the capacity of the cache per rank")
-        features = fit(stored_features(state), features, rows, "features")
+        features = fit(stored_features(state), features, rows, "features", device)
         if ids is not None:
             check_rows("ids", ids, torch.int64, rows, device)
         if log_weights is not None:
             check_rows("log_weights", log_weights, None, rows, device)
         if mask is not None:
             check_rows("mask", mask, torch.bool, rows, device)
-        check_choice("evict", evict, tuple(EVICTIONS))
+        evict_kind = check_evict(evict, cached)
         if refresh is not None:
             _check_refresh(refresh, cached)
     embeddings, shards = agree(
@@ -126,7 +130,7 @@ def update_(
         embeddings,
         cached.shape[0],
         placement=placement,
-        options=f"update evict={evict}",
+        options=f"update evict={evict_kind}",
         seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
         documents=rows,
         num_samples=0 if refresh is None else refresh[0].shape[0],
@@ -188,7 +192,7 @@ def write_(
     refresh: tuple[Tensor, Tensor] | None,
     shards: Shards,
     *,
-    evict: str,
+    evict: Evict,
 ) -> TensorDictBase:
     """`update_` with what all ranks bring; each writes what belongs into its slots."""
     with torch.no_grad():  # what is cached is a constant
@@ -197,6 +201,22 @@ def write_(
         _insert_(state, arrivals, shards, evict)
         scalar(state, "step").add_(1)
     return state
+
+
+def check_evict(evict: Any, cached: Tensor) -> str:
+    """Raises unless `evict` fits embeddings [C, D]; returns its kind, on which all ranks must agree."""
+    if not isinstance(evict, Tensor):
+        if not isinstance(evict, str) or evict not in _EVICTIONS:
+            known = ", ".join(map(repr, _EVICTIONS))
+            raise ValueError(f"evict is {evict!r}; expected {known} or a tensor of priorities")
+        return evict
+    if evict.shape != cached.shape[:1]:
+        raise ValueError(f"evict has shape {tuple(evict.shape)}; expected [{cached.shape[0]}], one priority per slot")
+    if not evict.dtype.is_floating_point and evict.dtype != torch.int64:
+        raise TypeError(f"evict has dtype {evict.dtype}; expected a floating dtype or torch.int64")
+    if evict.device != cached.device:
+        raise ValueError(f"evict is on {evict.device}; expected {cached.device}, the device of the cache")
+    return f"priorities of {evict.dtype}"
 
 
 def copy_state(state: TensorDictBase) -> TensorDictBase:
@@ -234,7 +254,7 @@ def _refresh_(state: TensorDictBase, slots: Tensor, embeddings: Tensor, shards: 
     _write_(embedded_at, target, scalar(state, "step").expand_as(target))
 
 
-def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, evict: str) -> None:
+def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, evict: Evict) -> None:
     cached, ids = stored(state, "embedding"), arrivals.ids
     capacity = cached.shape[0]
     wanted = arrivals.mask & storable(arrivals.embeddings, cached.dtype) & (arrivals.log_weights < float("inf"))
@@ -244,7 +264,7 @@ def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, evict: s
     # Slots that are replaced by id are not for others to take.
     is_replaced = torch.zeros(capacity + 1, dtype=torch.bool, device=cached.device)
     is_replaced = is_replaced.scatter(0, torch.where(replaced_here >= 0, replaced_here, capacity), True)[:capacity]
-    evicted = lowest(stored(state, EVICTIONS[evict]), ids.shape[0], skip=is_replaced, shards=shards)
+    evicted = lowest(_eviction_key(state, evict), ids.shape[0], skip=is_replaced, shards=shards)
     replaced = shards.ranks.largest(torch.where(replaced_here >= 0, replaced_here + shards.first, -1))
     takes = wanted & (replaced < 0)
     place = takes.cumsum(0) - 1
@@ -268,11 +288,30 @@ def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, evict: s
         _write_(stored(state, name), target, values)
 
 
+def _eviction_key(state: TensorDictBase, evict: Evict) -> Tensor:
+    """[C] int64: the slots of the lowest keys are taken first, empty ones before all others.
+
+    Priorities have keys of 32 bits in their order, since `lowest` multiplies keys by the capacity.
+    """
+    if isinstance(evict, str):
+        return stored(state, _EVICTIONS[evict])
+    low, high = torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max
+    if evict.dtype == torch.int64:
+        key = evict.clamp(low, high)
+    else:
+        priority = evict.to(torch.float32)
+        bits = priority.masked_fill(priority.isnan(), -float("inf")).view(torch.int32)
+        # Sign and magnitude, whose order is that of its bits; -0 is 0.
+        key = torch.where(bits < 0, -(bits & high), bits).to(torch.int64)
+    return torch.where(live(state), key, low - 1)
+
+
 def _write_(stored_rows: Tensor, target: Tensor, values: Tensor) -> Tensor:
     """Writes `values` [M, ...] into the rows `target` [M], distinct but for -1: nowhere.
 
     A row that goes nowhere repeats the first one that goes somewhere; if there is none, all rewrite what slot 0 holds.
     """
+    target, values = moved(target, stored_rows.device), moved(values, stored_rows.device)
     somewhere = target >= 0
     source = torch.where(somewhere, torch.arange(target.shape[0], device=target.device), somewhere.int().argmax())
     slots = target[source].clamp(min=0)

@@ -33,14 +33,17 @@ def cache_scores(
     scale: float | Tensor = 1.0,
     transform: Transform | None = None,
     top_k: int | None = None,
+    max_score: Sequence[float] | None = None,
 ) -> Tensor:
     """`[B, C]` float64 scores, -inf where a slot is empty, excluded for that query, or below its `top_k` best.
 
-    `exclude[i]` lists the ids that are no negatives of query i; -1 is anonymous and matches nothing.
+    `exclude[i]` lists the ids that are no negatives of query i; -1 is anonymous and matches nothing. A document whose
+    score, without its log-weight, is above `max_score[i]` is none either.
     """
     queries, embedding = queries.double(), embedding.double()
     rows, capacity = queries.shape[0], embedding.shape[0]
     scores = (transform or identity)(scale * (queries @ embedding.T))
+    bare = scores.detach().tolist()
     if log_weight is not None:
         scores = scores + log_weight.double()
     keep = np.ones((rows, capacity), dtype=bool)
@@ -50,6 +53,8 @@ def cache_scores(
             if live is not None and not bool(live[j]):
                 keep[i, j] = False
             if banned and ids is not None and int(ids[j]) in banned:
+                keep[i, j] = False
+            if max_score is not None and bare[i][j] > max_score[i]:
                 keep[i, j] = False
     if top_k is not None:
         values = scores.detach().numpy()
@@ -118,16 +123,28 @@ def cross_entropy(
     in_batch: bool = True,
     scale: float | Tensor = 1.0,
     transform: Transform | None = None,
+    positives: Sequence[Sequence[int]] | None = None,
+    max_score: Sequence[float] | None = None,
 ) -> Tensor:
-    """`[B]` losses `logsumexp(s_pos, in-batch scores, c_i) - s_pos` with the cache as one class of logit `c_i`."""
+    """`[B]` losses `logsumexp(s_pos, in-batch scores, c_i) - s_pos` with the cache as one class of logit `c_i`.
+
+    Other documents of the batch whose id is in `positives[i]`, or whose score without log-weight is above
+    `max_score[i]`, are no classes of query i.
+    """
     queries, documents = queries.double(), documents.double()
     scores = (transform or identity)(scale * (queries @ documents.T))
+    bare = scores.detach().tolist()
     if log_weights is not None:
         scores = scores + log_weights.double()
     classes = batch_classes(len(queries), len(documents), ids, in_batch=in_batch)
     losses = []
     for i in range(len(queries)):
-        logits = [scores[i, i]] + [scores[i, j] for j in classes[i]]
+        mine = classes[i]
+        if positives is not None and ids is not None:
+            mine = [j for j in mine if int(ids[j]) < 0 or int(ids[j]) not in positives[i]]
+        if max_score is not None:
+            mine = [j for j in mine if bare[i][j] <= max_score[i]]
+        logits = [scores[i, i]] + [scores[i, j] for j in mine]
         if math.isfinite(float(cache_logit[i].detach())):
             logits.append(cache_logit[i])
         losses.append(torch.logsumexp(torch.stack(logits), 0) - scores[i, i])

@@ -15,12 +15,14 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from negcache_fn import Draw
+from negcache_fn import Draw, FalseNegatives
+from negcache_fn.false_negatives import NO_FALSE_NEGATIVES
 
 from .model import ListCache
 
 SAMPLING_FAULTS = (
     "no exclusion",
+    "no limit",
     "no log-weight",
     "wrong scale",
     "one noise for all rows",
@@ -37,6 +39,10 @@ LOSS_FAULTS = (
     "shared weights ignore the others",
     "shared weights forget exclusions",
     "shared weights forget the cutoff",
+    "shared weights forget the limit",
+    "limit on the score with its log-weight",
+    "other positives are classes",
+    "classes above the limit",
     "stale scores have gradient",
     "positive counted twice",
     "duplicates counted twice",
@@ -89,6 +95,7 @@ class Reference:
         scale: Any = 1.0,
         score_transform: Any = None,
         exclude_ids: Tensor | None = None,
+        false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
         top_k: int | None = None,
     ) -> Draw:
         """Gumbel-Max over the materialised scores."""
@@ -100,6 +107,13 @@ class Reference:
         if self.fault != "no exclusion":
             hit = (items["id"][None, :, None] == banned[:, None, :]) & (banned >= 0)[:, None, :]
             scores = scores.masked_fill(hit.any(-1), -math.inf)
+        limit = (
+            torch.tensor(math.inf) if false_negatives.max_score is None else torch.as_tensor(false_negatives.max_score)
+        )
+        limit = limit.expand(rows).double()
+        if self.fault != "no limit":
+            bare = self._scores(state, queries.detach(), scale, score_transform) - items["log_weight"].double()
+            scores = scores.masked_fill(bare.nan_to_num(-math.inf) > limit[:, None], -math.inf)
         cutoff = torch.full((rows, 1), -math.inf, dtype=scores.dtype)
         if top_k is not None and top_k < capacity:
             kept = top_k + 1 if self.fault == "top_k off by one" and top_k + 1 < capacity else top_k
@@ -135,6 +149,7 @@ class Reference:
             log_weight=items["log_weight"][slot],
             source=torch.zeros_like(slot),
             cutoff=cutoff.to(queries.dtype if queries.dtype == torch.float64 else torch.float32),
+            max_score=limit[:, None].to(score.dtype),
             exclude_ids=banned,
         )
 
@@ -150,6 +165,7 @@ class Reference:
         in_batch: bool = True,
         ids: Tensor | None = None,
         log_weights: Tensor | None = None,
+        false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
         share_draws: bool = True,
         staleness_correction: str = "self_normalized",
         reduction: str = "mean",
@@ -171,6 +187,9 @@ class Reference:
             allowed = allowed & ~hit.any(-1)
         if self.fault != "shared weights forget the cutoff":
             allowed = allowed & (stale >= draw.cutoff[:, source])
+        if self.fault != "shared weights forget the limit":
+            bare = stale if self.fault == "limit on the score with its log-weight" else stale - weight
+            allowed = allowed & (bare <= draw.max_score[:, source])
         own = torch.arange(rows * samples) // samples == torch.arange(rows)[:, None]
         probability = torch.where(allowed, torch.exp(stale - draw.log_normalizer[:, None]), 0.0).detach()
         if not share_draws or self.fault == "shared weights ignore the others":
@@ -187,6 +206,7 @@ class Reference:
             ratio = ratio / w.sum(-1) if staleness_correction == "self_normalized" else ratio
             cache = draw.log_normalizer + torch.where(draw.log_normalizer > -math.inf, torch.log(ratio), 0.0)
         scores = transform(scale * queries @ documents.T)
+        bare_scores = scores.detach()
         if log_weights is not None and self.fault != "document log-weights missing":
             scores = scores + log_weights.to(scores.dtype)
         positive = scores[:, : len(queries)].diagonal()
@@ -198,6 +218,12 @@ class Reference:
             if self.fault != "duplicates counted twice":
                 first = [not any(int(e) == int(x) >= 0 for e in ids[:j]) for j, x in enumerate(ids)]
                 keep &= torch.tensor(first)
+            if false_negatives.ids is not None and self.fault != "other positives are classes":
+                named = (ids[None, :, None] == false_negatives.ids[:, None, :]).any(-1)
+                keep &= ~(named & (ids[None] >= 0))
+        if false_negatives.max_score is not None and self.fault != "classes above the limit":
+            limit = false_negatives.max_score(bare_scores[:, :rows].diagonal())
+            keep &= bare_scores <= limit[:, None]
         logits = torch.cat([positive[:, None], scores.masked_fill(~keep, -math.inf), cache[:, None]], 1)
         losses = torch.logsumexp(logits, 1) - positive
         return {"none": losses, "sum": losses.sum(), "mean": losses.mean()}[reduction]

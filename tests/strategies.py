@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from negcache_fn import FalseNegatives
+
 from .builders import make_state
 
 STORAGES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -106,6 +108,13 @@ class Case:
     num_samples: int
     top_k: int | None
     log_weights: Tensor | None
+    positives: Tensor | None
+    max_score: float | None
+
+    @property
+    def false_negatives(self) -> FalseNegatives:
+        """By id and by score."""
+        return FalseNegatives(self.positives, self.max_score)
 
     @property
     def exclude_ids(self) -> Tensor | None:
@@ -122,6 +131,7 @@ class Case:
             "scale": self.scale,
             "score_transform": self.transform,
             "exclude_ids": self.exclude_ids,
+            "false_negatives": self.false_negatives,
             "top_k": self.top_k,
         }
 
@@ -134,6 +144,7 @@ class Case:
             "in_batch": self.in_batch,
             "ids": self.ids,
             "log_weights": self.log_weights,
+            "false_negatives": self.false_negatives,
             "reduction": "none",
         }
 
@@ -165,4 +176,6 @@ def cases(draw: st.DrawFn, *, max_scale: float = 100.0) -> Case:
         num_samples=draw(st.integers(1, 3)),
         top_k=draw(st.sampled_from([None, None, *(k for k in (1, 2, 40, capacity) if k <= capacity)])),
         log_weights=torch.randn(total, generator=generator) if draw(st.booleans()) else None,
+        positives=torch.randint(-1, 9, (rows, 2), generator=generator) if draw(st.booleans()) else None,
+        max_score=draw(st.sampled_from([None, None, -math.inf, 0.37, 11.3])),
     )

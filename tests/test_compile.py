@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "ids": True,
         "evict": "fifo",
     },
+    "false negatives": {"num_samples": 2, "ids": True, "false_negatives": True, "refresh_stalest": 0.02},
     "unnormalised, weights, mask": {"staleness_correction": "unnormalized", "log_weights": True, "mask": True},
 }
 
@@ -52,6 +53,9 @@ def options_at(n: int, variant: dict[str, Any]) -> dict[str, Any]:
         "ids": torch.arange(TOTAL) * 7 % 11 + 5 * n,
         "log_weights": torch.linspace(-1, 1, TOTAL) * n,
         "mask": torch.arange(TOTAL) != n,
+        "false_negatives": negcache_fn.FalseNegatives(
+            torch.arange(2 * ROWS).view(ROWS, 2) + 5 * n - 9, lambda positive: positive + 4.0
+        ),
     }
     return {key: made.get(key, value) for key, value in variant.items()}
 
@@ -83,6 +87,7 @@ def train(
 CASES = [
     pytest.param("inductor", "shared, ids, stalest", False, id="inductor-step"),
     pytest.param("inductor", "top_k, transform, own", True, id="inductor-step_-top_k"),
+    pytest.param("inductor", "false negatives", True, id="inductor-step_-false-negatives"),
     pytest.param("aot_eager", "shared, ids, stalest", True, id="aot_eager-step_"),
     pytest.param("aot_eager", "top_k, transform, own", False, id="aot_eager-step-top_k"),
     pytest.param("aot_eager", "unnormalised, weights, mask", False, id="aot_eager-step-unnormalised"),
@@ -150,6 +155,13 @@ def test_pieces_compile() -> None:
         "score": lambda s: negcache_fn.score(s, queries, scale=5.0),
         "sample": lambda s: negcache_fn.sample_gumbel(s, queries, scale=5.0, num_samples=2),
         "mine": lambda s: negcache_fn.top_negatives(s, queries, 7, scale=5.0),
+        "sample without false negatives": lambda s: negcache_fn.sample_gumbel(
+            s, queries, scale=5.0, false_negatives=negcache_fn.FalseNegatives(torch.ones(ROWS, 2).long(), 1.0)
+        ),
+        "exact with a margin": lambda s: negcache_fn.exact_loss(
+            s, queries, own, scale=5.0, false_negatives=negcache_fn.FalseNegatives(max_score=lambda p: p + 1.0)
+        ),
+        "ages": lambda s: negcache_fn.age_histogram(s, bins=6),
         "exact": lambda s: negcache_fn.exact_loss(s, queries, own, scale=5.0),
         "update": lambda s: negcache_fn.update(s, batch, tower(batch).detach(), evict="fifo"),
         "views": lambda s: (negcache_fn.stalest(s, 5), negcache_fn.occupancy(s), negcache_fn.take(s, torch.arange(4))),

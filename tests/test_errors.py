@@ -163,6 +163,30 @@ def calls() -> dict[str, Call]:
         add("log_weights dtype", name, "log_weights", torch.ones(3, dtype=torch.int64), TypeError, ("int64",))
     for name in ("loss", "exact_loss", "step", "step_"):
         add("reduction", name, "reduction", "average", ValueError, ("'average'", "'mean'", "'sum'", "'none'"))
+    wrong: list[tuple[str, Any, type[Exception], tuple[str, ...]]] = [
+        ("type", torch.ones(2, 3), TypeError, ("Tensor", "FalseNegatives")),
+        ("ids 1-d", negcache_fn.FalseNegatives(torch.ones(2).long()), ValueError, ("false_negatives.ids", "(2,)")),
+        ("ids rows", negcache_fn.FalseNegatives(torch.ones(3, 2).long()), ValueError, ("(3, 2)", "[2, P]")),
+        ("ids dtype", negcache_fn.FalseNegatives(torch.ones(2, 2)), TypeError, ("float32", "int64")),
+        ("max_score rows", negcache_fn.FalseNegatives(None, torch.ones(3)), ValueError, ("max_score", "(3,)", "[2]")),
+        ("max_score dtype", negcache_fn.FalseNegatives(None, torch.ones(2).long()), ValueError, ("int64",)),
+        ("max_score type", negcache_fn.FalseNegatives(None, "high"), TypeError, ("max_score", "str")),
+    ]
+    gives_wrong: list[tuple[str, Any, type[Exception], tuple[str, ...]]] = [
+        ("max_score function", negcache_fn.FalseNegatives(None, lambda p: p.sum()), ValueError, ("()", "[2]")),
+        ("max_score function of nothing", negcache_fn.FalseNegatives(None, lambda p: 3.0), ValueError, ("float",)),
+    ]
+    no_function = negcache_fn.FalseNegatives(max_score=lambda positive: positive)
+    for name in ("sample_gumbel", "top_negatives", "loss", "exact_loss", "step", "step_"):
+        for what, value, error, says in wrong:
+            add(f"false_negatives {what}", name, "false_negatives", value, error, says)
+        if name in ("sample_gumbel", "top_negatives"):
+            add("false_negatives function", name, "false_negatives", no_function, TypeError, ("not known here", "[2]"))
+            continue
+        for what, value, error, says in gives_wrong:
+            add(f"false_negatives {what}", name, "false_negatives", value, error, says)
+    for name in ("step", "step_"):
+        add("refresh_stalest share", name, "refresh_stalest", 1.5, ValueError, ("1.5", "0 ... 1"))
     for name in ("loss", "exact_loss"):
         add("documents D", name, "documents", unit(3, 5, 0), ValueError, ("5", "4"))
         add("documents rows", name, "documents", unit(1, DIM, 0), ValueError, ("1", "2"))

@@ -65,6 +65,12 @@ CALLS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "sample with exclusions of each query": lambda p: negcache_fn.sample_gumbel(
         p["state"], p["queries"], exclude_ids=p["ids"][:, None].repeat(1, 4)
     ),
+    "sample without false negatives": lambda p: whole(
+        p, false_negatives=negcache_fn.FalseNegatives(p["ids"][:, None].repeat(1, 4) + 7, 3.0)
+    ),
+    "exact loss with a margin": lambda p: exact(
+        p, false_negatives=negcache_fn.FalseNegatives(max_score=lambda positive: positive + 1.0)
+    ),
     "mine": lambda p: negcache_fn.top_negatives(p["state"], p["queries"], 20, scale=10.0, exclude_ids=p["ids"]),
     "exact loss": exact,
     "exact loss top_k": lambda p: exact(p, top_k=50),

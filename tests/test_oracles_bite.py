@@ -38,7 +38,8 @@ def check_sampling(it: Reference) -> None:
         log_weight=torch.linspace(-2, 2, 40),
     )
     queries, names = unit(2, 4, 1), torch.tensor([0, 2, 38, 36, 34, 32])
-    for options in ({}, {"exclude_ids": names}, {"top_k": 6}):
+    limit = negcache_fn.FalseNegatives(max_score=torch.tensor([0.5, 1.0]))
+    for options in ({}, {"exclude_ids": names}, {"top_k": 6}, {"false_negatives": limit}):
         draws.fields(it.sample_gumbel, state, queries, scale=3.0, num_samples=9, **options)
         draws.distribution(it.sample_gumbel, state, queries, scale=3.0, copies=256, **options)
     draws.cutoff_separates(it.sample_gumbel, state, queries, 6, scale=3.0)
@@ -56,6 +57,8 @@ def check_loss(it: Reference) -> None:
         "log-weights",
         "transform",
         "top_k",
+        "several positives",
+        "margin, log-weights, transform",
         "all at once",
     ):
         scenario = SCENARIOS[name]

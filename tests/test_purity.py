@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -36,27 +37,75 @@ def calls() -> dict[str, Callable[[], Any]]:
     mask = torch.tensor([True, False, True, True, True])
     pure = updates.pure
     shared = {"scale": scale, "score_transform": strategies.soft_cap}
+    named = torch.tensor([[1, 2], [3, -1], [4, 5]])
+    known = negcache_fn.FalseNegatives(named, torch.tensor([1.0, 2.0, 3.0]))
+    by_margin = negcache_fn.FalseNegatives(named, lambda positive: positive + 1.0)
     batchwise = {"ids": ids, "log_weights": weights}
+    frequency = negcache_fn.observe(negcache_fn.init_frequency(50, hashes=5), ids)
     return {
+        "init_frequency": lambda: pure(negcache_fn.init_frequency, 50, hashes=5),
+        "observe": lambda: pure(negcache_fn.observe, frequency, ids, rate=0.5, mask=mask),
+        "log_frequency": lambda: pure(negcache_fn.log_frequency, frequency, ids),
         "init_cache": lambda: pure(negcache_fn.init_cache, 5, 6, batch, seed=3),
         "score": lambda: pure(negcache_fn.score, state, queries, **shared),
         "sample_gumbel": lambda: pure(
-            negcache_fn.sample_gumbel, state, queries, num_samples=2, exclude_ids=ids, top_k=4, **shared
+            negcache_fn.sample_gumbel,
+            state,
+            queries,
+            num_samples=2,
+            exclude_ids=ids,
+            false_negatives=known,
+            top_k=4,
+            **shared,
         ),
         "merge_draws": lambda: pure(negcache_fn.merge_draws, draw, other),
+        "take_drawn": lambda: pure(negcache_fn.take_drawn, [state], draw),
+        "offload_features": lambda: pure(negcache_fn.offload_features, state),
+        "memory_mapped": lambda: pure(negcache_fn.memory_mapped, state, tempfile.mkdtemp(), capacity=20),
+        "pad_features": lambda: pure(
+            negcache_fn.pad_features,
+            state,
+            {"words": batch["words"][:, :2], "extra": batch["extra"]},
+            values={"words": 3},
+        ),
+        "refreshes": lambda: pure(negcache_fn.refreshes, draw, negatives),
         "take": lambda: pure(negcache_fn.take, state, draw.slot),
-        "loss": lambda: pure(negcache_fn.loss, queries, own, negatives, draw, **shared, **batchwise),
-        "exact_loss": lambda: pure(negcache_fn.exact_loss, state, queries, own, top_k=4, **shared, **batchwise),
+        "loss": lambda: pure(
+            negcache_fn.loss, queries, own, negatives, draw, false_negatives=by_margin, **shared, **batchwise
+        ),
+        "exact_loss": lambda: pure(
+            negcache_fn.exact_loss, state, queries, own, false_negatives=by_margin, top_k=4, **shared, **batchwise
+        ),
         "update": lambda: pure(negcache_fn.update, state, batch, own, refresh=refresh, mask=mask, **batchwise),
         "step": lambda: pure(
-            negcache_fn.step, state, queries, batch, tower, refresh_stalest=2, mask=mask, **shared, **batchwise
+            negcache_fn.step,
+            state,
+            queries,
+            batch,
+            tower,
+            refresh_stalest=2,
+            mask=mask,
+            false_negatives=by_margin,
+            **shared,
+            **batchwise,
         ),
-        "top_negatives": lambda: pure(negcache_fn.top_negatives, state, queries, 3, exclude_ids=ids, **shared),
+        "top_negatives": lambda: pure(
+            negcache_fn.top_negatives, state, queries, 3, exclude_ids=ids, false_negatives=known, **shared
+        ),
         "stalest": lambda: pure(negcache_fn.stalest, state, 3),
         "occupancy": lambda: pure(negcache_fn.occupancy, state),
         "prefill": lambda: pure(negcache_fn.prefill, state, [(batch, ids), batch], tower),
         "resize": lambda: (pure(negcache_fn.resize, state, 4), pure(negcache_fn.resize, state, 40)),
         "reset": lambda: pure(negcache_fn.reset, state),
+        "require_finite": lambda: pure(negcache_fn.require_finite(tower), batch),
+        "age_histogram": lambda: pure(negcache_fn.age_histogram, state, bins=4),
+        "hard_negatives": lambda: pure(
+            negcache_fn.hard_negatives, weights[None], ids[None], positives=ids[None, :1], texts=["text"] * 91
+        ),
+        "training_rows": lambda: pure(
+            negcache_fn.training_rows, ["query"], ids[None, :1], ids[None, 1:], ["text"] * 91
+        ),
+        "validate": lambda: pure(negcache_fn.validate, state),
         "chunked": lambda: pure(negcache_fn.chunked(tower, 2), batch),
     }
 
@@ -149,17 +198,23 @@ def test_draws_do_not_alias_the_state() -> None:
 
 
 def test_inference_mode_and_no_grad() -> None:
-    """A step for its metrics alone."""
+    """A step for its loss and metrics alone: an evaluation, which writes nothing, in place or not."""
     tower, batch = Tower(), documents(5, 1)
     state = warm(tower, 9)
-    expected = negcache_fn.step(state, unit(3, 6, 0), batch, tower)
+    before = snapshot(state)
+    expected = negcache_fn.step(state, unit(3, 6, 0), batch, tower, refresh_stalest=2)
     for context in (torch.no_grad(), torch.inference_mode()):
-        with context:
-            out = negcache_fn.step(state, unit(3, 6, 0), batch, tower)
-        assert torch.equal(out.loss, expected.loss.detach())
+        for function in (negcache_fn.step, negcache_fn.step_):
+            with context:
+                out = function(state, unit(3, 6, 0), batch, tower, refresh_stalest=2)
+            assert torch.equal(out.loss, expected.loss.detach())
+            assert all(torch.equal(out.metrics[name], value) for name, value in expected.metrics.items())
+            assert out.state is state
+            assert same_snapshot(before, snapshot(state))
         file = io.BytesIO()
         torch.save(out.loss, file)
-    assert_same_state(expected.state, negcache_fn.step(state, unit(3, 6, 0), batch, tower).state)
+    again = negcache_fn.step(state, unit(3, 6, 0), batch, tower, refresh_stalest=2)
+    assert_same_state(expected.state, again.state)
 
 
 def test_scale_tensor_is_not_changed() -> None:

@@ -87,6 +87,35 @@ def test_distribution_with_exclusions(capacity: int, top_k: int | None) -> None:
     draws.distribution(sample, state, queries, scale=5.0, exclude_ids=torch.empty(0, dtype=torch.int64), top_k=top_k)
 
 
+@pytest.mark.parametrize("capacity", [65, 2500])
+@pytest.mark.parametrize("top_k", [None, 12])
+def test_distribution_without_false_negatives(capacity: int, top_k: int | None) -> None:
+    """By id beside what is excluded for all or for each, and by a limit on the score without its log-weight."""
+    state, queries = varied(capacity), unit(3, 8, 9)
+    scores = negcache_fn.score(state, queries, scale=5.0) - state["items", "log_weight"]
+    best = scores.argsort(dim=-1, descending=True)[:, :40]
+    names = torch.sort(state["items", "id"][best], dim=-1, descending=True).values[:, :12]
+    limit = torch.tensor([float(scores[0].max()) - 1.0, 0.3, math.inf])
+    for known in (
+        negcache_fn.FalseNegatives(ids=names[:, :5]),
+        negcache_fn.FalseNegatives(max_score=1.0),
+        negcache_fn.FalseNegatives(names[:, :5], limit),
+    ):
+        for exclude_ids in (None, names[0], names[:, 5:]):
+            options = {"false_negatives": known, "exclude_ids": exclude_ids, "top_k": top_k, "scale": 5.0}
+            draws.distribution(sample, state, queries, **options)
+
+
+def test_a_limit_shuts_a_query_out_of_a_cache() -> None:
+    """-inf for some queries, +inf for others: caches for some queries only."""
+    state, queries = varied(200), unit(2, 8, 9)
+    known = negcache_fn.FalseNegatives(max_score=torch.tensor([-math.inf, math.inf]))
+    draw = sample(state, queries, num_samples=3, false_negatives=known)
+    assert draw.slot[0].tolist() == [-1] * 3
+    assert float(draw.log_normalizer[0]) == -math.inf
+    assert torch.equal(draw.slot[1], sample(state, queries, num_samples=3).slot[1])
+
+
 def test_distribution_with_a_transform() -> None:
     """The transform comes before the log-weight; it may well be no monotone."""
     for transform in (strategies.soft_cap, strategies.lift, torch.sin):

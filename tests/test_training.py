@@ -31,6 +31,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "transform": {"scale": 12.0, "score_transform": strategies.soft_cap},
     "stalest": {"scale": 12.0, "refresh_stalest": 3},
     "fifo": {"scale": 12.0, "evict": "fifo", "refresh_stalest": 2},
+    "positives": {
+        "scale": 12.0,
+        "num_samples": 2,
+        "ids": torch.tensor([4, 90, 7, 8, 9]),
+        "false_negatives": negcache_fn.FalseNegatives(torch.tensor([[4, 0], [90, 5], [7, -1]])),
+    },
+    "margin": {
+        "scale": 12.0,
+        "num_samples": 2,
+        "false_negatives": negcache_fn.FalseNegatives(max_score=lambda positive: positive + 6.0),
+    },
+    "limit": {
+        "scale": 12.0,
+        "in_batch": False,
+        "num_samples": 2,
+        "ids": torch.tensor([4, 90, 0, 7, 91]),
+        "false_negatives": negcache_fn.FalseNegatives(torch.tensor([[1], [2], [3]]), torch.tensor([6.0, 9.0, 4.0])),
+    },
+    "share of the stalest": {"scale": 12.0, "refresh_stalest": 0.2},
     "rows": {"scale": 12.0, "reduction": "none"},
     "sum": {"scale": 12.0, "reduction": "sum"},
 }

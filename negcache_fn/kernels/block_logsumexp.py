@@ -32,6 +32,7 @@ def _kernel(
     embeddings,  # [C, D]
     bias,  # [C]
     excluded,  # [B, P]
+    max_score,  # [B]; anything without LIMITED
     out,  # [B, blocks]
     B,
     C,
@@ -39,6 +40,7 @@ def _kernel(
     bucket,  # B rounded up to a power of two: for the autotuner alone
     D: tl.constexpr,
     P: tl.constexpr,
+    LIMITED: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -82,6 +84,9 @@ def _kernel(
     factor = tl.load(magnitude + first_row + row) * _LOG2_E
     offset = tl.load(bias + first_slot + slot, mask=slot <= last_slot, other=float("-inf")) * _LOG2_E
     scores = products * factor[:, None] + offset[None, :]
+    if LIMITED:
+        limit = tl.load(max_score + first_row + row) * _LOG2_E
+        scores = tl.where(products * factor[:, None] > limit[:, None], float("-inf"), scores)
     if P > 0:
         found = tl.full([BLOCK_M], 0, tl.int32)
         exclusions = excluded + (first_row + row) * P
@@ -142,7 +147,14 @@ _TUNED = {
 
 
 def launch(
-    queries: Tensor, magnitude: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, precision: str, out: Tensor
+    queries: Tensor,
+    magnitude: Tensor,
+    embeddings: Tensor,
+    bias: Tensor,
+    excluded: Tensor,
+    max_score: Tensor | None,
+    precision: str,
+    out: Tensor,
 ) -> None:  # pragma: no cover - tested in another process, with the interpreter
     """Writes the log-sum-exp of every block to `out` [B, blocks]; the arguments as the kernel's, contiguous.
 
@@ -165,6 +177,7 @@ def launch(
         embeddings,
         bias,
         excluded,
+        magnitude if max_score is None else max_score.contiguous(),
         out,
         rows,
         capacity,
@@ -172,6 +185,7 @@ def launch(
         max(16, triton.next_power_of_2(rows)),
         D=dim,
         P=exclusions,
+        LIMITED=max_score is not None,
         PARTS=parts,
         PRECISION=precision,
         WIDEN=_INTERPRETED,  # it has no bfloat16 products

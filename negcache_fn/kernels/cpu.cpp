@@ -162,6 +162,7 @@ struct Problem {
   const float* bias;        // [capacity]
   const int64_t* excluded;  // [rows, exclusions]
   int64_t exclusions;
+  const float* max_score;   // [rows], of the score without its bias; null: no limit
 };
 
 template <typename T>
@@ -171,21 +172,41 @@ void score_blocks(const T* embeddings, const Problem& problem, const int64_t* bl
   for (int64_t pair = 0; pair < problem.rows * samples; ++pair) {
     const int64_t row = pair / samples, first = blocks[pair] * kBlock;
     const int64_t count = std::min(kBlock, problem.capacity - first);
+    const float* bias = problem.bias + first;
+    float products[kBlock];
     float* scores = out + pair * kBlock;
     std::fill(scores + count, scores + kBlock, -kInfinity);
-    for (int64_t j = 0; j < count; ++j)
-      scores[j] = dot(problem.queries + row * dim, embeddings + (first + j) * dim, dim) + problem.bias[first + j];
+    for (int64_t j = 0; j < count; ++j) {
+      products[j] = dot(problem.queries + row * dim, embeddings + (first + j) * dim, dim);
+      scores[j] = products[j] + bias[j];
+    }
     for (int64_t p = 0; p < problem.exclusions; ++p) {
       const int64_t place = problem.excluded[row * problem.exclusions + p] - first;
       if (place >= 0 && place < count) scores[place] = -kInfinity;
     }
+    if (!problem.max_score) continue;
+    // A block that was chosen has a document below the limit, whatever rounding says here: the lowest stays.
+    float lowest = kInfinity;
+    for (int64_t j = 0; j < count; ++j)
+      if (scores[j] > -kInfinity) lowest = std::min(lowest, products[j]);
+    const float limit = std::max(problem.max_score[row], lowest);
+    for (int64_t j = 0; j < count; ++j)
+      if (products[j] > limit) scores[j] = -kInfinity;
   }
 }
 
 // What both ways of multiplying share.
 
-// Scores of a block [64 slots][kLanes rows]: -inf where the slot is excluded for the row.
-inline void exclude(const Problem& problem, int64_t first_row, int64_t lanes, int64_t first_slot, float* scores) {
+// Scores of a block [64 slots][kLanes rows]: -inf where the slot is excluded for the row, or above its limit.
+inline void exclude(const Problem& problem, int64_t first_row, int64_t lanes, int64_t first_slot, const float* bias,
+                    float* scores) {
+  if (problem.max_score) {
+    const Floats limit = load(problem.max_score + first_row, lanes);
+    for (int64_t j = 0; j < kBlock; ++j) {
+      const Floats score = load(scores + j * kLanes);
+      store(scores + j * kLanes, score > limit + bias[j] ? splat(-kInfinity) : score);
+    }
+  }
   for (int64_t i = 0; i < lanes; ++i)
     for (int64_t p = 0; p < problem.exclusions; ++p) {
       const int64_t place = problem.excluded[(first_row + i) * problem.exclusions + p] - first_slot;
@@ -327,7 +348,7 @@ void stream_by_vectors(const T* embeddings, const Problem& problem, MakeConsumer
         for (int64_t group = 0; group < rows; group += kLanes) {
           const int64_t lanes = std::min<int64_t>(kLanes, rows - group);
           float* scores = panel_scores.data() + group * kBlock;
-          exclude(problem, first + group, lanes, slot, scores);
+          exclude(problem, first + group, lanes, slot, bias, scores);
           consume(block, first + group, lanes, scores);
         }
       }
@@ -489,7 +510,7 @@ void stream_by_tiles(const T* embeddings, const Problem& problem, MakeConsumer m
           // Past the end the operands are what an earlier block left, and may be anything: replace, do not add.
           for (int64_t j = 0; j < kBlock; ++j)
             store(scores + j * kTile, j < count ? load(scores + j * kTile) + bias[j] : splat(-kInfinity));
-          exclude(problem, first + group, lanes, slot, scores);
+          exclude(problem, first + group, lanes, slot, bias, scores);
           consume(block, first + group, lanes, scores);
         }
       }
@@ -669,16 +690,16 @@ int negcache_has_amx() {
 // out[row, sample, :] = scores of the block blocks[row, sample].
 void negcache_score_blocks(const void* embeddings, int storage, int64_t capacity, int64_t dim, const float* queries,
                            int64_t rows, const float* bias, const int64_t* excluded, int64_t exclusions,
-                           const int64_t* blocks, int64_t samples, float* out) {
-  const Problem problem{capacity, dim, rows, queries, bias, excluded, exclusions};
+                           const float* max_score, const int64_t* blocks, int64_t samples, float* out) {
+  const Problem problem{capacity, dim, rows, queries, bias, excluded, exclusions, max_score};
   with_storage(embeddings, storage, [&](auto* typed) { score_blocks(typed, problem, blocks, samples, out); });
 }
 
 // out[row, block] = logsumexp over the block's slots of the scores; -inf for a block without a finite score.
 void negcache_block_logsumexp(const void* embeddings, int storage, int64_t capacity, int64_t dim, const float* queries,
-                              int64_t rows, const float* bias, const int64_t* excluded, int64_t exclusions, int tiles,
-                              int parts, float* out) {
-  const Problem problem{capacity, dim, rows, queries, bias, excluded, exclusions};
+                              int64_t rows, const float* bias, const int64_t* excluded, int64_t exclusions,
+                              const float* max_score, int tiles, int parts, float* out) {
+  const Problem problem{capacity, dim, rows, queries, bias, excluded, exclusions, max_score};
   const int64_t blocks = (capacity + kBlock - 1) / kBlock;
   with_storage(embeddings, storage, [&](auto* typed) {
     stream(typed, problem, {tiles, parts}, [=] {
@@ -693,9 +714,9 @@ void negcache_block_logsumexp(const void* embeddings, int storage, int64_t capac
 // The `keep` best scores of each row and their slots, by (score descending, slot ascending); (-inf, -1) if fewer. They
 // are found among the streamed products and then rescored in float32.
 void negcache_hardest(const void* embeddings, int storage, int64_t capacity, int64_t dim, const float* queries,
-                      int64_t rows, const float* bias, const int64_t* excluded, int64_t exclusions, int tiles, int parts,
-                      int64_t keep, float* scores, int64_t* slots) {
-  const Problem problem{capacity, dim, rows, queries, bias, excluded, exclusions};
+                      int64_t rows, const float* bias, const int64_t* excluded, int64_t exclusions, const float* max_score,
+                      int tiles, int parts, int64_t keep, float* scores, int64_t* slots) {
+  const Problem problem{capacity, dim, rows, queries, bias, excluded, exclusions, max_score};
   with_storage(embeddings, storage, [&](auto* typed) { hardest(typed, problem, {tiles, parts}, keep, scores, slots); });
 }
 

@@ -74,27 +74,33 @@ def finds_hardest(n: int) -> bool:
     return n <= _MOST_HARDEST
 
 
-def block_logsumexp(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
+def block_logsumexp(
+    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None
+) -> Tensor:
     """[B, ceil(C / BLOCK)]: the log-sum-exp of every block of scores; arguments as the fields of `ScoreMatrix`."""
     out = queries.new_empty(queries.shape[0], -(-embeddings.shape[0] // _BLOCK))
-    problem = _problem(queries, embeddings, bias, excluded)
+    problem = _problem(queries, embeddings, bias, excluded, max_score)
     _call("negcache_block_logsumexp", *problem, *_arithmetic(queries, embeddings), out)
     return out
 
 
-def score_blocks(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, blocks: Tensor) -> Tensor:
+def score_blocks(
+    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, blocks: Tensor
+) -> Tensor:
     """[B, m, BLOCK]: the scores in the blocks [B, m], read where they lie."""
     out = queries.new_empty(*blocks.shape, _BLOCK)
-    problem = _problem(queries, embeddings, bias, excluded)
+    problem = _problem(queries, embeddings, bias, excluded, max_score)
     _call("negcache_score_blocks", *problem, blocks.contiguous(), blocks.shape[1], out)
     return out
 
 
-def hardest(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def hardest(
+    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, n: int
+) -> tuple[Tensor, Tensor]:
     """The `n` highest scores of each query and their slots, ties by slot; (-inf, -1) if there are fewer."""
     scores = queries.new_empty(queries.shape[0], n)
     slots = torch.empty_like(scores, dtype=torch.int64)
-    problem = _problem(queries, embeddings, bias, excluded)
+    problem = _problem(queries, embeddings, bias, excluded, max_score)
     _call("negcache_hardest", *problem, *_arithmetic(queries, embeddings), n, scores, slots)
     return scores, slots
 
@@ -134,10 +140,12 @@ def _arithmetic(queries: Tensor, embeddings: Tensor) -> tuple[ctypes.c_int, ctyp
     return ctypes.c_int(tiles), ctypes.c_int(parts)
 
 
-_Argument: TypeAlias = Tensor | ctypes.c_int | int
+_Argument: TypeAlias = Tensor | ctypes.c_int | int | None
 
 
-def _problem(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> tuple[_Argument, ...]:
+def _problem(
+    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None
+) -> tuple[_Argument, ...]:
     return (
         embeddings,
         ctypes.c_int(_STORAGE[embeddings.dtype]),
@@ -148,14 +156,15 @@ def _problem(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor
         bias.contiguous(),
         excluded.contiguous(),
         excluded.shape[1],
+        None if max_score is None else max_score.contiguous(),
     )
 
 
 def _call(name: str, *arguments: _Argument) -> None:
-    """Calls a kernel: tensors as pointers to their first element, integers as int64."""
+    """Calls a kernel: tensors as pointers to their first element (None as a null pointer), integers as int64."""
     converted = [
-        ctypes.c_void_p(argument.data_ptr())
-        if isinstance(argument, Tensor)
+        ctypes.c_void_p(None if argument is None else argument.data_ptr())
+        if argument is None or isinstance(argument, Tensor)
         else ctypes.c_int64(argument)
         if isinstance(argument, int)
         else argument

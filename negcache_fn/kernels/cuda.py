@@ -50,7 +50,9 @@ def supports(queries: Tensor, embeddings: Tensor) -> bool:
     )
 
 
-def block_logsumexp(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
+def block_logsumexp(
+    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None
+) -> Tensor:
     """[B, ceil(C / BLOCK)]: the log-sum-exp of every block of scores; arguments as the fields of `ScoreMatrix`."""
     module = kernel()
     if module is None:
@@ -60,7 +62,7 @@ def block_logsumexp(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded:
     products = _PRECISION[precision] if embeddings.dtype == torch.float32 else "tf32"  # elsewhere without meaning
     out = queries.new_empty(queries.shape[0], -(-embeddings.shape[0] // _BLOCK))
     with torch.cuda.device_of(queries):  # Triton launches on the current device
-        module.launch(parts, magnitude, embeddings, bias.contiguous(), excluded.contiguous(), products, out)
+        module.launch(parts, magnitude, embeddings, bias.contiguous(), excluded.contiguous(), max_score, products, out)
     return out
 
 

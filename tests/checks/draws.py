@@ -12,6 +12,9 @@ from scipy import stats
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from negcache_fn import FalseNegatives
+from negcache_fn.false_negatives import NO_FALSE_NEGATIVES
+
 from .. import oracles
 from ..builders import at_step, is_close, make_state, unit
 
@@ -26,12 +29,16 @@ def exact_scores(
     score_transform: Any = None,
     exclude_ids: Tensor | None = None,
     top_k: int | None = None,
+    false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
 ) -> Tensor:
     """`[B, C]` float64 scores of a state, from its stored bytes."""
-    items = state["items"]
-    exclude = None
-    if exclude_ids is not None:
-        exclude = (exclude_ids[None].expand(len(queries), -1) if exclude_ids.ndim == 1 else exclude_ids).tolist()
+    items, rows = state["items"], len(queries)
+    exclude: list[list[int]] = [[] for _ in range(rows)]
+    for ids in (exclude_ids, false_negatives.ids):
+        if ids is not None:
+            each = (ids[None].expand(rows, -1) if ids.ndim == 1 else ids).tolist()
+            exclude = [[*before, *more] for before, more in zip(exclude, each, strict=True)]
+    limit = false_negatives.max_score
     return oracles.cache_scores(
         queries.detach(),
         items["embedding"],
@@ -42,6 +49,7 @@ def exact_scores(
         scale=scale,
         transform=score_transform,
         top_k=top_k,
+        max_score=None if limit is None else torch.as_tensor(limit).expand(rows).tolist(),
     )
 
 
@@ -53,6 +61,11 @@ def counts(
     exclude = options.get("exclude_ids")
     if exclude is not None and exclude.ndim == 2:
         options["exclude_ids"] = exclude.repeat(copies, 1)
+    known = options.get("false_negatives", FalseNegatives())
+    options["false_negatives"] = FalseNegatives(
+        None if known.ids is None else known.ids.repeat(copies, 1),
+        known.max_score.repeat(copies) if isinstance(known.max_score, Tensor) else known.max_score,
+    )
     out = np.zeros((rows, capacity))
     for step in steps:
         slots = sample(at_step(state, step), queries.repeat(copies, 1), **options).slot.view(copies, rows, -1)

@@ -28,6 +28,8 @@ def small(exact_loss: ExactLoss, scenario: Scenario) -> None:
         "log_weights": problem.weights,
         "top_k": scenario.top_k,
     }
+    if scenario.positives is not None or scenario.margin is not None:
+        options["false_negatives"] = problem.false_negatives
     given = exact_loss(state, leaves["queries"], leaves["documents"], **options, reduction="none")
     logits = oracles.log_normalizer(problem.scores(problem.stale))
     expected = oracles.cross_entropy(
@@ -39,6 +41,8 @@ def small(exact_loss: ExactLoss, scenario: Scenario) -> None:
         in_batch=scenario.in_batch,
         scale=leaves["scale"],
         transform=scenario.transform,
+        positives=scenario.positives,
+        max_score=problem.max_score,
     )
     assert is_close(given, expected, 1e-12)
     right, gradients = problem.gradients(expected), problem.gradients(given)

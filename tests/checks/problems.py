@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from negcache_fn import Draw
+from negcache_fn import Draw, FalseNegatives
 
 from .. import oracles
 
@@ -33,6 +33,8 @@ class Scenario:
     live: tuple[bool, ...] | None = None
     transform: Callable[[Tensor], Tensor] | None = None
     top_k: int | None = None
+    positives: tuple[tuple[int, ...], ...] | None = None
+    margin: float | None = None
     split: int | None = None
     scale: float = 3.0
     drift: float = 0.0
@@ -69,10 +71,25 @@ class Problem:
         self.cache_weight = torch.tensor(cached, dtype=torch.float32)
         self.names = it.cache_ids or (-1,) * it.capacity
         self.exclude = oracles.excluded_ids(it.ids, it.rows, in_batch=it.in_batch)
+        self.exclude_all = self.exclude
+        if it.positives is not None:
+            self.exclude_all = [[*(self.exclude[i] if self.exclude else []), *it.positives[i]] for i in range(it.rows)]
+        self.max_score = None if it.margin is None else [float(score) + it.margin for score in self._positive_scores()]
         self.parts = [(0, it.capacity)] if it.split is None else [(0, it.split), (it.split, it.capacity)]
         self.stale_scores = self.scores(self.stale).detach()
         self.probability = oracles.probabilities(self.stale_scores)
         self.normalizer = oracles.log_normalizer(self.stale_scores)
+
+    def _positive_scores(self) -> Tensor:
+        queries, documents, scale = (self.leaves[name].detach() for name in ("queries", "documents", "scale"))
+        return (self.scenario.transform or oracles.identity)(scale * (queries * documents[: len(queries)]).sum(-1))
+
+    @property
+    def false_negatives(self) -> FalseNegatives:
+        """As a user gives them."""
+        it = self.scenario
+        ids = None if it.positives is None else torch.tensor(it.positives)
+        return FalseNegatives(ids, None if it.margin is None else lambda positive: positive + it.margin)
 
     def encode(self) -> Tensor:
         """Fresh embeddings of all cached documents."""
@@ -86,14 +103,15 @@ class Problem:
                 "log_weight": self.cache_weight[start:stop],
                 "live": None if it.live is None else it.live[start:stop],
                 "ids": self.names[start:stop],
-                "exclude": self.exclude,
+                "exclude": self.exclude_all,
                 "scale": self.leaves["scale"],
                 "transform": it.transform,
             }
             queries = self.leaves["queries"]
             scores = oracles.cache_scores(queries, embedding[start:stop], **options)
-            if it.top_k is not None:
-                held = oracles.cache_scores(queries, self.stale[start:stop], top_k=it.top_k, **options)
+            if it.top_k is not None or it.margin is not None:
+                options |= {"top_k": it.top_k, "max_score": self.max_score}
+                held = oracles.cache_scores(queries, self.stale[start:stop], **options)
                 scores = torch.where(held.detach() > -math.inf, scores, -math.inf)
             out.append(scores)
         return torch.cat(out, 1)
@@ -113,6 +131,8 @@ class Problem:
             in_batch=it.in_batch,
             scale=self.leaves["scale"],
             transform=it.transform,
+            positives=it.positives,
+            max_score=self.max_score,
         )
 
     def by_formula(self, slots: Sequence[Sequence[int]], *, share_draws: bool, staleness_correction: str) -> Tensor:
@@ -136,7 +156,9 @@ class Problem:
         place = slot.clamp_min(0)
         start = torch.tensor([0 if it.split is None or int(j) < it.split else it.split for j in place.flatten()])
         score = self.stale_scores.gather(1, place)
-        exclude = torch.tensor(self.exclude if self.exclude is not None else [[]], dtype=torch.int64)
+        exclude = self.exclude_all if self.exclude_all is not None else [[]]
+        if it.in_batch:  # what is excluded for all is not drawn
+            exclude = it.positives or exclude[:1]
         return Draw(
             slot=torch.where(slot >= 0, slot - start.view_as(slot), -1),
             score=torch.where(slot >= 0, score, -math.inf),
@@ -147,14 +169,17 @@ class Problem:
             log_weight=self.cache_weight[place],
             source=(start > 0).long().view_as(slot),
             cutoff=self._cutoff(),
-            exclude_ids=exclude[:1] if it.in_batch and self.exclude is not None else exclude,
+            max_score=torch.tensor(self.max_score or [math.inf] * it.rows, dtype=torch.float64)[:, None].expand(
+                -1, len(self.parts)
+            ),
+            exclude_ids=torch.tensor(exclude, dtype=torch.int64),
         )
 
     def _cutoff(self) -> Tensor:
         it = self.scenario
         cutoff = torch.full((it.rows, len(self.parts)), -math.inf, dtype=torch.float64)
         if it.top_k is not None:
-            everything = Problem(Scenario(**{**it.__dict__, "top_k": None})).stale_scores
+            everything = Problem(replace(it, top_k=None)).stale_scores
             for n, (start, stop) in enumerate(self.parts):
                 best = everything[:, start:stop].sort(dim=-1, descending=True).values
                 if it.top_k < stop - start:
@@ -166,6 +191,8 @@ class Problem:
         it = self.scenario
         flat = [max(j, 0) for row in slots for j in row]
         options = {"reduction": "none", **options}
+        if it.positives is not None or it.margin is not None:
+            options["false_negatives"] = self.false_negatives
         return loss(
             self.leaves["queries"],
             self.leaves["documents"],
@@ -224,6 +251,24 @@ def scenarios() -> dict[str, Scenario]:
             top_k=3,
             **squash,
         ),
+        "several positives": Scenario(
+            capacity=5, ids=(3, 5, 9), cache_ids=(7, -1, 8, 2, 6), positives=((7, 9), (8, -1)), samples=1
+        ),
+        "several positives, own only": Scenario(
+            capacity=5, in_batch=False, ids=(3, 5, 9), cache_ids=(5, -1, 8, 3, 6), positives=((6,), (8,))
+        ),
+        "several positives, nothing else": Scenario(capacity=3, cache_ids=(7, -1, 8), positives=((7, 8), (8, -1))),
+        "margin": Scenario(capacity=5, documents=4, margin=0.3),
+        "margin, log-weights, transform": Scenario(
+            capacity=5,
+            documents=4,
+            margin=-0.4,
+            log_weights=(0.5, -1.0, 0.25, 2.0),
+            cache_log_weight=(1.5, 0.0, -0.75, 0.5, 3.0),
+            **squash,
+        ),
+        "margin, top_k, merged": Scenario(capacity=6, split=3, top_k=2, margin=0.6, in_batch=False),
+        "margin that leaves nothing": Scenario(capacity=3, margin=-40.0),
         "sharp": Scenario(scale=25.0),
     }
 

@@ -23,6 +23,8 @@ METRICS = {
     "draw_age_steps",
     "drift",
     "effective_sample_size",
+    "unique_draws",
+    "masked_pairs",
     "non_finite",
 }
 
@@ -85,17 +87,22 @@ def composed(
     """`step` as sample, take, encode, loss, update; metrics in float64 by their definitions. For valid draws only."""
     rows, ids, in_batch = len(queries), options.get("ids"), options.get("in_batch", True)
     shared = {"scale": options.get("scale", 1.0), "score_transform": options.get("score_transform")}
+    known = options.get("false_negatives", negcache_fn.FalseNegatives())
+    limit = max_score_of(known, queries.detach(), encode(batch).detach(), shared)
     exclude = None if ids is None else (ids if in_batch else ids[:rows, None])
     picks = {key: options[key] for key in ("num_samples", "top_k") if key in options}
-    draw = negcache_fn.sample_gumbel(state, queries, exclude_ids=exclude, **picks, **shared)
+    stale_known = negcache_fn.FalseNegatives(known.ids, limit)
+    draw = negcache_fn.sample_gumbel(
+        state, queries, exclude_ids=exclude, false_negatives=stale_known, **picks, **shared
+    )
     assert bool((draw.slot >= 0).all())
     slots, count = draw.slot.flatten(), len(next(iter(batch.values())))
-    oldest = (
-        negcache_fn.stalest(state, options.get("refresh_stalest", 0)) if options.get("refresh_stalest") else slots[:0]
-    )
+    stalest = options.get("refresh_stalest", 0)
+    stalest = math.ceil(stalest * len(state["items"])) if isinstance(stalest, float) else stalest
+    oldest = negcache_fn.stalest(state, stalest) if stalest else slots[:0]
     everything = encode(joined(batch, negcache_fn.take(state, slots), negcache_fn.take(state, oldest)))
     own, negatives, refreshed = everything.split([count, len(slots), len(oldest)])
-    pass_on = ("ids", "log_weights", "in_batch", "share_draws", "staleness_correction", "reduction")
+    pass_on = ("ids", "log_weights", "in_batch", "share_draws", "staleness_correction", "reduction", "false_negatives")
     chosen = {key: options[key] for key in pass_on if key in options}
     value = negcache_fn.loss(queries, own, negatives, draw, **chosen, **shared)
     after = negcache_fn.update(
@@ -106,6 +113,22 @@ def composed(
         **{key: options[key] for key in ("ids", "log_weights", "mask", "evict") if key in options},
     )
     return value, after, naive_metrics(state, queries, own, negatives, draw, **options), draw
+
+
+def max_score_of(
+    known: negcache_fn.FalseNegatives, queries: Tensor, own: Tensor, shared: dict[str, Any]
+) -> Tensor | None:
+    """The limit of each query, from the scores of the positives if it depends on them."""
+    if known.max_score is None:
+        return None
+    positive = (shared["score_transform"] or oracles.identity)(
+        (queries * shared["scale"] * own[: len(queries)]).sum(-1)
+    )
+    return (
+        known.max_score(positive)
+        if callable(known.max_score)
+        else torch.as_tensor(known.max_score).expand(len(queries))
+    )
 
 
 def naive_metrics(
@@ -130,6 +153,12 @@ def naive_metrics(
         "exclude": oracles.excluded_ids(names, len(queries), in_batch=in_batch),
         "top_k": options.get("top_k"),
     }
+    known = options.get("false_negatives", negcache_fn.FalseNegatives())
+    limit = max_score_of(known, queries, own, {"scale": shared["scale"], "score_transform": shared["transform"]})
+    positives = None if known.ids is None else known.ids.tolist()
+    if positives is not None:
+        limits["exclude"] = [[*(limits["exclude"][i] if names else []), *positives[i]] for i in range(len(queries))]
+    limits["max_score"] = None if limit is None else limit.tolist()
     stale = oracles.cache_scores(queries, items["embedding"], **limits, **shared)
     losses = oracles.cross_entropy(
         queries,
@@ -138,6 +167,8 @@ def naive_metrics(
         ids=names,
         log_weights=options.get("log_weights"),
         in_batch=in_batch,
+        positives=positives,
+        max_score=limits["max_score"],
         **shared,
     )
     fresh = oracles.cache_scores(queries, negatives, log_weight=items["log_weight"][slots], **shared)
@@ -164,8 +195,34 @@ def naive_metrics(
         "draw_age_steps": sum(now - at[j] for j in slots) / len(slots),
         "drift": sum(drifts) / len(drifts),
         "effective_sample_size": sum(sizes) / len(sizes),
+        "unique_draws": len(set(slots)) / len(slots),
+        "masked_pairs": masked_pairs(queries, items, slots, positives, limits["max_score"], shared, options),
         "non_finite": 0.0,
     }
+
+
+def masked_pairs(
+    queries: Tensor,
+    items: TensorDictBase,
+    slots: list[int],
+    positives: list[list[int]] | None,
+    limit: list[float] | None,
+    shared: dict[str, Any],
+    options: dict[str, Any],
+) -> float:
+    """Share of the pairs of a query and a draw of another that are false negatives."""
+    if not options.get("share_draws", True):
+        return 0.0
+    rows, samples, count = len(queries), len(slots) // len(queries), 0
+    bare = oracles.cache_scores(queries, items["embedding"], **shared)
+    for i in range(rows):
+        named = set(positives[i]) if positives is not None else set()
+        if options.get("ids") is not None and not options.get("in_batch", True):
+            named |= {int(options["ids"][i])}
+        for m, j in enumerate(slots):
+            by_id = int(items["id"][j]) >= 0 and int(items["id"][j]) in named
+            count += m // samples != i and (by_id or (limit is not None and float(bare[i, j]) > limit[i]))
+    return count / (rows * len(slots))
 
 
 def same_metrics(given: dict[str, Tensor], expected: dict[str, float], tolerance: float = 1e-4) -> None:

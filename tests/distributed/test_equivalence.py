@@ -19,6 +19,9 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "weights-anonymous": DOUBLE | {"in_batch": "global", "with_ids": False, "with_weights": True},
     "replicated": DOUBLE | {"in_batch": "global", "placement": "replicated", "num_samples": 2, "evict": "fifo"},
     "replicated-top-k": DOUBLE | {"in_batch": False, "placement": "replicated", "top_k": 40, "refresh_stalest": 3},
+    "false-negatives": DOUBLE | {"in_batch": "global", "num_samples": 2, "margin": 2.0},
+    "false-negatives-of-own": DOUBLE | {"in_batch": False, "with_ids": False, "top_k": 40, "margin": -1.0},
+    "replicated-false-negatives": DOUBLE | {"in_batch": "global", "placement": "replicated", "margin": 0.0},
     "float32": {"dtype": torch.float32, "steps": 8, "in_batch": "global", "num_samples": 2},
     "float32-long": {"dtype": torch.float32, "steps": 50, "in_batch": False},
 }

@@ -42,6 +42,12 @@ def together(rank: int, world: int, *, alone: bool = False) -> dict[str, Any]:
     most, most_slots = negcache_fn.top_negatives(state, queries, CAPACITY - 3, **options)
     draw = negcache_fn.sample_gumbel(state, queries, num_samples=3, exclude_ids=ids, **options)
     own = negcache_fn.sample_gumbel(state, queries, num_samples=3, exclude_ids=ids[:, None], top_k=9, **options)
+    limit = torch.linspace(-1.0, 4.0, BATCH, dtype=torch.float64).view(world, -1)[rank]
+    known = negcache_fn.FalseNegatives(ids[:, None] + torch.tensor([1, 7]), limit)
+    options["false_negatives"] = known
+    limited = negcache_fn.sample_gumbel(state, queries, num_samples=3, exclude_ids=ids, **options)
+    below, below_slots = negcache_fn.top_negatives(state, queries, 70, exclude_ids=ids[:, None], **options)
+    del options["false_negatives"]
     taken = negcache_fn.take(state, draw.slot, group=group)
     fresh = (draw.embedding.flatten(0, 1) * 1.1).requires_grad_()
     loss = negcache_fn.loss(queries, documents, fresh, draw, in_batch=in_batch, ids=ids, **options)
@@ -49,7 +55,10 @@ def together(rank: int, world: int, *, alone: bool = False) -> dict[str, Any]:
     del options["scale"]
     exact = negcache_fn.exact_loss(state, queries, documents, scale=scale, in_batch=in_batch, ids=ids, **options)
     hard = negcache_fn.exact_loss(state, queries, documents, scale=scale, in_batch=False, ids=ids, top_k=50, **options)
-    gradients = torch.autograd.grad(loss + exact + 2 * hard, [queries, documents, fresh, scale])
+    margin = negcache_fn.FalseNegatives(known.ids, lambda positive: positive + 1.0)
+    options["false_negatives"] = margin
+    masked = negcache_fn.exact_loss(state, queries, documents, scale=scale, in_batch=in_batch, ids=ids, **options)
+    gradients = torch.autograd.grad(loss + exact + 2 * hard + 3 * masked, [queries, documents, fresh, scale])
     updated = negcache_fn.update(
         state,
         features(ids, torch.float64),
@@ -60,7 +69,9 @@ def together(rank: int, world: int, *, alone: bool = False) -> dict[str, Any]:
         group=group,
     )
     whole = updated if group is None else distributed.unshard(updated, group)
+    counts, edges = negcache_fn.age_histogram(state, bins=7, group=group)
     return {
+        "ages": torch.stack([counts, edges[1:]]),
         "rows": {
             "scores": scores,
             "slots": slots,
@@ -68,6 +79,10 @@ def together(rank: int, world: int, *, alone: bool = False) -> dict[str, Any]:
             "most_slots": most_slots,
             "draw": draw.slot,
             "own": own.slot,
+            "limited": limited.slot,
+            "limited_normalizer": limited.log_normalizer,
+            "below": below,
+            "below_slots": below_slots,
             "normalizer": draw.log_normalizer,
             "cutoff": own.cutoff,
             "embedding": draw.embedding,
@@ -76,7 +91,7 @@ def together(rank: int, world: int, *, alone: bool = False) -> dict[str, Any]:
             "kept": taken["kept"],
         },
         "gradients": [gradient / world for gradient in gradients],
-        "losses": torch.stack([loss, exact, hard]).detach(),
+        "losses": torch.stack([loss, exact, hard, masked]).detach(),
         "state": whole,
     }
 
@@ -124,6 +139,7 @@ def test_parts_of_a_step(tmp_path: Path) -> None:
             torch.testing.assert_close(
                 found, value, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
             )
+        assert all(torch.equal(of_rank["ages"], expected["ages"]) for of_rank in of_ranks)
         losses = torch.stack([of_rank["losses"] for of_rank in of_ranks]).mean(0)
         torch.testing.assert_close(losses, expected["losses"], rtol=1e-12, atol=1e-12)
         for number, gradient in enumerate(expected["gradients"][:3]):

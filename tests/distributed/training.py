@@ -81,6 +81,7 @@ def train(
     group = None if alone else dist.group.WORLD
     options = dict(options)
     with_ids, with_weights = options.pop("with_ids", True), options.pop("with_weights", False)
+    margin = options.pop("margin", None)
     if alone and options.get("in_batch") == "global":
         options["in_batch"] = True
     state = whole_cache(dtype) if start is None else start
@@ -108,6 +109,11 @@ def train(
         mask = torch.rand(BATCH + EXTRAS, generator=generator) < 0.9
         own = torch.cat([_part(torch.arange(BATCH), rank, world), BATCH + _part(torch.arange(EXTRAS), rank, world)])
         queries = towers[0](features(_part(asked, rank, world), dtype))
+        positives = torch.randint(-1, DOCUMENTS, (BATCH, 3), generator=generator)
+        if margin is not None:
+            options["false_negatives"] = negcache_fn.FalseNegatives(
+                _part(positives, rank, world), lambda positive: positive + margin
+            )
         out = step(
             state,
             queries,
@@ -141,7 +147,7 @@ def train(
 
 
 def _part(values: Tensor, rank: int, world: int) -> Tensor:
-    return values.view(world, -1)[rank] if world > 1 else values
+    return values.view(world, -1, *values.shape[1:])[rank]
 
 
 def _gathered(values: Tensor, world: int) -> Tensor:

@@ -76,6 +76,20 @@ def problem(rows: int, capacity: int, dim: int, storage: torch.dtype, exclusions
     return queries, embeddings, bias, excluded
 
 
+def limited_problem(
+    rows: int, capacity: int, dim: int, storage: torch.dtype, exclusions: int, seed: int
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Of small integers, and with limits between integers that cut some, all or none off."""
+    generator = torch.Generator().manual_seed(seed)
+    _, _, bias, excluded = problem(rows, capacity, dim, storage, exclusions, seed)
+    queries = torch.randint(-2, 3, (rows, dim), generator=generator).float()
+    embeddings = torch.randint(-2, 3, (capacity, dim), generator=generator).to(storage)
+    limit = torch.randint(-4, 5, (rows,), generator=generator) + 0.5
+    limit[torch.rand(rows, generator=generator) < 0.2] = -math.inf
+    limit[torch.rand(rows, generator=generator) < 0.2] = math.inf
+    return (queries, embeddings, bias, excluded), limit
+
+
 def exact_scores(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
     scores = queries.double() @ embeddings.double().T + bias
     for row, slots in enumerate(excluded.tolist()):
@@ -108,7 +122,7 @@ def test_block_logsumexp_is_exact(
     scores = exact_scores(*arguments)
     padded = torch.nn.functional.pad(scores, (0, -capacity % 64), value=-math.inf)
     with configured(precision, products=products):
-        computed = cpu.block_logsumexp(*arguments)
+        computed = cpu.block_logsumexp(*arguments, None)
     norms = float(arguments[0].norm(dim=1).max() * arguments[1].float().norm(dim=1).max())
     bound = ERRORS[precision] * norms + 1e-5  # vectors may round as much but need not
     assert largest_error(computed, padded.view(rows, -1, 64).logsumexp(-1)) <= bound
@@ -123,7 +137,7 @@ def test_score_blocks_is_exact(storage: torch.dtype, shape: tuple[int, int, int,
     blocks = torch.randint(0, -(-capacity // 64), (rows, 2), generator=torch.Generator().manual_seed(seed))
     padded = torch.nn.functional.pad(exact_scores(*arguments), (0, -capacity % 64), value=-math.inf)
     expected = padded.view(rows, -1, 64).gather(1, blocks[..., None].expand(-1, -1, 64))
-    assert largest_error(cpu.score_blocks(*arguments, blocks), expected) <= 2e-4
+    assert largest_error(cpu.score_blocks(*arguments, None, blocks), expected) <= 2e-4
 
 
 @needs_kernels
@@ -142,11 +156,51 @@ def test_hardest_equals_plain_torch(
     embeddings = torch.randint(-2, 3, (capacity, dim), generator=generator).to(storage)
     bias = torch.where(bias > -math.inf, 0.0, bias)
     with configured("highest", products=products):
-        scores, slots = cpu.hardest(queries, embeddings, bias, excluded, n)
-    matrix = streaming.ScoreMatrix(queries, embeddings, bias, excluded, None)
+        scores, slots = cpu.hardest(queries, embeddings, bias, excluded, None, n)
+    matrix = streaming.ScoreMatrix(queries, embeddings, bias, excluded, None, None)
     expected_scores, expected_slots = mining._hardest(matrix, n)
     assert torch.equal(scores, expected_scores)
     assert torch.equal(slots, expected_slots)
+
+
+@needs_kernels
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("products", PRODUCTS)
+@given(shape=shapes)
+def test_limits_on_the_score(products: str, storage: torch.dtype, shape: tuple[int, int, int, int, int]) -> None:
+    """Products of small integers are exact, and limits between integers leave nothing to rounding."""
+    rows, capacity, dim, exclusions, seed = shape
+    arguments, limit = limited_problem(rows, capacity, dim, storage, exclusions, seed)
+    scores = exact_scores(*arguments)
+    products_alone = arguments[0].double() @ arguments[1].double().T
+    scores = scores.masked_fill(products_alone > limit[:, None], -math.inf)
+    blocks = torch.nn.functional.pad(scores, (0, -capacity % 64), value=-math.inf).view(rows, -1, 64)
+    n = min(capacity, 9)
+    with configured("highest", products=products):
+        assert largest_error(cpu.block_logsumexp(*arguments, limit), blocks.logsumexp(-1)) <= 1e-4
+        best, slots = cpu.hardest(*arguments, limit, n)
+    chosen = blocks.amax(-1).argmax(-1, keepdim=True)
+    # Of a block in which nothing is left the lowest score stays; one with something is exact.
+    found = cpu.score_blocks(*arguments, limit, chosen)[:, 0]
+    expected = blocks.gather(1, chosen[..., None].expand(-1, -1, 64))[:, 0]
+    nothing = (scores == -math.inf).all(1, keepdim=True)
+    assert largest_error(found.masked_fill(nothing, 0.0), expected.masked_fill(nothing, 0.0)) <= 1e-4
+    matrix = streaming.ScoreMatrix(*arguments, limit, None)
+    assert largest_error(best, mining._hardest(matrix, n)[0].double()) <= 1e-4
+    assert largest_error(best, scores.topk(n).values) <= 1e-4
+    assert torch.equal(slots < 0, best == -math.inf)
+
+
+@needs_kernels
+def test_a_chosen_block_is_never_empty() -> None:
+    """The lowest score that may be drawn stays, also where it is above the limit; the others above it do not."""
+    queries, embeddings = torch.tensor([[1.0]]), torch.arange(64.0)[:, None]
+    bias = torch.zeros(64)
+    bias[0] = -math.inf
+    arguments = (queries, embeddings, bias, torch.tensor([[1]]), torch.tensor([-3.0]))
+    blocks = torch.zeros(1, 1, dtype=torch.int64)
+    for scores in (cpu.score_blocks(*arguments, blocks), streaming._score_blocks(*arguments, None, blocks)):
+        assert torch.nonzero(scores[0, 0] > -math.inf).tolist() == [[2]]
 
 
 @needs_kernels
@@ -158,22 +212,25 @@ def test_many_rows_and_threads(products: str) -> None:
     expected = exact_scores(*arguments)
     blocks = torch.nn.functional.pad(expected, (0, -capacity % 64), value=-math.inf).view(rows, -1, 64)
     with configured("highest", products=products):
-        assert largest_error(cpu.block_logsumexp(*arguments), blocks.logsumexp(-1)) <= 1e-3
-        scores, slots = cpu.hardest(*arguments, 100)
+        assert largest_error(cpu.block_logsumexp(*arguments, None), blocks.logsumexp(-1)) <= 1e-3
+        scores, slots = cpu.hardest(*arguments, None, 100)
     assert largest_error(scores, expected.topk(100).values) <= 1e-3
     assert largest_error(scores, expected.gather(1, slots)) <= 1e-3
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "plain"])
+@pytest.mark.parametrize("limited", [True, False], ids=["limited", "unlimited"])
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.float64])
-def test_operators_are_what_they_say(native: bool, storage: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operators_are_what_they_say(
+    native: bool, limited: bool, storage: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Strides, aliasing and fake kernels, whichever code runs: a compiled graph relies on them."""
     if not native:
         monkeypatch.setattr(cpu, "supports", lambda *_: False)
     queries, embeddings, bias, excluded = problem(3, 200, 8, storage, 1, 0)
     if storage == torch.float64:
         queries, bias = queries.double(), bias.double()
-    arguments = (queries, embeddings, bias, excluded)
+    arguments = (queries, embeddings, bias, excluded, queries.new_tensor([1.0, 2.0, 3.0]) if limited else None)
     blocks = torch.tensor([[0, 3], [1, 1], [2, 0]])
     for reduction in ("logsumexp", "max"):
         torch.library.opcheck(torch.ops.negcache_fn.reduce_blocks.default, (*arguments, reduction))
@@ -187,7 +244,7 @@ def test_operators_are_what_they_say(native: bool, storage: torch.dtype, monkeyp
 def test_nan_is_seen() -> None:
     queries, embeddings, bias, excluded = problem(20, 200, 40, torch.float32, 0, 0)
     queries[3, 7] = math.nan
-    found = cpu.block_logsumexp(queries, embeddings, bias, excluded).isnan()
+    found = cpu.block_logsumexp(queries, embeddings, bias, excluded, None).isnan()
     assert bool(found[3].all())
     assert not bool(found[[0, 19]].any())
 

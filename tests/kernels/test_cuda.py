@@ -46,9 +46,16 @@ def test_kernel_compiles_without_a_gpu(capability: int, storage: str, precision:
     if triton.knobs.runtime.interpret:
         pytest.skip("Triton interprets in this process")
     kernel = importlib.import_module(MODULE)._kernel
-    constants = {"D": dim, "P": 1, "PARTS": 2, "PRECISION": precision, "WIDEN": False}
+    constants = {"D": dim, "P": 1, "LIMITED": True, "PARTS": 2, "PRECISION": precision, "WIDEN": False}
     constants |= {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_D": 32}
-    pointers = {"queries": storage, "magnitude": "fp32", "embeddings": storage, "bias": "fp32", "excluded": "i64"}
+    pointers = {
+        "queries": storage,
+        "magnitude": "fp32",
+        "embeddings": storage,
+        "bias": "fp32",
+        "excluded": "i64",
+        "max_score": "fp32",
+    }
     types = {name: f"*{kind}" for name, kind in {**pointers, "out": "fp32"}.items()}
     source = triton.compiler.ASTSource(
         fn=kernel,
@@ -93,12 +100,19 @@ def test_parts_are_the_queries(size: float, storage: torch.dtype, precision: str
 
 
 def plain_launch(
-    queries: Tensor, magnitude: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, precision: str, out: Tensor
+    queries: Tensor,
+    magnitude: Tensor,
+    embeddings: Tensor,
+    bias: Tensor,
+    excluded: Tensor,
+    max_score: Tensor | None,
+    precision: str,
+    out: Tensor,
 ) -> None:
     """What the kernel computes, in plain torch."""
     assert precision in ("ieee", "tf32x3", "tf32")
     whole = queries.float().sum(0) * magnitude[:, None]
-    out.copy_(streaming._reduce_blocks(whole, embeddings, bias, excluded, None, "logsumexp"))
+    out.copy_(streaming._reduce_blocks(whole, embeddings, bias, excluded, max_score, None, "logsumexp"))
 
 
 @pytest.fixture
@@ -112,7 +126,7 @@ def _on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("storage", cuda._STORAGE)
 def test_the_passes_ask_the_kernel(storage: torch.dtype) -> None:
     arguments = problem(5, 300, 24, storage, 2, 0)
-    matrix = streaming.ScoreMatrix(*arguments, None)
+    matrix = streaming.ScoreMatrix(*arguments, None, None)
     expected = streaming._reduce_blocks(*matrix, "logsumexp")
     options: dict[str, Any] = {"atol": 1e-3, "rtol": 1e-4}
     torch.testing.assert_close(streaming.reduce_blocks(matrix, "logsumexp"), expected, **options)
@@ -136,7 +150,7 @@ def test_without_triton_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch, capl
             assert cuda.kernel() is None
         assert [record.message.split(":")[0] for record in caplog.records] == ["no Triton"]
         with pytest.raises(RuntimeError, match="ask `supports` first"):
-            cuda.block_logsumexp(*problem(1, 1, 1, torch.float32, 0, 0))
+            cuda.block_logsumexp(*problem(1, 1, 1, torch.float32, 0, 0), None)
     finally:
         monkeypatch.undo()
         cuda.kernel.cache_clear()

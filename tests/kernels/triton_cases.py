@@ -19,7 +19,7 @@ from negcache_fn import streaming
 from negcache_fn.kernels import cpu, cuda
 
 from ..builders import make_state, unit
-from .test_cpu import exact_scores, largest_error, problem
+from .test_cpu import exact_scores, largest_error, limited_problem, problem
 
 # The interpreter's numpy warns of log(0) and NaN, and of the interpreter's own calls.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
@@ -42,8 +42,9 @@ def _precision() -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-def block_logsumexp(*arguments: Tensor) -> Tensor:
-    return cuda.block_logsumexp(*(argument.to(DEVICE) for argument in arguments)).cpu()
+def block_logsumexp(*arguments: Tensor, limit: Tensor | None = None) -> Tensor:
+    limit = None if limit is None else limit.to(DEVICE)
+    return cuda.block_logsumexp(*(argument.to(DEVICE) for argument in arguments), limit).cpu()
 
 
 def exact_blocks(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
@@ -68,6 +69,17 @@ def test_block_logsumexp_is_exact(storage: torch.dtype, shape: tuple[int, int, i
     torch.set_float32_matmul_precision(precision)
     bound = ERRORS[storage][precision] * norms(*arguments[:2]) + ROUNDING
     assert largest_error(block_logsumexp(*arguments), exact_blocks(*arguments)) <= bound
+
+
+@pytest.mark.parametrize("storage", cuda._STORAGE)
+@given(shape=shapes)
+def test_limits_on_the_score(storage: torch.dtype, shape: tuple[int, int, int, int, int]) -> None:
+    """Products of small integers are exact, and limits between integers leave nothing to rounding."""
+    arguments, limit = limited_problem(*shape[:3], storage, *shape[3:])
+    scores = exact_scores(*arguments)
+    scores = scores.masked_fill(arguments[0].double() @ arguments[1].double().T > limit[:, None], -math.inf)
+    expected = pad(scores, (0, -scores.shape[1] % 64), value=-math.inf).view(len(limit), -1, 64).logsumexp(-1)
+    assert largest_error(block_logsumexp(*arguments, limit=limit), expected) <= 1e-4
 
 
 @pytest.mark.parametrize("storage", cuda._STORAGE)
@@ -107,7 +119,9 @@ def test_nan_is_seen(storage: torch.dtype) -> None:
 @pytest.mark.parametrize("storage", cuda._STORAGE)
 def test_the_passes_take_the_kernel(storage: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the operators: the same block values, gradient and draws as in plain torch."""
-    matrix = streaming.ScoreMatrix(*(argument.to(DEVICE) for argument in problem(5, 2100, 24, storage, 2, 1)), None)
+    matrix = streaming.ScoreMatrix(
+        *(argument.to(DEVICE) for argument in problem(5, 2100, 24, storage, 2, 1)), None, None
+    )
     state = make_state(unit(500, 8, seed=0).to(storage)).to(DEVICE)
     queries = unit(6, 8, seed=1).to(DEVICE)
 

@@ -1,0 +1,101 @@
+"""Several caches as one softmax: what `merge_draws` has drawn from them, and what goes back to each.
+
+A merged draw says of which cache (`draw.source`) each of its slots is. A slot means nothing in another cache, which may
+even be smaller; the functions here keep them apart.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from negcache_fn.checks import check_embeddings
+from negcache_fn.features import Features, leaves, map_features
+from negcache_fn.sampling import Draw, check_draw
+from negcache_fn.state import take
+
+__all__ = ["refreshes", "take_drawn"]
+
+
+def take_drawn(
+    states: Sequence[TensorDictBase], draw: Draw, *, group: torch.distributed.ProcessGroup | None = None
+) -> Tensor | TensorDictBase:
+    """The features of the drawn documents, each from the cache that it was drawn from.
+
+    Naive equivalent: `take(states[source], slot)` for every drawn document.
+
+    Args:
+        states: the caches, in the order in which their draws were merged. Their features are nested alike, and of the
+            same shapes and dtypes.
+        draw: the merged draw, [B, k].
+        group: of the ranks over which the caches are sharded.
+
+    Returns:
+        Features of B * k documents, in the order of `draw.slot.flatten()`: what `loss` expects once they are encoded.
+
+    Raises:
+        ValueError, TypeError: another number of caches than were merged; features that differ between the caches.
+
+    Examples:
+        >>> left, right = (init_cache(8, 4, torch.zeros(1, 3), seed=seed) for seed in (0, 1))
+        >>> right = update(right, torch.ones(2, 3), torch.randn(2, 4))
+        >>> queries = torch.randn(5, 4)
+        >>> draw = merge_draws(sample_gumbel(left, queries), sample_gumbel(right, queries))
+        >>> take_drawn([left, right], draw).shape
+        torch.Size([5, 3])
+    """
+    check_draw("draw", draw)
+    sources = draw.cutoff.shape[1]
+    if len(states) != sources:
+        raise ValueError(f"states has {len(states)} caches; expected {sources}, as many as the draw was merged from")
+    found = cast(Features, take(states[0], _slots_of(draw, 0), group=group))
+    for source, state in enumerate(states[1:], start=1):
+        slots = _slots_of(draw, source)
+        found = _replaced(found, cast(Features, take(state, slots, group=group)), slots >= 0, source)
+    return cast("Tensor | TensorDictBase", found)
+
+
+def refreshes(draw: Draw, embeddings: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What to give as `refresh` to the `update` of each cache.
+
+    Args:
+        draw: the merged draw, [B, k].
+        embeddings: [B * k, D] the fresh embeddings of the drawn documents.
+
+    Returns:
+        For each merged cache its slots [B * k], -1 where the document is of another one, and the embeddings.
+
+    Raises:
+        ValueError, TypeError: embeddings of another shape.
+
+    Examples:
+        >>> left, right = (init_cache(8, 4, torch.zeros(1, 3), seed=seed) for seed in (0, 1))
+        >>> right = update(right, torch.ones(2, 3), torch.randn(2, 4))
+        >>> queries = torch.randn(3, 4)
+        >>> draw = merge_draws(sample_gumbel(left, queries), sample_gumbel(right, queries))
+        >>> [slots.max() >= 0 for slots, _ in refreshes(draw, torch.ones(3, 4))]
+        [tensor(False), tensor(True)]
+    """
+    check_draw("draw", draw)
+    check_embeddings("embeddings", embeddings, draw.embedding, rows=draw.slot.numel())
+    return [(_slots_of(draw, source), embeddings.detach()) for source in range(draw.cutoff.shape[1])]
+
+
+def _slots_of(draw: Draw, source: int) -> Tensor:
+    """[B * k] slots in that cache, -1 for documents of others."""
+    return torch.where(draw.source == source, draw.slot, -1).flatten()
+
+
+def _replaced(found: Features, rows: Features, here: Tensor, source: int) -> Features:
+    """`found`, with the rows of this cache where they are `here` [B * k]."""
+    before, now = dict(leaves(found)), dict(leaves(rows))
+    described = [{name: (leaf.shape[1:], leaf.dtype) for name, leaf in of.items()} for of in (before, now)]
+    if described[0] != described[1]:
+        raise ValueError(f"states[{source}] has features {described[1]}; expected those of states[0]: {described[0]}")
+
+    def replace(old: Tensor, new: Tensor) -> Tensor:
+        return torch.where(here.view(-1, *[1] * (old.ndim - 1)), new, old)
+
+    return map_features(replace, found, rows)
