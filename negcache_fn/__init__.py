@@ -7,6 +7,7 @@ from negcache_fn.false_negatives import FalseNegatives
 from negcache_fn.features import pad_features
 from negcache_fn.filling import prefill, reset, resize
 from negcache_fn.frequency import init_frequency, log_frequency, observe
+from negcache_fn.freshness import reembed, reembed_
 from negcache_fn.guards import require_finite, validate
 from negcache_fn.mining import top_negatives
 from negcache_fn.monitoring import age_histogram
@@ -39,6 +40,8 @@ __all__ = [
     "offload_features",
     "pad_features",
     "prefill",
+    "reembed",
+    "reembed_",
     "refreshes",
     "require_finite",
     "reset",

@@ -8,9 +8,10 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from negcache_fn.checks import check_size, check_state
+from negcache_fn.eviction import Evict
 from negcache_fn.features import Features, all_moved, map_features, moved
 from negcache_fn.state import live, lowest, stored, whole, with_items
-from negcache_fn.updating import Evict, copy_state, update_
+from negcache_fn.updating import copy_state, update_
 
 __all__ = ["Batch", "prefill", "reset", "resize"]
 

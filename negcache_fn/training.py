@@ -19,6 +19,7 @@ from negcache_fn.checks import (
 from negcache_fn.classes import Classes, InBatch, check_in_batch, known_ids, positive_scores
 from negcache_fn.collectives import agree, check_placement, distribute, fetch
 from negcache_fn.estimator import STALENESS_CORRECTIONS, pool_draws
+from negcache_fn.eviction import Evict, check_evict
 from negcache_fn.false_negatives import (
     NO_FALSE_NEGATIVES,
     Exclusions,
@@ -39,7 +40,7 @@ from negcache_fn.sampling import Draw, check_draws, draw_negatives
 from negcache_fn.scoring import Similarity, full_precision, softmax_dtype
 from negcache_fn.state import as_features, feature_leaves, live, lowest, scalar, stored, stored_features
 from negcache_fn.streaming import ScoreTransform
-from negcache_fn.updating import Arrivals, Evict, check_evict, copy_state, write_
+from negcache_fn.updating import Arrivals, copy_state, write_
 
 __all__ = ["StepOutput", "step", "step_"]
 

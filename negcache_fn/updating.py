@@ -4,7 +4,7 @@
 whatever the data, so that both compile: a row that must not be written repeats the write of one that must.
 """
 
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import NamedTuple, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -12,15 +12,12 @@ from torch import Tensor
 
 from negcache_fn.checks import check_embeddings, check_rows, check_slots, check_state
 from negcache_fn.collectives import Ranks, Shards, agree, check_placement, distribute, in_order
+from negcache_fn.eviction import Evict, check_evict, eviction_key
 from negcache_fn.features import Features, fit, leaves, map_features, moved, nested_as
 from negcache_fn.ids import find_slots, last_of_each
-from negcache_fn.state import live, lock, lowest, scalar, stored, stored_features
+from negcache_fn.state import lock, lowest, scalar, stored, stored_features
 
-__all__ = ["Arrivals", "Evict", "check_evict", "copy_state", "storable", "update", "update_", "write_"]
-
-Evict: TypeAlias = str | Tensor
-
-_EVICTIONS = {"lru": "embedded_at", "fifo": "inserted_at"}
+__all__ = ["Arrivals", "copy_state", "storable", "update", "update_", "write_"]
 
 
 def update(
@@ -203,22 +200,6 @@ def write_(
     return state
 
 
-def check_evict(evict: Any, cached: Tensor) -> str:
-    """Raises unless `evict` fits embeddings [C, D]; returns its kind, on which all ranks must agree."""
-    if not isinstance(evict, Tensor):
-        if not isinstance(evict, str) or evict not in _EVICTIONS:
-            known = ", ".join(map(repr, _EVICTIONS))
-            raise ValueError(f"evict is {evict!r}; expected {known} or a tensor of priorities")
-        return evict
-    if evict.shape != cached.shape[:1]:
-        raise ValueError(f"evict has shape {tuple(evict.shape)}; expected [{cached.shape[0]}], one priority per slot")
-    if not evict.dtype.is_floating_point and evict.dtype != torch.int64:
-        raise TypeError(f"evict has dtype {evict.dtype}; expected a floating dtype or torch.int64")
-    if evict.device != cached.device:
-        raise ValueError(f"evict is on {evict.device}; expected {cached.device}, the device of the cache")
-    return f"priorities of {evict.dtype}"
-
-
 def copy_state(state: TensorDictBase) -> TensorDictBase:
     """A state that shares no storage with `state`, locked like it."""
     check_state(state)
@@ -264,7 +245,7 @@ def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, evict: E
     # Slots that are replaced by id are not for others to take.
     is_replaced = torch.zeros(capacity + 1, dtype=torch.bool, device=cached.device)
     is_replaced = is_replaced.scatter(0, torch.where(replaced_here >= 0, replaced_here, capacity), True)[:capacity]
-    evicted = lowest(_eviction_key(state, evict), ids.shape[0], skip=is_replaced, shards=shards)
+    evicted = lowest(eviction_key(state, evict), ids.shape[0], skip=is_replaced, shards=shards)
     replaced = shards.ranks.largest(torch.where(replaced_here >= 0, replaced_here + shards.first, -1))
     takes = wanted & (replaced < 0)
     place = takes.cumsum(0) - 1
@@ -286,24 +267,6 @@ def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, evict: E
         ("inserted_at", now),
     ):
         _write_(stored(state, name), target, values)
-
-
-def _eviction_key(state: TensorDictBase, evict: Evict) -> Tensor:
-    """[C] int64: the slots of the lowest keys are taken first, empty ones before all others.
-
-    Priorities have keys of 32 bits in their order, since `lowest` multiplies keys by the capacity.
-    """
-    if isinstance(evict, str):
-        return stored(state, _EVICTIONS[evict])
-    low, high = torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max
-    if evict.dtype == torch.int64:
-        key = evict.clamp(low, high)
-    else:
-        priority = evict.to(torch.float32)
-        bits = priority.masked_fill(priority.isnan(), -float("inf")).view(torch.int32)
-        # Sign and magnitude, whose order is that of its bits; -0 is 0.
-        key = torch.where(bits < 0, -(bits & high), bits).to(torch.int64)
-    return torch.where(live(state), key, low - 1)
 
 
 def _write_(stored_rows: Tensor, target: Tensor, values: Tensor) -> Tensor:

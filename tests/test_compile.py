@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "ids": True,
         "evict": "fifo",
     },
-    "false negatives": {"num_samples": 2, "ids": True, "false_negatives": True, "refresh_stalest": 0.02},
+    "false negatives": {"evict": True, "num_samples": 2, "ids": True, "false_negatives": True, "refresh_stalest": 0.02},
     "unnormalised, weights, mask": {"staleness_correction": "unnormalized", "log_weights": True, "mask": True},
 }
 
@@ -53,6 +53,7 @@ def options_at(n: int, variant: dict[str, Any]) -> dict[str, Any]:
         "ids": torch.arange(TOTAL) * 7 % 11 + 5 * n,
         "log_weights": torch.linspace(-1, 1, TOTAL) * n,
         "mask": torch.arange(TOTAL) != n,
+        "evict": torch.linspace(0, 1, CAPACITY) * n if variant.get("evict") is True else variant.get("evict"),
         "false_negatives": negcache_fn.FalseNegatives(
             torch.arange(2 * ROWS).view(ROWS, 2) + 5 * n - 9, lambda positive: positive + 4.0
         ),

@@ -68,6 +68,7 @@ def calls() -> dict[str, Callable[[], Any]]:
             {"words": batch["words"][:, :2], "extra": batch["extra"]},
             values={"words": 3},
         ),
+        "reembed": lambda: pure(negcache_fn.reembed, state, tower, batch_size=4),
         "refreshes": lambda: pure(negcache_fn.refreshes, draw, negatives),
         "take": lambda: pure(negcache_fn.take, state, draw.slot),
         "loss": lambda: pure(
@@ -76,7 +77,16 @@ def calls() -> dict[str, Callable[[], Any]]:
         "exact_loss": lambda: pure(
             negcache_fn.exact_loss, state, queries, own, false_negatives=by_margin, top_k=4, **shared, **batchwise
         ),
-        "update": lambda: pure(negcache_fn.update, state, batch, own, refresh=refresh, mask=mask, **batchwise),
+        "update": lambda: pure(
+            negcache_fn.update,
+            state,
+            batch,
+            own,
+            refresh=refresh,
+            mask=mask,
+            evict=torch.linspace(1, 0, 9),
+            **batchwise,
+        ),
         "step": lambda: pure(
             negcache_fn.step,
             state,

@@ -38,6 +38,7 @@ constexpr int kLanes = 16;
 #else
 constexpr int kLanes = 8;
 #endif
+constexpr int64_t kWorthThreads = 1 << 20;  // numbers to read or multiply: below it, waking threads takes longer
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
@@ -168,7 +169,7 @@ struct Problem {
 template <typename T>
 void score_blocks(const T* embeddings, const Problem& problem, const int64_t* blocks, int64_t samples, float* out) {
   const int64_t dim = problem.dim;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (problem.rows * samples * kBlock * problem.dim > kWorthThreads)
   for (int64_t pair = 0; pair < problem.rows * samples; ++pair) {
     const int64_t row = pair / samples, first = blocks[pair] * kBlock;
     const int64_t count = std::min(kBlock, problem.capacity - first);
@@ -272,7 +273,7 @@ struct Pairs {
 template <typename Product>
 void pack_groups(const float* queries, int64_t rows, int64_t dim, int64_t steps, float* packed) {
   const int64_t groups = (rows + kGroup - 1) / kGroup, padded = steps * Product::kWidth;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * dim > kWorthThreads)
   for (int64_t group = 0; group < groups; ++group) {
     std::vector<typename Product::Number> row(padded);
     float* to = packed + group * steps * kGroup;
@@ -321,7 +322,7 @@ void stream_by_vectors(const T* embeddings, const Problem& problem, MakeConsumer
   for (int64_t first = 0; first < problem.rows; first += kPanelRows) {
     const int64_t rows = std::min(kPanelRows, problem.rows - first);
     pack_groups<Product>(problem.queries + first * problem.dim, rows, problem.dim, steps, packed.data());
-#pragma omp parallel
+#pragma omp parallel if (problem.capacity * rows * problem.dim > kWorthThreads)
     {
       auto consume = make_consumer();
       std::vector<Number> converted(kBlock * padded);
@@ -380,7 +381,7 @@ inline __m256bh next_part(Floats* x) {
 // part, [16 pairs of dimensions][16 queries][2].
 void pack_queries(const float* queries, int64_t rows, int64_t dim, int64_t depths, int parts, uint16_t* packed) {
   const int64_t groups = (rows + kTile - 1) / kTile, group_size = depths * parts * kTileSize;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * dim > kWorthThreads)
   for (int64_t group = 0; group < groups; ++group) {
     uint16_t* to = packed + group * group_size;
     std::memset(to, 0, group_size * sizeof(uint16_t));
@@ -485,7 +486,7 @@ void stream_by_tiles(const T* embeddings, const Problem& problem, MakeConsumer m
   for (int64_t first = 0; first < problem.rows; first += panel) {
     const int64_t rows = std::min(panel, problem.rows - first);
     pack_queries(problem.queries + first * problem.dim, rows, problem.dim, depths, kParts, packed.data());
-#pragma omp parallel
+#pragma omp parallel if (problem.capacity * rows * problem.dim > kWorthThreads)
     {
       auto consume = make_consumer();
       const TileConfig config;
@@ -596,7 +597,7 @@ void hardest(const T* embeddings, const Problem& problem, Arithmetic arithmetic,
       for (int64_t j = 0; j < kBlock; ++j) mine->offer(block * kBlock + j, row, lanes, load(tile + j * kLanes));
     };
   });
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (problem.rows * keep * problem.dim > kWorthThreads)
   for (int64_t row = 0; row < problem.rows; ++row) {
     std::vector<Candidate> found;
     for (const Candidates* theirs : of_threads)
@@ -723,7 +724,7 @@ void negcache_hardest(const void* embeddings, int storage, int64_t capacity, int
 // The slots of the `keep` lowest keys that are not to be skipped, ascending, ties by slot; -1 if there are fewer.
 void negcache_lowest(const int64_t* keys, const uint8_t* skip, int64_t capacity, int64_t keep, int64_t* slots) {
   std::vector<Lowest> of_threads(omp_get_max_threads(), Lowest{(size_t)keep, {}});
-#pragma omp parallel
+#pragma omp parallel if (8 * capacity > kWorthThreads)
   {
     Lowest mine{(size_t)keep, {}};
 #pragma omp for schedule(static)
@@ -743,7 +744,7 @@ void negcache_find_slots(const int64_t* ids, int64_t count, const int64_t* cache
                          int64_t capacity, int64_t* slots) {
   const Rows rows(ids, count);
   std::fill(slots, slots + count, -1);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (8 * capacity > kWorthThreads)
   for (int64_t slot = 0; slot < capacity; ++slot) {
     if (cached[slot] < 0) continue;
     const int64_t row = rows.of(cached[slot]);
