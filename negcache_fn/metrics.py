@@ -46,7 +46,7 @@ def step_metrics(
     embedded_at_sum = embedded_at.sum() + capacity - documents
     fresh = fresh.to(draw.log_normalizer.dtype)
     difference = fresh - draw.embedding.flatten(0, 1)
-    drift = difference.square().sum(-1) / fresh.square().sum(-1)
+    drift = difference.square().sum(-1) / fresh.square().sum(-1).clamp(min=torch.finfo(fresh.dtype).tiny)
     log_importance = terms.cache.log_importance
     sample_size = (2 * log_importance.logsumexp(-1) - (2 * log_importance).logsumexp(-1)).exp()
     in_order = drawn_by_all.sort().values

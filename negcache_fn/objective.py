@@ -35,7 +35,7 @@ from negcache_fn.false_negatives import (
 )
 from negcache_fn.mining import hardest_of_all
 from negcache_fn.sampling import Draw, check_draw
-from negcache_fn.scoring import Similarity, check_search, full_precision, score_matrix, softmax_dtype
+from negcache_fn.scoring import Similarity, check_search, full_precision, score_matrix, softmax_dtype, widened
 from negcache_fn.state import scalar, stored
 from negcache_fn.streaming import ScoreTransform, cache_logsumexp, logsumexp
 
@@ -232,7 +232,8 @@ def exact_loss(
             queries=rows,
             documents=documents.shape[0],
         )
-        similarity = Similarity(softmax_dtype(state, queries), scale, score_transform)
+        queries, scale = widened(queries, scale, softmax_dtype(state, queries))
+        similarity = Similarity(queries.dtype, scale, score_transform)
         classes = batch_classes(rows, documents, ids, log_weights, in_batch, ranks)
         batch_logits, positive = batch_scores(similarity, queries, classes, bool(in_batch), false_negatives)
         with torch.no_grad():  # what is no negative is not a matter of degree
@@ -276,6 +277,7 @@ def loss_terms(
     staleness_correction: str,
 ) -> Terms:
     """What `loss` is made of; `pool` are the draws to share, None if each query uses its own."""
+    queries, scale = widened(queries, scale, draw.log_normalizer.dtype)
     similarity = Similarity(draw.log_normalizer.dtype, scale, score_transform)
     with torch.autocast(queries.device.type, enabled=False):  # the softmax is computed in float32 or wider
         batch_logits, positive = batch_scores(similarity, queries, classes, in_batch, false_negatives)

@@ -12,7 +12,7 @@ from negcache_fn.ids import find_slots, without
 from negcache_fn.state import live, stored
 from negcache_fn.streaming import ScoreMatrix, ScoreTransform
 
-__all__ = ["Similarity", "check_search", "full_precision", "score", "score_matrix", "softmax_dtype"]
+__all__ = ["Similarity", "check_search", "full_precision", "score", "score_matrix", "softmax_dtype", "widened"]
 
 _INFINITY = float("inf")
 
@@ -86,6 +86,11 @@ def score_matrix(
 def softmax_dtype(state: TensorDictBase, queries: Tensor) -> torch.dtype:
     """The dtype of scores: float32 or wider."""
     return torch.promote_types(torch.promote_types(queries.dtype, stored(state, "embedding").dtype), torch.float32)
+
+
+def widened(queries: Tensor, scale: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, float | Tensor]:
+    """Both in the dtype of the softmax, for all their uses: the gradients are added up in it, and rounded once."""
+    return queries.to(dtype), scale.to(dtype) if isinstance(scale, Tensor) else scale
 
 
 class Similarity(NamedTuple):

@@ -259,10 +259,12 @@ def _cache_logsumexp_backward_op(
     # Of an empty row nothing is taken: its scores are -inf, so that any finite stand-in gives probability 0.
     normalizer = torch.where(logsumexp > -_INFINITY, logsumexp, 0.0)[:, None]
     total = torch.zeros_like(queries)
-    for start in range(0, embeddings.shape[0], _CHUNK):
-        rows = embeddings[start : start + _CHUNK].to(queries.dtype)
-        scores = _chunk_scores(queries, embeddings, bias, excluded, max_score, None, start)[:, : rows.shape[0]]
-        total.addmm_((scores - normalizer).exp_().mul_(gradient[:, None]), rows)
+    # `backward` may be called where autocast is on; scores in half precision would be wrong by more than they are.
+    with torch.autocast(queries.device.type, enabled=False):
+        for start in range(0, embeddings.shape[0], _CHUNK):
+            rows = embeddings[start : start + _CHUNK].to(queries.dtype)
+            scores = _chunk_scores(queries, embeddings, bias, excluded, max_score, None, start)[:, : rows.shape[0]]
+            total.addmm_((scores - normalizer).exp_().mul_(gradient[:, None]), rows)
     return total
 
 

@@ -238,7 +238,8 @@ def _refresh_(state: TensorDictBase, slots: Tensor, embeddings: Tensor, shards: 
 def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, evict: Evict) -> None:
     cached, ids = stored(state, "embedding"), arrivals.ids
     capacity = cached.shape[0]
-    wanted = arrivals.mask & storable(arrivals.embeddings, cached.dtype) & (arrivals.log_weights < float("inf"))
+    log_weights = arrivals.log_weights.to(stored(state, "log_weight").dtype)  # as stored, it may be infinite
+    wanted = arrivals.mask & storable(arrivals.embeddings, cached.dtype) & (log_weights < float("inf"))
     ids = torch.where(wanted, ids, -1)
     wanted = wanted & last_of_each(ids)
     replaced_here = find_slots(state, torch.where(wanted, ids, -1))
