@@ -10,10 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DistributedDataParallel
 
 import negcache_fn
 from negcache_fn import chunked
+
+from .builders import unit
+from .checks import steps
 
 
 class Tower(nn.Module):
@@ -117,3 +121,21 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     nn.Module.__init__(wrapped)
     with pytest.raises(TypeError, match=r"DistributedDataParallel\(chunked\(encoder, size\)\)"):
         chunked(wrapped, 2)
+
+
+def test_chunks_compile_whole() -> None:
+    """Inside a compiled step: one graph over three steps, the loss and gradients of the encoder in one piece."""
+    tower = steps.Tower()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(negcache_fn.step_, fullgraph=True, backend=counter)
+    results = []
+    for function, encode in ((negcache_fn.step_, tower), (compiled, negcache_fn.chunked(tower, 3))):
+        state = steps.warm(tower, 40).clone().lock_()
+        for n in range(3):
+            queries = unit(3, 6, n).requires_grad_()
+            loss = function(state, queries, steps.documents(5, n), encode, scale=5.0, num_samples=2).loss
+            gradients = torch.autograd.grad(loss, [queries, *tower.parameters()])
+        results.append((loss.detach(), *gradients))
+    assert counter.frame_count == 1
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
