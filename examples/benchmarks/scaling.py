@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -94,6 +95,7 @@ def _work(rank: int, world: int, shape: Shape, folder: str) -> None:
         Path(folder, "measured.json").write_text(json.dumps(measured), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads outlive the group, and may abort a process that is being taken down
 
 
 def _sharded(problem: Problem, group: dist.ProcessGroup | None) -> Callable[[], None]:
