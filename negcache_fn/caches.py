@@ -12,7 +12,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn.checks import check_embeddings
-from negcache_fn.features import Features, leaves, map_features
+from negcache_fn.features import Features, leaves, map_features, rows_where
 from negcache_fn.sampling import Draw, check_draw
 from negcache_fn.state import take
 
@@ -96,6 +96,6 @@ def _replaced(found: Features, rows: Features, here: Tensor, source: int) -> Fea
         raise ValueError(f"states[{source}] has features {described[1]}; expected those of states[0]: {described[0]}")
 
     def replace(old: Tensor, new: Tensor) -> Tensor:
-        return torch.where(here.view(-1, *[1] * (old.ndim - 1)), new, old)
+        return rows_where(here, new, old)
 
     return map_features(replace, found, rows)

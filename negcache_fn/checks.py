@@ -13,6 +13,7 @@ from torch import Tensor
 __all__ = [
     "check_choice",
     "check_embeddings",
+    "check_encoder",
     "check_ids",
     "check_rows",
     "check_scale",
@@ -79,6 +80,12 @@ def check_embeddings(
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} has dtype {value.dtype}; expected a floating dtype")
     _check_device(name, value, like.device)
+
+
+def check_encoder(encode: Any) -> None:
+    """Raises unless `encode` can be called."""
+    if not callable(encode):
+        raise TypeError(f"encode is a {type(encode).__name__}; expected a function of features, such as a module")
 
 
 def check_rows(name: str, value: Any, dtype: torch.dtype | None, rows: int, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType] - untyped in torch
 
-from negcache_fn.checks import check_size
+from negcache_fn.checks import check_encoder, check_size
 from negcache_fn.features import Features, leaves, map_features
 
 __all__ = ["Chunked", "chunked"]
@@ -49,8 +49,7 @@ def chunked(encode: Callable[[Any], Tensor], size: int) -> "Chunked":
     Reference: Gao et al., RepL4NLP 2021, section 3.
     """
     check_size("size", size)
-    if not callable(encode):
-        raise TypeError(f"encode is a {type(encode).__name__}; expected a function of features, such as a module")
+    check_encoder(encode)
     if isinstance(encode, DistributedDataParallel):
         raise TypeError(
             "encode is a DistributedDataParallel, which must not be called again in the backward pass; "

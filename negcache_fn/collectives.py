@@ -40,6 +40,7 @@ __all__ = [
     "fetch",
     "in_one_place",
     "in_order",
+    "row_bytes",
 ]
 
 PLACEMENTS = ("sharded", "replicated")
@@ -366,7 +367,7 @@ def _packed(values: list[Tensor], parts: int) -> Tensor:
 
 def _unpacked(packed: Tensor, like: list[Tensor], rows: list[int]) -> list[Tensor]:
     """The tensors of [parts, bytes], each with so many rows in all."""
-    sizes = [_row_bytes(tensor) * count // packed.shape[0] for tensor, count in zip(like, rows, strict=True)]
+    sizes = [row_bytes(tensor) * count // packed.shape[0] for tensor, count in zip(like, rows, strict=True)]
     unpacked: list[Tensor] = []
     for columns, tensor, count in zip(torch.split(packed, sizes, dim=1), like, rows, strict=True):
         unpacked.append(
@@ -378,7 +379,8 @@ def _unpacked(packed: Tensor, like: list[Tensor], rows: list[int]) -> list[Tenso
     return unpacked
 
 
-def _row_bytes(tensor: Tensor) -> int:
+def row_bytes(tensor: Tensor) -> int:
+    """Of one of its rows."""
     return tensor.element_size() * math.prod(tensor.shape[1:])
 
 

@@ -63,14 +63,19 @@ class Exclusions(NamedTuple):
 
     @classmethod
     def of(
-        cls, queries: Tensor, exclude_ids: Tensor | None, false_negatives: FalseNegatives, max_score: Tensor | None
+        cls,
+        queries: Tensor,
+        exclude_ids: Tensor | None,
+        false_negatives: FalseNegatives,
+        dtype: torch.dtype,
+        positives: Tensor | None = None,
     ) -> "Exclusions":
-        """From checked arguments."""
+        """From checked arguments; `dtype` and `positives` as in `max_score_of`."""
         nothing = torch.empty(0, dtype=torch.int64, device=queries.device)
         each = [ids for ids in (exclude_ids, false_negatives.ids) if ids is not None and ids.ndim == 2]
         for_each = torch.cat(each, 1) if each else nothing.expand(queries.shape[0], 0)
         for_all = nothing if exclude_ids is None or exclude_ids.ndim == 2 else exclude_ids
-        return cls(for_all, for_each, max_score)
+        return cls(for_all, for_each, max_score_of(false_negatives, queries, dtype, positives))
 
     def gathered(self, queries: Tensor, ranks: Ranks) -> tuple[Tensor, "Exclusions"]:
         """The queries (any rows of them) and the exclusions of all ranks, in one message."""
@@ -135,12 +140,13 @@ def max_score_of(
         return None
     if callable(limit):
         assert positives is not None  # checked at the boundary
-        limit = limit(positives.detach())
-        if not isinstance(limit, Tensor) or limit.shape != positives.shape:  # pyright: ignore[reportUnnecessaryIsInstance]
-            found = tuple(limit.shape) if isinstance(limit, Tensor) else type(limit).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+        given: Any = limit(positives.detach())  # whatever a user's function gives
+        if not isinstance(given, Tensor) or given.shape != positives.shape:
+            found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise ValueError(
                 f"false_negatives.max_score gave {found} for the positives' scores; expected [{positives.shape[0]}]"
             )
+        limit = given
     if isinstance(limit, Tensor):
         return limit.detach().to(dtype).expand(like.shape[0])
     return torch.full((like.shape[0],), limit, dtype=dtype, device=like.device)

@@ -28,6 +28,7 @@ __all__ = [
     "moved",
     "nested_as",
     "pad_features",
+    "rows_where",
 ]
 
 Features: TypeAlias = "Tensor | Mapping[str, Features] | TensorDictBase"
@@ -163,6 +164,11 @@ def moved(values: Tensor, device: torch.device) -> Tensor:
     """`values` on `device`: themselves, if they are there already."""
     # The CPU must wait for what it reads next; work on an accelerator is in order anyway.
     return values.to(device, non_blocking=device.type != "cpu")
+
+
+def rows_where(condition: Tensor, given: Tensor, other: Tensor) -> Tensor:
+    """Rows of `given` [rows, ...] where the condition [rows] holds, of `other` elsewhere."""
+    return torch.where(condition.view(-1, *[1] * (given.ndim - 1)), given, other)
 
 
 def all_moved(features: FeaturesT, device: torch.device) -> FeaturesT:

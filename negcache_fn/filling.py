@@ -9,7 +9,7 @@ from torch import Tensor
 
 from negcache_fn.checks import check_size, check_state
 from negcache_fn.eviction import Evict
-from negcache_fn.features import Features, all_moved, map_features, moved
+from negcache_fn.features import Features, all_moved, map_features, moved, rows_where
 from negcache_fn.state import live, lowest, stored, whole, with_items
 from negcache_fn.updating import copy_state, update_
 
@@ -112,8 +112,8 @@ def _picked(state: TensorDictBase, slots: Tensor) -> TensorDictBase:
     rows, exists = slots.clamp(min=0), slots >= 0
 
     def pick(leaf: Tensor, empty: int = 0) -> Tensor:
-        where = moved(exists, leaf.device).view(-1, *[1] * (leaf.ndim - 1))
-        return torch.where(where, leaf[moved(rows, leaf.device)], torch.full_like(leaf[:1], empty))
+        at = leaf[moved(rows, leaf.device)]
+        return rows_where(moved(exists, leaf.device), at, torch.full_like(leaf[:1], empty))
 
     items = cast(TensorDict, state["items"])
     picked: dict[str, Any] = {name: pick(stored(state, name), empty) for name, empty in _EMPTY.items()}

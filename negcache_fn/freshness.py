@@ -14,7 +14,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn.checks import check_embeddings, check_size, check_state
+from negcache_fn.checks import check_embeddings, check_encoder, check_size, check_state
 from negcache_fn.state import live, scalar, stored, take
 from negcache_fn.updating import copy_state, storable
 
@@ -63,8 +63,7 @@ def reembed_(state: TensorDictBase, encode: Callable[[Any], Tensor], *, batch_si
         True
     """
     check_state(state)
-    if not callable(encode):
-        raise TypeError(f"encode is a {type(encode).__name__}; expected a function of features, such as a module")
+    check_encoder(encode)
     check_size("batch_size", batch_size)
     cached, embedded_at = stored(state, "embedding"), stored(state, "embedded_at")
     with torch.no_grad():  # what is cached is a constant

@@ -11,8 +11,9 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from negcache_fn.checks import check_state
+from negcache_fn.checks import check_encoder, check_state
 from negcache_fn.collectives import distribute
+from negcache_fn.ids import first_of_each
 from negcache_fn.state import live, scalar, stored
 
 __all__ = ["RequireFinite", "require_finite", "validate"]
@@ -43,8 +44,7 @@ def require_finite(
         ...
         ValueError: encode gave 2 of 2 rows that are not finite, the first of them row 0; expected numbers
     """
-    if not callable(encode):
-        raise TypeError(f"encode is a {type(encode).__name__}; expected a function of features, such as a module")
+    check_encoder(encode)
     return RequireFinite(encode, group)
 
 
@@ -92,11 +92,7 @@ def validate(state: TensorDictBase) -> None:
     _require("inserted_at", inserted_at, ~alive | (inserted_at >= 0), "a step, as the slot is live")
     _require("inserted_at", inserted_at, inserted_at <= embedded_at, "at most embedded_at")
     _require("id", ids, ids >= -1, "an id, or -1")
-    named = torch.where(alive, ids, -1)
-    ordered, slots = named.sort(stable=True)
-    repeated = torch.zeros_like(alive)
-    repeated[slots[1:]] = (ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)
-    _require("id", ids, ~repeated, "an id that no other live slot has")
+    _require("id", ids, first_of_each(torch.where(alive, ids, -1)), "an id that no other live slot has")
     _require("log_weight", log_weight, log_weight < float("inf"), "a number below +inf")
     finite = stored(state, "embedding").isfinite().all(-1)
     _require("embedding", stored(state, "embedding"), finite | ~alive, "finite numbers, as the slot is live")

@@ -14,12 +14,11 @@ from negcache_fn.false_negatives import (
     Exclusions,
     FalseNegatives,
     check_false_negatives,
-    max_score_of,
 )
 from negcache_fn.kernels import cpu
-from negcache_fn.scoring import check_search, full_precision, score_matrix, softmax_dtype
+from negcache_fn.scoring import check_search, score_matrix, softmax_dtype
 from negcache_fn.state import scalar, stored
-from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, reduce_blocks, score_blocks
+from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, full_precision, reduce_blocks, score_blocks
 
 __all__ = ["hardest", "hardest_of_all", "top_negatives"]
 
@@ -70,9 +69,8 @@ def top_negatives(
         capacity = stored(state, "embedding").shape[0]
         check_size("n", n, most=capacity if group is None else None)
         check_false_negatives(false_negatives, queries, knows_positives=False)
-        limit = max_score_of(false_negatives, queries, softmax_dtype(state, queries))
-        exclusions = Exclusions.of(queries, exclude_ids, false_negatives, limit)
-    with torch.no_grad(), full_precision(state):  # mining is a look-up
+        exclusions = Exclusions.of(queries, exclude_ids, false_negatives, softmax_dtype(state, queries))
+    with torch.no_grad(), full_precision(queries):  # mining is a look-up
         queries, shards = agree(
             ranks,
             queries,

@@ -30,14 +30,13 @@ from negcache_fn.false_negatives import (
     NO_FALSE_NEGATIVES,
     Exclusions,
     FalseNegatives,
-    max_score_of,
     needs_positives,
 )
 from negcache_fn.mining import hardest_of_all
 from negcache_fn.sampling import Draw, check_draw
-from negcache_fn.scoring import Similarity, check_search, full_precision, score_matrix, softmax_dtype, widened
+from negcache_fn.scoring import Similarity, check_search, score_matrix, softmax_dtype, widened
 from negcache_fn.state import scalar, stored
-from negcache_fn.streaming import ScoreTransform, cache_logsumexp, logsumexp
+from negcache_fn.streaming import ScoreTransform, cache_logsumexp, full_precision, logsumexp
 
 __all__ = [
     "REDUCTIONS",
@@ -215,7 +214,7 @@ def exact_loss(
         capacity = stored(state, "embedding").shape[0]
         if top_k is not None:
             check_size("top_k", top_k, most=capacity if group is None else None)
-    with full_precision(state):
+    with full_precision(queries):
         rows = queries.shape[0]
         queries, shards = agree(
             ranks,
@@ -242,7 +241,8 @@ def exact_loss(
                 queries,
                 None if ids is None else known_ids(ids, rows, in_batch=in_batch),
                 false_negatives,
-                max_score_of(false_negatives, queries, similarity.dtype, positives),
+                similarity.dtype,
+                positives,
             )
             _, of_all = exclusions.gathered(queries[:0], ranks)
         # Each shard's part of the sum is made where the shard is, for the queries of all ranks.
@@ -279,7 +279,7 @@ def loss_terms(
     """What `loss` is made of; `pool` are the draws to share, None if each query uses its own."""
     queries, scale = widened(queries, scale, draw.log_normalizer.dtype)
     similarity = Similarity(draw.log_normalizer.dtype, scale, score_transform)
-    with torch.autocast(queries.device.type, enabled=False):  # the softmax is computed in float32 or wider
+    with full_precision(queries):
         batch_logits, positive = batch_scores(similarity, queries, classes, in_batch, false_negatives)
         cache = estimate_cache_logit(
             similarity, queries, negatives, draw, pool, staleness_correction=staleness_correction

@@ -24,13 +24,12 @@ from negcache_fn.false_negatives import (
     Exclusions,
     FalseNegatives,
     check_false_negatives,
-    max_score_of,
 )
 from negcache_fn.mining import hardest_of_all
 from negcache_fn.random import gumbel
-from negcache_fn.scoring import check_search, full_precision, score_matrix, softmax_dtype
+from negcache_fn.scoring import check_search, score_matrix, softmax_dtype
 from negcache_fn.state import scalar, segments, stored
-from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, after, reduce_blocks, score_blocks
+from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, after, full_precision, reduce_blocks, score_blocks
 
 __all__ = ["Draw", "check_draw", "check_draws", "draw_negatives", "merge_draws", "sample_gumbel"]
 
@@ -112,8 +111,7 @@ def sample_gumbel(
         check_search(state, queries, scale, exclude_ids)
         check_false_negatives(false_negatives, queries, knows_positives=False)
         check_draws(state, num_samples, top_k, ranks)
-        limit = max_score_of(false_negatives, queries, softmax_dtype(state, queries))
-        exclusions = Exclusions.of(queries, exclude_ids, false_negatives, limit)
+        exclusions = Exclusions.of(queries, exclude_ids, false_negatives, softmax_dtype(state, queries))
     queries, shards = agree(
         ranks,
         queries,
@@ -158,7 +156,7 @@ def draw_negatives(
     Returns the rows of the tensors `also` [C, ...] that were drawn, [B * k, ...], besides.
     """
     rows = queries.shape[0]
-    with torch.no_grad(), full_precision(state):  # sampling has no gradient
+    with torch.no_grad(), full_precision(queries):  # sampling has no gradient
         if shards.ranks.name is not None:
             # A shard is searched for the queries of all ranks.
             everyone, of_all = exclusions.gathered(queries, ranks)

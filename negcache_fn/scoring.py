@@ -10,9 +10,9 @@ from negcache_fn.checks import check_embeddings, check_ids, check_scale, check_s
 from negcache_fn.false_negatives import NO_FALSE_NEGATIVES, Exclusions
 from negcache_fn.ids import find_slots, without
 from negcache_fn.state import live, stored
-from negcache_fn.streaming import ScoreMatrix, ScoreTransform
+from negcache_fn.streaming import ScoreMatrix, ScoreTransform, full_precision
 
-__all__ = ["Similarity", "check_search", "full_precision", "score", "score_matrix", "softmax_dtype", "widened"]
+__all__ = ["Similarity", "check_search", "score", "score_matrix", "softmax_dtype", "widened"]
 
 _INFINITY = float("inf")
 
@@ -47,7 +47,7 @@ def score(
         torch.Size([2, 8])
     """
     check_search(state, queries, scale)
-    with full_precision(state):
+    with full_precision(queries):
         matrix = score_matrix(state, queries, scale=scale, score_transform=score_transform)
         products = matrix.queries @ matrix.embeddings.to(matrix.queries.dtype).T
         return (products if score_transform is None else score_transform(products)) + matrix.bias
@@ -74,11 +74,11 @@ def score_matrix(
 ) -> ScoreMatrix:
     """The (unevaluated) scores of `queries` against the cache, which `check_search` has seen."""
     embeddings = stored(state, "embedding")
+    dtype = softmax_dtype(state, queries)
     if exclusions is None:
-        exclusions = Exclusions.of(queries, None, NO_FALSE_NEGATIVES, None)
+        exclusions = Exclusions.of(queries, None, NO_FALSE_NEGATIVES, dtype)
     kept = without(state, exclusions.for_all) if exclusions.for_all.shape[0] > 0 else live(state)
     excluded = find_slots(state, exclusions.for_each) if exclusions.for_each.shape[1] > 0 else exclusions.for_each
-    dtype = softmax_dtype(state, queries)
     bias = stored(state, "log_weight").to(dtype).masked_fill(~kept, -_INFINITY)
     return ScoreMatrix(queries.to(dtype) * scale, embeddings, bias, excluded, exclusions.max_score, score_transform)
 
@@ -111,9 +111,3 @@ class Similarity(NamedTuple):
 
     def _transformed(self, products: Tensor) -> Tensor:
         return products if self.transform is None else self.transform(products)
-
-
-def full_precision(state: TensorDictBase) -> torch.autocast:
-    """A context without autocast: scores are accumulated in float32 or wider whatever surrounds the call."""
-    check_state(state)
-    return torch.autocast(stored(state, "embedding").device.type, enabled=False)

@@ -20,6 +20,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from negcache_fn.checks import check_size, check_state
+from negcache_fn.collectives import row_bytes
 from negcache_fn.features import leaves, map_features, nested_as
 from negcache_fn.filling import resize
 from negcache_fn.state import live, stored, stored_features, with_items
@@ -94,7 +95,7 @@ def memory_mapped(state: TensorDictBase, folder: str | Path, *, capacity: int | 
     check_size("capacity", capacity, least=rows)
     files = [(_path(Path(folder), number, name), leaf) for number, (name, leaf) in enumerate(leaves(features))]
     Path(folder).mkdir(parents=True, exist_ok=True)
-    needed = capacity * sum(_row_bytes(leaf) for _, leaf in files)
+    needed = capacity * sum(row_bytes(leaf) for _, leaf in files)
     replaced = sum(512 * path.stat().st_blocks for path, _ in files if path.exists())
     free = shutil.disk_usage(folder).free + replaced
     if needed > free:  # writing to a mapped file on a full disk ends the process
@@ -136,9 +137,5 @@ def _map_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _copy_rows_(target: Tensor, source: Tensor, rows: Tensor) -> None:
-    for some in torch.split(rows, max(1, _COPY_BYTES // max(1, _row_bytes(source)))):
+    for some in torch.split(rows, max(1, _COPY_BYTES // max(1, row_bytes(source)))):
         target.index_copy_(0, some.cpu(), source[some.to(source.device)].cpu())
-
-
-def _row_bytes(leaf: Tensor) -> int:
-    return leaf.element_size() * prod(leaf.shape[1:])

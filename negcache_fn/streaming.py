@@ -9,7 +9,7 @@ A block is `BLOCK` consecutive slots. The last one is filled up with slots of sc
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ __all__ = [
     "ScoreTransform",
     "after",
     "cache_logsumexp",
+    "full_precision",
     "logsumexp",
     "reduce_blocks",
     "score_blocks",
@@ -54,7 +55,7 @@ class ScoreMatrix(NamedTuple):
 def reduce_blocks(matrix: ScoreMatrix, reduction: str) -> Tensor:
     """[B, ceil(C / BLOCK)]: the "logsumexp" or "max" of every block of scores, in one streaming pass."""
     if matrix.transform is not None:
-        return _reduce_blocks(*matrix, reduction)
+        return _reduce_blocks(matrix, reduction)
     return cast(Tensor, _reduce_blocks_op(*matrix[:5], reduction))
 
 
@@ -65,7 +66,7 @@ def score_blocks(matrix: ScoreMatrix, blocks: Tensor) -> Tensor:
     rounding here differs from that of the pass that chose it.
     """
     if matrix.transform is not None:
-        return _score_blocks(*matrix, blocks)
+        return _score_blocks(matrix, blocks)
     return cast(Tensor, _score_blocks_op(*matrix[:5], blocks))
 
 
@@ -73,8 +74,12 @@ def cache_logsumexp(matrix: ScoreMatrix) -> Tensor:
     """[B]: log-sum-exp of every row. Differentiable in the queries by recomputation: memory stays O(B * chunk)."""
     if matrix.transform is None:
         return cast(Tensor, _cache_logsumexp_op(*matrix[:5]))
+
+    def chunk_logsumexp(start: int, *fields: Any) -> Tensor:
+        return logsumexp(_chunk_scores(ScoreMatrix(*fields), start))
+
     parts = [
-        cast(Tensor, checkpoint(_chunk_logsumexp, *matrix, start, use_reentrant=False))
+        cast(Tensor, checkpoint(chunk_logsumexp, start, *matrix, use_reentrant=False))
         for start in range(0, matrix.embeddings.shape[0], _CHUNK)
     ]
     return logsumexp(torch.stack(parts, dim=-1))
@@ -86,6 +91,11 @@ def logsumexp(values: Tensor) -> Tensor:
     return values.masked_fill(empty[..., None], 0.0).logsumexp(-1).masked_fill(empty, -_INFINITY)
 
 
+def full_precision(like: Tensor) -> torch.autocast:
+    """A context without autocast: scores are accumulated in float32 or wider whatever surrounds the call."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def after(tensor: Tensor, other: Tensor) -> Tensor:
     """`tensor`, for what a compiler must not start before `other` is there."""
     return cast(Tensor, _after_op(tensor, other)) if torch.compiler.is_compiling() else tensor
@@ -95,16 +105,9 @@ def _transformed(products: Tensor, transform: ScoreTransform | None) -> Tensor:
     return products if transform is None else transform(products)
 
 
-def _chunk_scores(
-    queries: Tensor,
-    embeddings: Tensor,
-    bias: Tensor,
-    excluded: Tensor,
-    max_score: Tensor | None,
-    transform: ScoreTransform | None,
-    start: int,
-) -> Tensor:
+def _chunk_scores(matrix: ScoreMatrix, start: int) -> Tensor:
     """Scores of the slots `start ... start + _CHUNK - 1`, [B, a multiple of BLOCK], filled up with -inf."""
+    queries, embeddings, bias, excluded, max_score, transform = matrix
     rows, bias = embeddings[start : start + _CHUNK].to(queries.dtype), bias[start : start + _CHUNK]
     if transform is None and max_score is None:
         scores = torch.addmm(bias, queries, rows.T)
@@ -124,32 +127,17 @@ def _chunk_scores(
     return scores
 
 
-def _reduce_blocks(
-    queries: Tensor,
-    embeddings: Tensor,
-    bias: Tensor,
-    excluded: Tensor,
-    max_score: Tensor | None,
-    transform: ScoreTransform | None,
-    reduction: str,
-) -> Tensor:
+def _reduce_blocks(matrix: ScoreMatrix, reduction: str) -> Tensor:
     parts: list[Tensor] = []
-    for start in range(0, embeddings.shape[0], _CHUNK):
-        blocks = _chunk_scores(queries, embeddings, bias, excluded, max_score, transform, start)
+    for start in range(0, matrix.embeddings.shape[0], _CHUNK):
+        blocks = _chunk_scores(matrix, start)
         blocks = blocks.view(blocks.shape[0], -1, BLOCK)
         parts.append(blocks.amax(-1) if reduction == "max" else blocks.logsumexp(-1))
     return torch.cat(parts, dim=1)
 
 
-def _score_blocks(
-    queries: Tensor,
-    embeddings: Tensor,
-    bias: Tensor,
-    excluded: Tensor,
-    max_score: Tensor | None,
-    transform: ScoreTransform | None,
-    blocks: Tensor,
-) -> Tensor:
+def _score_blocks(matrix: ScoreMatrix, blocks: Tensor) -> Tensor:
+    queries, embeddings, bias, excluded, max_score, transform = matrix
     capacity, dim = embeddings.shape
     rows = torch.arange(blocks.shape[0], device=blocks.device).repeat_interleave(blocks.shape[1])
     within = torch.arange(BLOCK, device=blocks.device)
@@ -171,25 +159,13 @@ def _score_blocks(
     return torch.cat(parts).view(*blocks.shape, BLOCK)
 
 
-def _chunk_logsumexp(
-    queries: Tensor,
-    embeddings: Tensor,
-    bias: Tensor,
-    excluded: Tensor,
-    max_score: Tensor | None,
-    transform: ScoreTransform | None,
-    start: int,
-) -> Tensor:
-    return logsumexp(_chunk_scores(queries, embeddings, bias, excluded, max_score, transform, start))
-
-
 def _block_logsumexp(
     queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None
 ) -> Tensor:
     for kernels in (cpu, cuda):
         if kernels.supports(queries, embeddings):
             return kernels.block_logsumexp(queries, embeddings, bias, excluded, max_score)
-    return _reduce_blocks(queries, embeddings, bias, excluded, max_score, None, "logsumexp")
+    return _reduce_blocks(ScoreMatrix(queries, embeddings, bias, excluded, max_score, None), "logsumexp")
 
 
 @torch.library.custom_op("negcache_fn::after", mutates_args=())
@@ -208,7 +184,7 @@ def _reduce_blocks_op(
 ) -> Tensor:
     if reduction == "logsumexp":
         return _block_logsumexp(queries, embeddings, bias, excluded, max_score)
-    return _reduce_blocks(queries, embeddings, bias, excluded, max_score, None, reduction)
+    return _reduce_blocks(ScoreMatrix(queries, embeddings, bias, excluded, max_score, None), reduction)
 
 
 @_reduce_blocks_op.register_fake
@@ -224,7 +200,7 @@ def _score_blocks_op(
 ) -> Tensor:
     if cpu.supports(queries, embeddings):
         return cpu.score_blocks(queries, embeddings, bias, excluded, max_score, blocks)
-    return _score_blocks(queries, embeddings, bias, excluded, max_score, None, blocks)
+    return _score_blocks(ScoreMatrix(queries, embeddings, bias, excluded, max_score, None), blocks)
 
 
 @_score_blocks_op.register_fake
@@ -259,11 +235,12 @@ def _cache_logsumexp_backward_op(
     # Of an empty row nothing is taken: its scores are -inf, so that any finite stand-in gives probability 0.
     normalizer = torch.where(logsumexp > -_INFINITY, logsumexp, 0.0)[:, None]
     total = torch.zeros_like(queries)
+    matrix = ScoreMatrix(queries, embeddings, bias, excluded, max_score, None)
     # `backward` may be called where autocast is on; scores in half precision would be wrong by more than they are.
-    with torch.autocast(queries.device.type, enabled=False):
+    with full_precision(queries):
         for start in range(0, embeddings.shape[0], _CHUNK):
             rows = embeddings[start : start + _CHUNK].to(queries.dtype)
-            scores = _chunk_scores(queries, embeddings, bias, excluded, max_score, None, start)[:, : rows.shape[0]]
+            scores = _chunk_scores(matrix, start)[:, : rows.shape[0]]
             total.addmm_((scores - normalizer).exp_().mul_(gradient[:, None]), rows)
     return total
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from negcache_fn.checks import (
     check_choice,
     check_embeddings,
+    check_encoder,
     check_rows,
     check_scale,
     check_size,
@@ -25,10 +26,9 @@ from negcache_fn.false_negatives import (
     Exclusions,
     FalseNegatives,
     check_false_negatives,
-    max_score_of,
     needs_positives,
 )
-from negcache_fn.features import Features, fit, leaves, map_features
+from negcache_fn.features import Features, fit, leaves, map_features, rows_where
 from negcache_fn.metrics import count_not_storable, step_metrics
 from negcache_fn.objective import (
     REDUCTIONS,
@@ -37,9 +37,9 @@ from negcache_fn.objective import (
     reduce_loss,
 )
 from negcache_fn.sampling import Draw, check_draws, draw_negatives
-from negcache_fn.scoring import Similarity, full_precision, softmax_dtype
+from negcache_fn.scoring import Similarity, softmax_dtype
 from negcache_fn.state import as_features, feature_leaves, live, lowest, scalar, stored, stored_features
-from negcache_fn.streaming import ScoreTransform
+from negcache_fn.streaming import ScoreTransform, full_precision
 from negcache_fn.updating import Arrivals, copy_state, write_
 
 __all__ = ["StepOutput", "step", "step_"]
@@ -205,8 +205,7 @@ def step_(
     with ranks.checking():
         check_placement(placement, ranks)
         check_state(state)
-        if not callable(encode):
-            raise TypeError(f"encode is a {type(encode).__name__}; expected a function of features, such as a module")
+        check_encoder(encode)
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("staleness_correction", staleness_correction, STALENESS_CORRECTIONS)
         evict_kind = check_evict(evict, stored(state, "embedding"))
@@ -251,14 +250,15 @@ def step_(
     positives: Tensor | None = None
     if needs_positives(false_negatives):
         encoded_first = _encode(encode, documents, rows, cached_embeddings)
-        with torch.no_grad(), full_precision(state):  # a limit is a constant
+        with torch.no_grad(), full_precision(queries):  # a limit is a constant
             similarity = Similarity(softmax_dtype(state, queries), scale, score_transform)
             positives = positive_scores(similarity, queries, encoded_first)
     exclusions = Exclusions.of(
         queries,
         None if ids is None else known_ids(ids, batch, in_batch=in_batch),
         false_negatives,
-        max_score_of(false_negatives, queries, softmax_dtype(state, queries), positives),
+        softmax_dtype(state, queries),
+        positives,
     )
 
     leaves_of_state = [*feature_leaves(state), stored(state, "embedded_at")]
@@ -373,7 +373,6 @@ def _with_stand_ins(documents: Features, cached: Features, slots: Tensor) -> Fea
 
     def stand_in(of_batch: Tensor, of_cache: Tensor) -> Tensor:
         rows = of_batch[torch.arange(slots.shape[0], device=slots.device) % of_batch.shape[0]]
-        exists = (slots >= 0).view(-1, *[1] * (of_cache.ndim - 1))
-        return torch.where(exists, of_cache, rows)
+        return rows_where(slots >= 0, of_cache, rows)
 
     return map_features(stand_in, documents, cached)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -78,15 +77,6 @@ def test_names_what_is_wrong(bins: Any) -> None:
         age_histogram(aged([1], 1), bins=bins)
     with pytest.raises(TypeError, match="state is a dict"):
         age_histogram({})  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def group_of_one() -> Iterator[dist.ProcessGroup]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    group = dist.group.WORLD
-    assert group is not None
-    yield group
-    dist.destroy_process_group()
 
 
 def test_group_of_one(group_of_one: dist.ProcessGroup) -> None:

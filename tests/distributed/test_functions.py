@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +93,6 @@ def together(rank: int, world: int, *, alone: bool = False) -> dict[str, Any]:
         "losses": torch.stack([loss, exact, hard, masked]).detach(),
         "state": whole,
     }
-
-
-@pytest.fixture
-def group_of_one() -> Iterator[dist.ProcessGroup]:
-    """In this process, where a debugger and coverage see it."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    group = dist.group.WORLD
-    assert group is not None
-    yield group
-    dist.destroy_process_group()
 
 
 def test_a_group_of_one_is_nothing_special(group_of_one: dist.ProcessGroup) -> None:

@@ -199,7 +199,10 @@ def test_a_chosen_block_is_never_empty() -> None:
     bias[0] = -math.inf
     arguments = (queries, embeddings, bias, torch.tensor([[1]]), torch.tensor([-3.0]))
     blocks = torch.zeros(1, 1, dtype=torch.int64)
-    for scores in (cpu.score_blocks(*arguments, blocks), streaming._score_blocks(*arguments, None, blocks)):
+    for scores in (
+        cpu.score_blocks(*arguments, blocks),
+        streaming._score_blocks(streaming.ScoreMatrix(*arguments, None), blocks),
+    ):
         assert torch.nonzero(scores[0, 0] > -math.inf).tolist() == [[2]]
 
 

@@ -112,7 +112,9 @@ def plain_launch(
     """What the kernel computes, in plain torch."""
     assert precision in ("ieee", "tf32x3", "tf32")
     whole = queries.float().sum(0) * magnitude[:, None]
-    out.copy_(streaming._reduce_blocks(whole, embeddings, bias, excluded, max_score, None, "logsumexp"))
+    out.copy_(
+        streaming._reduce_blocks(streaming.ScoreMatrix(whole, embeddings, bias, excluded, max_score, None), "logsumexp")
+    )
 
 
 @pytest.fixture
@@ -127,11 +129,11 @@ def _on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_passes_ask_the_kernel(storage: torch.dtype) -> None:
     arguments = problem(5, 300, 24, storage, 2, 0)
     matrix = streaming.ScoreMatrix(*arguments, None, None)
-    expected = streaming._reduce_blocks(*matrix, "logsumexp")
+    expected = streaming._reduce_blocks(matrix, "logsumexp")
     options: dict[str, Any] = {"atol": 1e-3, "rtol": 1e-4}
     torch.testing.assert_close(streaming.reduce_blocks(matrix, "logsumexp"), expected, **options)
     torch.testing.assert_close(streaming.cache_logsumexp(matrix), expected.logsumexp(1), **options)
-    maxima = streaming._reduce_blocks(*matrix, "max")
+    maxima = streaming._reduce_blocks(matrix, "max")
     assert torch.equal(streaming.reduce_blocks(matrix, "max"), maxima)
     assert math.isfinite(float(maxima.max()))
 
