@@ -1,0 +1,1 @@
+"""A small code search, trained by Lightning with a negative cache."""
