@@ -9,7 +9,7 @@ QUERY ?= parse a date from a string
 export QUERY
 
 .DEFAULT_GOAL := help
-.PHONY: help train train-distributed search bench test lint format types docs clean
+.PHONY: help train train-distributed search bench test lint format types docs docs-serve pictures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,12 @@ types: $(VENV)/.dev ## pyright, strict, on the package
 
 docs: $(VENV)/.dev ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+docs-serve: docs ## read the documentation at http://127.0.0.1:8000
+	$(PY) -m http.server --bind 127.0.0.1 --directory site 8000
+
+pictures: $(VENV)/.train ## draw the pictures of the documentation again
+	$(PY) -m examples.pictures $(ARGS)
 
 clean: ## remove the environment and what the tools left; trained runs stay
 	rm -rf $(VENV) build dist site *.egg-info .coverage .coverage.* htmlcov .pytest_cache .ruff_cache .hypothesis
