@@ -47,6 +47,6 @@ def _work(rank: int, world: int, cases: dict[str, tuple[Case, dict[str, Any]]], 
         torch.save(outcome, f"{folder}/{name}-{rank}.pt")
         dist.barrier()
     dist.destroy_process_group()
-    # What is of interest is on disk. Gloo's threads outlive the group, and one that lets go of its last tensor while the
-    # interpreter is being taken down aborts the process (pytorch/pytorch#179291).
+    # What is of interest is on disk. Gloo's threads outlive the group, and one that lets go of its last tensor while
+    # the interpreter is being taken down aborts the process (pytorch/pytorch#179291).
     os._exit(0)

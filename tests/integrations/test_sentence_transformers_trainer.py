@@ -227,7 +227,7 @@ def training(rank: int, world: int, *, folder: str, gather: bool, mini_batch_siz
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    """Separate caches stay separate; a shared one, and the parameters, are those of one process with the whole batch."""
+    """Separate caches stay separate; a shared one, and parameters, are those of one process with the whole batch."""
     cases: dict[str, Any] = {
         name: (training, {"folder": str(tmp_path / name), **options})
         for name, options in {
