@@ -9,7 +9,7 @@ QUERY ?= parse a date from a string
 export QUERY
 
 .DEFAULT_GOAL := help
-.PHONY: help train train-distributed search bench test lint format types docs docs-serve pictures clean
+.PHONY: help train train-distributed search bench test lint format types docs docs-serve pictures dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,8 +27,8 @@ train-distributed: $(VENV)/.train ## the run with the cache on 2 processes, whic
 bench: $(VENV)/.bench ## time and memory of a step beside its peers; make bench ARGS="--quick" for a first look
 	$(PY) -m examples.benchmarks $(ARGS)
 
-test: $(VENV)/.dev ## all tests, with coverage
-	$(PY) -m pytest --cov=negcache_fn --cov-report=term --cov-fail-under=97 $(ARGS)
+test: $(VENV)/.dev ## all tests, two at a time, with coverage
+	$(PY) -m pytest --numprocesses 2 --dist loadfile --cov=negcache_fn --cov-report=term --cov-fail-under=97 $(ARGS)
 
 lint: $(VENV)/.dev ## ruff: rules and format
 	$(PY) -m ruff check .
@@ -49,6 +49,12 @@ docs-serve: docs ## read the documentation at http://127.0.0.1:8000
 
 pictures: $(VENV)/.train ## draw the pictures of the documentation again
 	$(PY) -m examples.pictures $(ARGS)
+
+dist: $(VENV)/.dev ## sdist and wheel of what is committed, in dist/
+	rm -rf dist && mkdir dist
+	git archive --prefix=dist/tree/ HEAD | tar x
+	$(PY) -m build --no-isolation --outdir dist dist/tree
+	rm -r dist/tree
 
 clean: ## remove the environment and what the tools left; trained runs stay
 	rm -rf $(VENV) build dist site *.egg-info .coverage .coverage.* htmlcov .pytest_cache .ruff_cache .hypothesis

@@ -37,7 +37,7 @@ class Cache(nn.Module):
     def __init__(self, state: TensorDictBase) -> None:
         super().__init__()
         check_state(state)
-        self.state = state
+        self.state: TensorDictBase = state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":
         return Cache(copy_state(self.state))  # that of a TensorDict is unlocked

@@ -12,7 +12,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from negcache_fn.checks import check_encoder, check_state
-from negcache_fn.collectives import distribute
+from negcache_fn.collectives import Ranks, distribute
 from negcache_fn.ids import first_of_each
 from negcache_fn.state import live, scalar, stored
 
@@ -54,7 +54,7 @@ class RequireFinite(nn.Module):
     def __init__(self, encode: Callable[[Any], Tensor], group: torch.distributed.ProcessGroup | None) -> None:
         super().__init__()
         self.encode = encode
-        self.ranks = distribute(group)
+        self.ranks: Ranks = distribute(group)
 
     def forward(self, features: Any) -> Tensor:
         """[N, ...] -> [N, D]."""

@@ -40,7 +40,7 @@ def step_metrics(
     """
     exact = cross_entropy(terms.batch_logits, draw.log_normalizer, terms.positive)
     step, embedded_at, drawn = scalar(state, "step"), stored(state, "embedded_at"), draw.slot >= 0
-    capacity = embedded_at.new_tensor(embedded_at.shape[0])
+    capacity = embedded_at.new_full((), embedded_at.shape[0])
     documents = live(state).sum()
     # Empty slots, whose entry is -1, are added back: no tensor of C ages.
     embedded_at_sum = embedded_at.sum() + capacity - documents
@@ -52,7 +52,7 @@ def step_metrics(
     in_order = drawn_by_all.sort().values
     distinct = (in_order >= 0) & torch.cat([torch.ones_like(drawn[0, :1]), in_order[1:] != in_order[:-1]])
     draws = (drawn_by_all >= 0).sum()
-    queries = capacity.new_tensor(exact.shape[0])
+    queries = capacity.new_full((), exact.shape[0])
     ratios = {
         "exact_loss": (exact.sum(), queries),
         "positive_probability": ((-exact).exp().sum(), queries),

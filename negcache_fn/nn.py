@@ -80,9 +80,9 @@ class NegativeCacheLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_options(options)
-        self.cache = Cache(state)
-        self.scaling = Scale(scale, learnable=learnable_scale).to(stored(state, "embedding").device)
-        self.options = _Options(options)
+        self.cache: Cache = Cache(state)
+        self.scaling: Scale = Scale(scale, learnable=learnable_scale).to(stored(state, "embedding").device)
+        self.options: _Options = _Options(options)
         self.metrics = {}
 
     @property

@@ -16,6 +16,9 @@ import negcache_fn
 
 from .builders import make_state, unit
 
+# torch 2.11 says so at the first use of its profiler, whatever is asked of it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*Profiler clears events at the end of each cycle:UserWarning")
+
 ROWS, CAPACITY, DIM = 128, 200_000, 8
 MATRIX_BYTES = ROWS * CAPACITY * 4
 

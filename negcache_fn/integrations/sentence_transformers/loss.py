@@ -96,7 +96,7 @@ class NegativeCacheLoss(nn.Module):
             if size is not None:
                 check_size(name, size)
         self.model: nn.Module = model  # the trainer replaces it by what wraps it
-        self.scaling = Scale(scale, learnable=learnable_scale)
+        self.scaling: Scale = Scale(scale, learnable=learnable_scale)
         self.cache_size = cache_size
         self.similarity_fct = similarity_fct
         self.gather_across_devices = gather_across_devices

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from negcache_fn.integrations.sentence_transformers.texts import Rows
 from negcache_fn.objective import loss
-from negcache_fn.sampling import sample_gumbel
+from negcache_fn.sampling import Draw, sample_gumbel
 from negcache_fn.state import take, with_items
 
 __all__ = ["Truncated", "dimensions", "is_decorated", "normalized"]
@@ -56,6 +56,7 @@ class Truncated:
         options: of the step.
     """
 
+    draw: Draw
     features: Rows  # of the drawn documents
 
     def __init__(self, state: TensorDictBase, queries: Tensor, size: int, options: dict[str, Any]) -> None:
