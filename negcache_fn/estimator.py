@@ -7,11 +7,19 @@ and weights `w_im` of the draws,
     staleness_correction="self_normalized"  c_i = L_i + log(sum_m w_im exp(f_im - g_im) / sum_m w_im)
     staleness_correction="unnormalized"     c_i = L_i + log(sum_m w_im exp(f_im - g_im))
 
-    share_draws=True                        w_im = p_i(j_m) / sum_i' k p_i'(j_m), with p_i(j) = exp(s_ij - L_i)
-    share_draws=False                       w_im = 1/k for the k draws of query i
+    share_draws=True                        w_im = p_i(j_m) / sum_i' n_i'(j_m), with p_i(j) = exp(s_ij - L_i)
+    share_draws=False                       w_im = p_i(j_m) / n_i(j_m) for the draws of query i
+
+`n_i(j)` is how many draws of document j are expected of query i: `k p_i(j)` with replacement, so that own draws weigh
+1/k; without it, the probability that j is among the k, given the perturbed scores of all other documents,
+
+    n_i(j) = 1 - exp(-exp(s_ij - threshold)), threshold: the k-th largest perturbed score of the other documents,
+
+which is the (k+1)-th largest of all where i drew j, and the k-th where it did not.
 
 Sources: Lindgren, Reddi, Guo, Kumar, NeurIPS 2021 (own draws, "none"); Veach, Guibas, SIGGRAPH 1995 (the balance
-heuristic that shares draws). Proofs: docs/method.md.
+heuristic that shares draws); Kool, van Hoof, Welling, ICML 2019, ICLR 2020 (without replacement). Proofs:
+docs/method.md.
 """
 
 from typing import NamedTuple
@@ -27,6 +35,8 @@ __all__ = ["STALENESS_CORRECTIONS", "CacheClass", "Pool", "estimate_cache_logit"
 
 STALENESS_CORRECTIONS = ("none", "self_normalized", "unnormalized")
 _INFINITY = float("inf")
+_MORE_THAN_SLOTS = 2**48
+_FAR_BELOW = -40.0
 
 
 class Pool(NamedTuple):
@@ -88,12 +98,13 @@ def estimate_cache_logit(
         if pool is not None:
             products = similarity.all(queries, pool.embedding)
             stale = products + pool.log_weight
-            masked = _false_negatives(products, draw, pool)
-            log_weights_of_draws = _balance_heuristic(stale, masked, draw, pool)
+            drawn = _drawn(draw, pool)
+            masked = _false_negatives(products, drawn, draw, pool)
+            log_weights_of_draws = _balance_heuristic(stale, drawn, masked, draw, pool)
         else:
             stale = similarity.own(queries, draw.embedding) + draw.log_weight
             masked = torch.zeros_like(draw.slot, dtype=torch.bool)
-            log_weights_of_draws = torch.full_like(stale, 1.0 / draw.slot.shape[1]).log_()
+            log_weights_of_draws = _own_weights(stale, draw)
         has_draws = draw.slot[:, :1] >= 0
         log_weights_of_draws = torch.where(has_draws, log_weights_of_draws, 0.0)
     cache_logit = _cache_logit(draw.log_normalizer, log_weights_of_draws, fresh, stale, staleness_correction)
@@ -106,34 +117,56 @@ def estimate_cache_logit(
     return CacheClass(cache_logit, log_importance, masked)
 
 
-def _own(draw: Draw, pool: Pool) -> Tensor:
-    """[B, M] bool: whether the query made the draw itself."""
-    rows, samples = draw.slot.shape
-    row = torch.arange(rows, device=draw.slot.device) + pool.ranks.rank * rows
-    return torch.arange(pool.slot.shape[0], device=draw.slot.device) // samples == row[:, None]
+def _drawn(draw: Draw, pool: Pool) -> Tensor:
+    """[B, M] bool: whether the query has drawn the document itself, be it as another one of the draws."""
+    document = pool.source * _MORE_THAN_SLOTS + pool.slot
+    number = torch.searchsorted(document.sort().values, document)  # equal for equal documents, below M
+    by_number = torch.zeros(draw.slot.shape[0], document.shape[0], dtype=torch.bool, device=document.device)
+    by_number = by_number.scatter(1, pool.ranks.own(number).view(draw.slot.shape), True)
+    return by_number.index_select(1, number)
 
 
-def _false_negatives(products: Tensor, draw: Draw, pool: Pool) -> Tensor:
+def _false_negatives(products: Tensor, drawn: Tensor, draw: Draw, pool: Pool) -> Tensor:
     """[B, M] bool: whether a draw of another query is no negative of this one; `products` are without log-weights."""
     masked = products > draw.max_score[:, pool.source]
     if draw.exclude_ids.shape[0] == draw.slot.shape[0]:  # what is excluded for all is not among the draws
         excluded = (pool.id[:, None] == draw.exclude_ids[:, None, :]) & (pool.id[:, None] >= 0)
         masked = masked | excluded.any(-1)
     # What the query drew is one, whatever rounding says here.
-    return masked & ~_own(draw, pool) & (pool.slot >= 0) & (draw.slot[:, :1] >= 0)
+    return masked & ~drawn & (pool.slot >= 0) & (draw.slot[:, :1] >= 0)
 
 
-def _balance_heuristic(stale: Tensor, masked: Tensor, draw: Draw, pool: Pool) -> Tensor:
-    """[B, M]: `log w_im = log p_i(j_m) - log sum_i' k p_i'(j_m)`, -inf where `p_i(j_m) = 0`."""
+def _balance_heuristic(stale: Tensor, drawn: Tensor, masked: Tensor, draw: Draw, pool: Pool) -> Tensor:
+    """[B, M]: `log w_im = log p_i(j_m) - log sum_i' n_i'(j_m)`, -inf where `p_i(j_m) = 0`."""
     possible = (stale >= draw.cutoff[:, pool.source]) & ~masked
-    possible = (possible | _own(draw, pool)) & (pool.slot >= 0) & (draw.slot[:, :1] >= 0)
+    possible = (possible | drawn) & (pool.slot >= 0) & (draw.slot[:, :1] >= 0)
     log_probability = torch.where(possible, stale - draw.log_normalizer[:, None], -_INFINITY)
-    log_expected = log_probability.logsumexp(0)
+    if draw.replacement:
+        log_expected = log_probability.logsumexp(0)
+    else:
+        threshold = torch.where(drawn, draw.threshold, draw.perturbed[:, -1:])
+        log_expected = torch.where(possible, _log_inclusion(stale, threshold), -_INFINITY).logsumexp(0)
     if pool.ranks.name is not None:
         # No overflow: probabilities. No underflow in float64: one of them is that of who drew.
         log_expected = pool.ranks.total(log_expected.double().exp()).log().to(stale.dtype)
-    log_expected_draws = log_expected + torch.full_like(stale[0], draw.slot.shape[1]).log_()
-    return torch.where(possible, log_probability - log_expected_draws, -_INFINITY)
+    if draw.replacement:
+        log_expected = log_expected + torch.full_like(stale[0], draw.slot.shape[1]).log_()
+    return torch.where(possible, log_probability - log_expected, -_INFINITY)
+
+
+def _own_weights(stale: Tensor, draw: Draw) -> Tensor:
+    """[B, k]: `log w_im = log p_i(j_m) - log n_i(j_m)`, -inf where nothing was drawn."""
+    if draw.replacement:
+        return torch.full_like(stale, 1.0 / draw.slot.shape[1]).log_()
+    log_weights = stale - draw.log_normalizer[:, None] - _log_inclusion(stale, draw.threshold)
+    return torch.where(draw.slot >= 0, log_weights, -_INFINITY)
+
+
+def _log_inclusion(score: Tensor, threshold: Tensor) -> Tensor:
+    """`log(1 - exp(-exp(score - threshold)))`, the probability that score + Gumbel noise is above the threshold."""
+    above = score - threshold
+    # Far below, the difference itself: the next term of the series is exp(above) / 2.
+    return torch.where(above > _FAR_BELOW, torch.log(-torch.expm1(-torch.exp(above))), above)
 
 
 def _cache_logit(log_normalizer: Tensor, log_weights: Tensor, fresh: Tensor, stale: Tensor, correction: str) -> Tensor:

@@ -137,7 +137,7 @@ def loss(
         0,
         placement="replicated",
         options=(
-            f"loss in_batch={in_batch} share_draws={share_draws} "
+            f"loss replacement={draw.replacement} in_batch={in_batch} share_draws={share_draws} "
             f"ids={ids is not None} log_weights={log_weights is not None}"
         ),
         queries=queries.shape[0],

@@ -1,13 +1,6 @@
-"""Draws from the softmax over the cache by Gumbel-Max, in one streaming pass.
+"""Draws from the softmax over the cache, what is known of them, and how those of several caches merge.
 
-Slots form blocks of `BLOCK`, blocks form groups of `_GROUP`. The pass leaves the log-sum-exp of every block; then a
-group is chosen by Gumbel-Max among the groups, a block inside it, and a slot inside that, each level with noise of its
-own. This is exact, because the softmax factorises along the tree, and it needs noise for B * k * C / 1024 groups, not
-for B * k * C slots. The largest perturbed log-sum-exp of the top level has the law of the largest perturbed score over
-all slots and is independent of which slot attains it, and that is what makes a draw a monoid (`merge_draws`).
-
-Sources: Gumbel-Max after Maddison, Tarlow, Minka, "A* sampling", NeurIPS 2014; the cache softmax after Lindgren,
-Reddi, Guo, Kumar, NeurIPS 2021, section 3.
+How slots are chosen: see `choosing`. Source of the cache softmax: Lindgren, Reddi, Guo, Kumar, NeurIPS 2021, section 3.
 """
 
 from typing import NamedTuple
@@ -15,9 +8,9 @@ from typing import NamedTuple
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torch.nn.functional import pad
 
 from negcache_fn.checks import check_size
+from negcache_fn.choosing import Chosen, Noise, choose, choose_among, merge_shards
 from negcache_fn.collectives import Ranks, Shards, agree, check_placement, distribute, fetch
 from negcache_fn.false_negatives import (
     NO_FALSE_NEGATIVES,
@@ -26,26 +19,22 @@ from negcache_fn.false_negatives import (
     check_false_negatives,
 )
 from negcache_fn.mining import hardest_of_all
-from negcache_fn.random import gumbel
 from negcache_fn.scoring import check_search, score_matrix, softmax_dtype
-from negcache_fn.state import scalar, segments, stored
-from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, after, full_precision, reduce_blocks, score_blocks
+from negcache_fn.state import scalar, stored
+from negcache_fn.streaming import ScoreTransform, full_precision
 
 __all__ = ["Draw", "check_draw", "check_draws", "draw_negatives", "merge_draws", "sample_gumbel"]
 
-_GROUP = 16  # blocks
-_QUAD = 4  # variates that one Philox call gives
 _INFINITY = float("inf")
-# Noise levels.
-_AMONG_GROUPS, _AMONG_BLOCKS, _AMONG_SLOTS = 0, 1, 2
 
 
 class Draw(NamedTuple):
-    """k draws with replacement for each of B queries, and what their shared weights need. No gradient."""
+    """k draws for each of B queries, with or without replacement, and what their weights need. No gradient."""
 
-    slot: Tensor  # [B, k] int64; -1: the query has no document to draw
+    slot: Tensor  # [B, k] int64; -1: the query has no document to draw, or without replacement no other one
     score: Tensor  # [B, k] stale score of the drawn document, log-weight included
-    perturbed: Tensor  # [B, k] largest perturbed score: Gumbel distributed around the log-normaliser
+    perturbed: Tensor  # [B, k] perturbed score: the largest of each sample; or the k largest, in descending order
+    threshold: Tensor  # [B, 1]: the (k+1)-th largest perturbed score, -inf if all are drawn; [B, 0] with replacement
     log_normalizer: Tensor  # [B] log-sum-exp of the scores, -inf where there is no document
     embedding: Tensor  # [B, k, D] stale embedding, storage dtype
     id: Tensor  # [B, k] int64
@@ -55,12 +44,18 @@ class Draw(NamedTuple):
     max_score: Tensor  # [B, S]: those with a higher one, log-weight not included, too; +inf without such a limit
     exclude_ids: Tensor  # [1 or B, P] int64: documents that have probability 0; P may be 0
 
+    @property
+    def replacement(self) -> bool:
+        """Whether a query may have drawn a document more than once."""
+        return self.threshold.shape[1] == 0
+
 
 def sample_gumbel(
     state: TensorDictBase,
     queries: Tensor,
     *,
     num_samples: int = 1,
+    replacement: bool = True,
     scale: float | Tensor = 1.0,
     score_transform: ScoreTransform | None = None,
     exclude_ids: Tensor | None = None,
@@ -71,13 +66,16 @@ def sample_gumbel(
 ) -> Draw:
     """Draws documents from `softmax(score(state, queries))`, independently for every query and sample.
 
-    Equivalent to `(score(state, queries)[:, None, :] + gumbel_noise).argmax(-1)`, without the [B, C] matrices. The
-    draws are a function of the arguments alone; `state["step"]`, which every update advances, makes them new.
+    Equivalent to `(score(state, queries)[:, None, :] + gumbel_noise).argmax(-1)`, without the [B, C] matrices; without
+    replacement to `(score(state, queries) + gumbel_noise).topk(num_samples)`: each sample comes from the softmax over
+    the documents that are left. The draws are a function of the arguments alone; `state["step"]`, which every update
+    advances, makes them new.
 
     Args:
         state: the cache.
         queries: [B, D] floating.
-        num_samples: k, draws per query, with replacement.
+        num_samples: k, draws per query.
+        replacement: whether a query may draw a document more than once.
         scale: number or 0-d tensor.
         score_transform: elementwise function of the scaled inner products.
         exclude_ids: int64 ids of documents that must not be drawn (positives, and what is a class already), [P] for
@@ -90,7 +88,8 @@ def sample_gumbel(
             each has the whole.
 
     Returns:
-        The draws. A query that has no document gets slot -1 and log-normaliser -inf.
+        The draws. A query that has no document gets slot -1 and log-normaliser -inf; without replacement, one that has
+        fewer than k documents gets each of them, then slot -1.
 
     Raises:
         ValueError, TypeError: queries that are not [B, D] floating on the device of the state; non-positive
@@ -102,8 +101,10 @@ def sample_gumbel(
         >>> draw = sample_gumbel(state, torch.randn(5, 4), num_samples=3)
         >>> draw.slot.shape, bool((draw.slot < 2).all())
         (torch.Size([5, 3]), True)
+        >>> sample_gumbel(state, torch.zeros(1, 4), num_samples=3, replacement=False).slot.sort()[0]
+        tensor([[-1,  0,  1]])
 
-    Reference: Lindgren et al., NeurIPS 2021, section 3 and algorithm 1.
+    Reference: Lindgren et al., NeurIPS 2021, section 3 and algorithm 1; Kool et al., ICML 2019, section 3.
     """
     ranks = distribute(group)
     with ranks.checking():
@@ -117,7 +118,7 @@ def sample_gumbel(
         queries,
         stored(state, "embedding").shape[0],
         placement=placement,
-        options=f"sample_gumbel {exclusions.described}",
+        options=f"sample_gumbel replacement={replacement} {exclusions.described}",
         seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
         top_k=0 if top_k is None else top_k,
         exclude_ids=exclusions.ids,
@@ -130,6 +131,7 @@ def sample_gumbel(
         ranks,
         shards,
         num_samples=num_samples,
+        replacement=replacement,
         scale=scale,
         score_transform=score_transform,
         exclusions=exclusions,
@@ -145,6 +147,7 @@ def draw_negatives(
     shards: Shards,
     *,
     num_samples: int,
+    replacement: bool,
     scale: float | Tensor,
     score_transform: ScoreTransform | None,
     exclusions: Exclusions,
@@ -167,15 +170,15 @@ def draw_negatives(
         matrix = score_matrix(state, everyone, scale=scale, score_transform=score_transform, exclusions=of_all)
         first_row = ranks.rank * rows
         if top_k is not None:
-            own_noise = _Noise.of(state, first_row, rows, num_samples)
-            chosen = _choose_among(*hardest_of_all(matrix, top_k + 1, shards), own_noise)
+            own_noise = Noise.of(state, first_row, rows, num_samples, replacement=replacement)
+            chosen = choose_among(*hardest_of_all(matrix, top_k + 1, shards), own_noise)
         else:
             first_row = first_row if shards.ranks.name is None else 0
-            noise = _Noise.of(state, first_row, everyone.shape[0], num_samples)
-            chosen = _merge_shards(_choose(matrix, noise, shards.first), shards.ranks)
+            noise = Noise.of(state, first_row, everyone.shape[0], num_samples, replacement=replacement)
+            chosen = merge_shards(choose(matrix, noise, shards.first), noise.distinct, shards.ranks)
         # What is excluded for all is not among the draws, and needs no mention beside what is for each.
         excluded = exclusions.for_each if exclusions.for_each.shape[1] > 0 else of_all.for_all[None]
-        return _describe(state, chosen, shards, exclusions.max_score, excluded, also)
+        return _describe(state, chosen, num_samples, shards, exclusions.max_score, excluded, also)
 
 
 def check_draws(state: TensorDictBase, num_samples: int, top_k: int | None, ranks: Ranks) -> None:
@@ -188,19 +191,19 @@ def check_draws(state: TensorDictBase, num_samples: int, top_k: int | None, rank
 def merge_draws(a: Draw, b: Draw) -> Draw:
     """The draws from the union of two disjoint sets of documents, from the draws of each.
 
-    The larger perturbed value wins and the normalisers add. Associative, and commutative but for the numbers in
-    `source`: those of `b` are counted on from those of `a`.
+    The larger perturbed values win (of each sample, or without replacement the k largest of both) and the normalisers
+    add. Associative, and commutative but for the numbers in `source`: those of `b` are counted on from those of `a`.
 
     Args:
         a: draws for B queries.
-        b: draws for the same queries, exclusions and number of samples, from a cache with another seed (or other slots
-            of the same): equal noise would favour the same places in both.
+        b: draws for the same queries, exclusions and number of samples, with replacement if those of `a` are, from a
+            cache with another seed (or other slots of the same): equal noise would favour the same places in both.
 
     Returns:
         Draws whose `slot` refers to the cache `source`.
 
     Raises:
-        ValueError: another number of queries, samples or dimensions.
+        ValueError: another number of queries, samples or dimensions; one with and one without replacement.
 
     Examples:
         >>> left, right = (init_cache(8, 4, torch.zeros(1, 3), seed=seed) for seed in (0, 1))
@@ -216,20 +219,35 @@ def merge_draws(a: Draw, b: Draw) -> Draw:
             f"b has embeddings of shape {tuple(b.embedding.shape)}; "
             f"expected those of a, [queries, samples, D] = {tuple(a.embedding.shape)}"
         )
-    b_wins = b.perturbed > a.perturbed
+    if a.replacement != b.replacement:
+        raise ValueError(
+            f"b was drawn with replacement={b.replacement}; expected what a was drawn with, replacement={a.replacement}"
+        )
+    samples = a.slot.shape[1]
+    perturbed = torch.cat([a.perturbed, b.perturbed], dim=1)
+    if a.replacement:
+        # The first half of the places are a's: the winner of sample m is at m or samples + m.
+        winner = torch.arange(samples, device=perturbed.device) + samples * (b.perturbed > a.perturbed)
+        threshold = a.threshold
+    else:
+        ordered, places = perturbed.sort(dim=1, descending=True, stable=True)
+        winner = places[:, :samples]
+        threshold = torch.cat([ordered[:, samples : samples + 1], a.threshold, b.threshold], 1).amax(1, keepdim=True)
 
-    def winner(of_a: Tensor, of_b: Tensor) -> Tensor:
-        return torch.where(b_wins.view(*b_wins.shape, *[1] * (of_a.ndim - 2)), of_b, of_a)
+    def winners(of_a: Tensor, of_b: Tensor) -> Tensor:
+        both = torch.cat([of_a, of_b], dim=1)
+        return both.gather(1, winner.view(*winner.shape, *[1] * (both.ndim - 2)).expand(-1, -1, *both.shape[2:]))
 
     return Draw(
-        slot=winner(a.slot, b.slot),
-        score=winner(a.score, b.score),
-        perturbed=winner(a.perturbed, b.perturbed),
+        slot=winners(a.slot, b.slot),
+        score=winners(a.score, b.score),
+        perturbed=winners(a.perturbed, b.perturbed),
+        threshold=threshold,
         log_normalizer=torch.logaddexp(a.log_normalizer, b.log_normalizer),
-        embedding=winner(a.embedding, b.embedding),
-        id=winner(a.id, b.id),
-        log_weight=winner(a.log_weight, b.log_weight),
-        source=winner(a.source, b.source + a.cutoff.shape[1]),
+        embedding=winners(a.embedding, b.embedding),
+        id=winners(a.id, b.id),
+        log_weight=winners(a.log_weight, b.log_weight),
+        source=winners(a.source, b.source + a.cutoff.shape[1]),
         cutoff=torch.cat([a.cutoff, b.cutoff], dim=1),
         max_score=torch.cat([a.max_score, b.max_score], dim=1),
         exclude_ids=a.exclude_ids,
@@ -244,154 +262,27 @@ def check_draw(name: str, value: object) -> None:
         )
 
 
-class _Noise(NamedTuple):
-    seed: Tensor
-    step: Tensor
-    row: Tensor  # [B, k] row of the noise matrix: query x sample
-
-    @classmethod
-    def of(cls, state: TensorDictBase, first: int, queries: int, samples: int) -> "_Noise":
-        """Of the queries `first ...` of all ranks' queries."""
-        seed, step = scalar(state, "seed"), scalar(state, "step")
-        rows = torch.arange(queries * samples, device=seed.device) + first * samples
-        return cls(seed, step, rows.view(queries, samples))
-
-    def columns(self, quad: Tensor, level: int) -> Tensor:
-        """[B, k, 4 n] variates of the columns in the quads [..., n] (broadcast against [B, k, n])."""
-        return gumbel(self.seed, self.step, self.row[..., None], quad, level=level).flatten(-2)
-
-
-class _Chosen(NamedTuple):
-    slot: Tensor  # [B, k]
-    score: Tensor  # [B, k]
-    perturbed: Tensor  # [B, k]
-    log_normalizer: Tensor  # [B]
-    cutoff: Tensor  # [B, 1]
-
-
-def _choose(matrix: ScoreMatrix, noise: _Noise, first_slot: int | Tensor) -> _Chosen:
-    capacity = matrix.embeddings.shape[0]
-    best = None
-    for start, stop in segments(capacity):
-        if best is not None:
-            # Else the compiler may keep the blocks of all segments at once.
-            matrix = matrix._replace(queries=after(matrix.queries, best.blocks))
-        found = _choose_group(matrix, noise, start, stop, first_slot)
-        best = found if best is None else _better(best, found)
-    assert best is not None  # a cache has a slot
-    # Groups, blocks and slots have the numbers that they have in the whole cache: noise goes by them.
-    block = best.group * _GROUP + _perturbed_argmax(best.blocks, noise, best.group, _AMONG_BLOCKS)
-    within_block = score_blocks(matrix, block - first_slot // BLOCK)
-    place = _perturbed_argmax(within_block, noise, block, _AMONG_SLOTS)
-    score = within_block.gather(-1, place[..., None]).squeeze(-1)
-    # A query without a document may have chosen a place past the end.
-    slot = (block * BLOCK + place - first_slot).clamp(0, capacity - 1) + first_slot
-    cutoff = torch.full_like(best.log_normalizer, -_INFINITY)[:, None]
-    return _Chosen(slot, score, best.perturbed, best.log_normalizer, cutoff)
-
-
-def _merge_shards(chosen: _Chosen, ranks: Ranks) -> _Chosen:
-    """Of what each rank has chosen for the queries of all: the best for this rank's own."""
-    if ranks.name is None:
-        return chosen
-    # Slot numbers are exact in float64, so that one exchange does.
-    sent = torch.stack([chosen.perturbed.double(), chosen.score.double(), chosen.slot.double()], dim=-1).flatten(1)
-    sent = torch.cat([sent, chosen.log_normalizer.double()[:, None]], dim=1)
-    received = ranks.by_rank(ranks.exchange(sent))  # [ranks, B, 3 k + 1]
-    perturbed, score, slot = received[..., :-1].view(*received.shape[:2], -1, 3).unbind(-1)
-    largest, winner = perturbed.max(0, keepdim=True)
-    dtype = chosen.score.dtype
-    log_normalizer = received[..., -1].logsumexp(0).to(dtype)
-    return _Chosen(
-        slot.gather(0, winner)[0].to(torch.int64),
-        score.gather(0, winner)[0].to(dtype),
-        largest[0].to(dtype),
-        log_normalizer,
-        torch.full_like(log_normalizer, -_INFINITY)[:, None],
-    )
-
-
-class _Group(NamedTuple):
-    group: Tensor  # [B, k]
-    perturbed: Tensor  # [B, k]
-    log_normalizer: Tensor  # [B]
-    blocks: Tensor  # [B, k, _GROUP] log-sum-exp of its blocks
-
-
-def _choose_group(matrix: ScoreMatrix, noise: _Noise, start: int, stop: int, first_slot: int | Tensor) -> _Group:
-    """The group of largest perturbed log-sum-exp among those of the slots `start ... stop - 1`."""
-    part = matrix._replace(
-        embeddings=matrix.embeddings[start:stop], bias=matrix.bias[start:stop], excluded=matrix.excluded - start
-    )
-    blocks = reduce_blocks(part, "logsumexp")
-    blocks = pad(blocks, (0, -blocks.shape[1] % _GROUP), value=-_INFINITY)
-    blocks = blocks.view(blocks.shape[0], -1, _GROUP)
-    groups = blocks.logsumexp(-1)
-    first_group = (first_slot + start) // (BLOCK * _GROUP)
-    perturbed, group = (groups[:, None, :] + _noise_of_groups(noise, first_group, groups.shape[1])).max(-1)
-    within_group = blocks.gather(1, group[..., None].expand(*group.shape, _GROUP))
-    return _Group(group + first_group, perturbed, groups.logsumexp(-1), within_group)
-
-
-def _noise_of_groups(noise: _Noise, first: int | Tensor, count: int) -> Tensor:
-    """[B, k, count] variates of the groups `first ...`, which need not be the first of a quad."""
-    if isinstance(first, int) and first % _QUAD == 0:
-        quads = torch.arange(-(-count // _QUAD), device=noise.row.device) + first // _QUAD
-        return noise.columns(quads, _AMONG_GROUPS)[..., :count]
-    quads = torch.arange(-(-count // _QUAD) + 1, device=noise.row.device) + first // _QUAD
-    columns = torch.arange(count, device=noise.row.device) + first % _QUAD
-    return noise.columns(quads, _AMONG_GROUPS).index_select(-1, columns)
-
-
-def _better(a: _Group, b: _Group) -> _Group:
-    b_wins = b.perturbed > a.perturbed
-    return _Group(
-        torch.where(b_wins, b.group, a.group),
-        torch.where(b_wins, b.perturbed, a.perturbed),
-        torch.logaddexp(a.log_normalizer, b.log_normalizer),
-        torch.where(b_wins[..., None], b.blocks, a.blocks),
-    )
-
-
-def _perturbed_argmax(scores: Tensor, noise: _Noise, parent: Tensor, level: int) -> Tensor:
-    """[B, k]: which of the `n` children [B, k, n] of `parent` [B, k] has the largest perturbed score."""
-    quads_per_parent = scores.shape[-1] // _QUAD
-    quad = parent[..., None] * quads_per_parent + torch.arange(quads_per_parent, device=parent.device)
-    return (scores + noise.columns(quad, level)).argmax(-1)
-
-
-def _choose_among(scores: Tensor, slots: Tensor, noise: _Noise) -> _Chosen:
-    """Among the hardest documents but the last, which is there to say where they end."""
-    # Midway between the last document inside and the first outside: a score recomputed with other rounding stays on
-    # its side.
-    cutoff = (scores[:, -2] + scores[:, -1])[:, None] / 2
-    scores, slots = scores[:, :-1], slots[:, :-1]
-    column = slots.clamp(min=0)[:, None, :]
-    variates = noise.columns(column // _QUAD, _AMONG_SLOTS)
-    lane = (torch.arange(slots.shape[1], device=slots.device) * _QUAD + column % _QUAD).expand(
-        -1, variates.shape[1], -1
-    )
-    perturbed, place = (scores[:, None, :] + variates.gather(-1, lane)).max(-1)
-    return _Chosen(slots.gather(1, place), scores.gather(1, place), perturbed, scores.logsumexp(-1), cutoff)
-
-
 def _describe(
     state: TensorDictBase,
-    chosen: _Chosen,
+    chosen: Chosen,
+    num_samples: int,
     shards: Shards,
     max_score: Tensor | None,
     excluded: Tensor,
     also: list[Tensor],
 ) -> tuple[Draw, list[Tensor]]:
-    # A comparison that NaN fails: queries that have diverged draw nothing, and their loss says so.
-    drawn = (chosen.log_normalizer > -_INFINITY)[:, None]
-    slot = torch.where(drawn, chosen.slot, -1)
+    # Without replacement one more was chosen than is drawn.
+    slot, score, perturbed = (values[:, :num_samples] for values in (chosen.slot, chosen.score, chosen.perturbed))
+    # Comparisons that NaN fails: queries that have diverged draw nothing, and their loss says so.
+    drawn = (chosen.log_normalizer > -_INFINITY)[:, None] & (perturbed > -_INFINITY)
+    slot = torch.where(drawn, slot, -1)
     leaves = [stored(state, name) for name in ("embedding", "id", "log_weight")]
     embedding, document, log_weight, *others = fetch([*leaves, *also], slot.flatten(), shards)
     draw = Draw(
         slot=slot,
-        score=torch.where(drawn, chosen.score, -_INFINITY),
-        perturbed=chosen.perturbed,
+        score=torch.where(drawn, score, -_INFINITY),
+        perturbed=perturbed.contiguous(),
+        threshold=chosen.perturbed[:, num_samples:].contiguous(),
         log_normalizer=chosen.log_normalizer,
         embedding=embedding.view(*slot.shape, -1),
         id=torch.where(drawn, document.view(slot.shape), -1),

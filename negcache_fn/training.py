@@ -65,6 +65,7 @@ def step(
     scale: float | Tensor = 1.0,
     score_transform: ScoreTransform | None = None,
     num_samples: int = 1,
+    replacement: bool = True,
     top_k: int | None = None,
     in_batch: InBatch = True,
     ids: Tensor | None = None,
@@ -96,6 +97,7 @@ def step(
         scale: number or 0-d tensor, learnable.
         score_transform: elementwise function of the scaled inner products.
         num_samples: k, draws per query.
+        replacement: whether a query may draw a document more than once, see `sample_gumbel`.
         top_k: restricts each query's softmax to its `top_k` highest cached scores.
         in_batch: whether all documents are classes of every query; "global": those of all ranks.
         ids: [N] int64 ids of the documents, -1 where anonymous. A cached document that is a positive of the query, or
@@ -153,6 +155,7 @@ def step(
         scale=scale,
         score_transform=score_transform,
         num_samples=num_samples,
+        replacement=replacement,
         top_k=top_k,
         in_batch=in_batch,
         ids=ids,
@@ -178,6 +181,7 @@ def step_(
     scale: float | Tensor = 1.0,
     score_transform: ScoreTransform | None = None,
     num_samples: int = 1,
+    replacement: bool = True,
     top_k: int | None = None,
     in_batch: InBatch = True,
     ids: Tensor | None = None,
@@ -231,7 +235,7 @@ def step_(
         capacity,
         placement=placement,
         options=(
-            f"step in_batch={in_batch} share_draws={share_draws} evict={evict_kind} "
+            f"step replacement={replacement} in_batch={in_batch} share_draws={share_draws} evict={evict_kind} "
             f"ids={ids is not None} log_weights={log_weights is not None} "
             f"max_score={false_negatives.max_score is not None} gradients={training}"
         ),
@@ -268,6 +272,7 @@ def step_(
         ranks,
         shards,
         num_samples=num_samples,
+        replacement=replacement,
         scale=scale,
         score_transform=score_transform,
         exclusions=exclusions,

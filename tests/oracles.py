@@ -160,12 +160,15 @@ def sampled_cache_logits(
     *,
     share_draws: bool,
     staleness_correction: str,
+    expected: Tensor | None = None,
 ) -> Tensor:
     """`[B]` logits `c_i` of the cache class from `B*k` draws, by the formulas, one weight at a time.
 
-    `fresh`, `stale` and `probability` are `[B, B*k]`: every query's score, and probability, of every draw.
+    `fresh`, `stale` and `probability` are `[B, B*k]`: every query's score, and probability, of every draw; `expected`
+    is how many draws of it are expected of every query, `k` times its probability with replacement.
     """
     stale = stale.detach()
+    expected = num_samples * probability if expected is None else expected
     logits = []
     for i in range(len(fresh)):
         first, weight_sum, ratio_sum, linear = i * num_samples, 0.0, 0.0, 0.0
@@ -173,9 +176,9 @@ def sampled_cache_logits(
             if float(probability[i, m]) == 0.0:
                 continue
             if share_draws:
-                weight = float(probability[i, m]) / (num_samples * sum(float(p) for p in probability[:, m]))
+                weight = float(probability[i, m]) / sum(float(n) for n in expected[:, m])
             else:
-                weight = 1.0 / num_samples if first <= m < first + num_samples else 0.0
+                weight = float(probability[i, m] / expected[i, m]) if first <= m < first + num_samples else 0.0
             if weight > 0.0:
                 weight_sum = weight_sum + weight
                 ratio_sum = ratio_sum + weight * torch.exp(fresh[i, m] - stale[i, m])
@@ -201,6 +204,67 @@ def joint_outcomes(probability: np.ndarray, num_samples: int) -> Iterator[tuple[
         slots = [list(flat[i * num_samples : (i + 1) * num_samples]) for i in range(len(probability))]
         weight = math.prod(float(probability[i, j]) for i, row in enumerate(slots) for j in row if j >= 0)
         yield slots, weight
+
+
+def inclusion(score: float, slot: int, drawn: Sequence[int], last: float, threshold: float) -> float:
+    """Chance that a document is among the k of a query, given the perturbed scores of all others.
+
+    `last` and `threshold` are the k-th and the (k+1)-th largest perturbed score of the query, `drawn` its k slots.
+    """
+    limit = threshold if slot in drawn else last
+    if score == -math.inf:
+        return 0.0
+    return 1.0 if limit == -math.inf else -math.expm1(-math.exp(score - limit))
+
+
+def ordered_draws(probability: np.ndarray, num_samples: int) -> Iterator[tuple[tuple[int, ...], float]]:
+    """Every ordered draw of different slots from one softmax, each from what is left (Plackett-Luce), and its chance.
+
+    `num_samples` of them, or all if there are fewer.
+    """
+    support = [j for j in range(len(probability)) if probability[j] > 0]
+    for slots in itertools.permutations(support, min(num_samples, len(support))):
+        chance, left = 1.0, sum(float(probability[j]) for j in support)
+        for j in slots:
+            chance *= float(probability[j]) / left
+            left -= float(probability[j])
+        yield slots, chance
+
+
+def distinct_draws(
+    probability: np.ndarray, num_samples: int, width: float
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, np.ndarray]]:
+    """Every set of k slots of one query with nodes of a quadrature over its k-th and (k+1)-th largest perturbed value.
+
+    Document j arrives at an exponential time of rate `p_j`; those that come first are drawn, and minus the logarithm of
+    an arrival is its perturbed score, less the log-normaliser. The last of a set arrives at a time of density
+    `d/dt prod_j (1 - exp(-p_j t)) exp(-R t)`, with `R` the rate of the others, the next `1/R` later on average. Both
+    integrals are over a half-line and double exponential, with nodes `width` apart. Yields the slots (-1 where there
+    are too few), both values at the nodes, and weights; their sum over everything is 1.
+    """
+    support = [j for j in range(len(probability)) if probability[j] > 0]
+    if len(support) <= num_samples:
+        last = np.full(1, 0.0 if len(support) == num_samples else -math.inf)
+        missing = [-1] * (num_samples - len(support))
+        yield support + missing, last, np.full(1, -math.inf), np.ones(1)
+        return
+    place = np.arange(-3.0, 3.7, width)
+    node = np.exp(place - np.exp(-place))
+    weight = width * node * (1 + np.exp(-place))
+    for slots in itertools.combinations(support, num_samples):
+        rates = [float(probability[j]) for j in slots]
+        rest = sum(float(probability[j]) for j in support if j not in slots)
+        slowest = rest + min(rates)
+        time = node / slowest
+        density = np.zeros_like(time)
+        for n, rate in enumerate(rates):
+            others = [1 - np.exp(-other * time) for m, other in enumerate(rates) if m != n]
+            density = density + rate * np.exp(-rate * time) * np.prod(others, axis=0)
+        density = density * np.exp(-rest * time) * weight / slowest
+        later = time[:, None] + node / rest
+        chance = density[:, None] * weight * np.exp(-node)
+        last = np.broadcast_to(-np.log(time)[:, None], later.shape)
+        yield list(slots), last.ravel(), -np.log(later).ravel(), chance.ravel()
 
 
 def philox4x32(counter: Sequence[int], key: Sequence[int], rounds: int = 10) -> list[int]:

@@ -143,6 +143,7 @@ class Reference:
             slot=torch.where(drawn, slot, -1),
             score=score.float(),
             perturbed=perturbed.float(),
+            threshold=perturbed[:, :0].float(),
             log_normalizer=normalizer.float() if queries.dtype != torch.float64 else normalizer,
             embedding=items["embedding"][slot],
             id=torch.where(drawn, items["id"][slot], -1),

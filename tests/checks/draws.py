@@ -58,14 +58,7 @@ def counts(
 ) -> np.ndarray:
     """`[B, C]` how often each query drew each slot (-1 nowhere), with `copies` rows for each query in a call."""
     rows, capacity = len(queries), len(state["items", "id"])
-    exclude = options.get("exclude_ids")
-    if exclude is not None and exclude.ndim == 2:
-        options["exclude_ids"] = exclude.repeat(copies, 1)
-    known = options.get("false_negatives", FalseNegatives())
-    options["false_negatives"] = FalseNegatives(
-        None if known.ids is None else known.ids.repeat(copies, 1),
-        known.max_score.repeat(copies) if isinstance(known.max_score, Tensor) else known.max_score,
-    )
+    options = repeated(options, copies)
     out = np.zeros((rows, capacity))
     for step in steps:
         slots = sample(at_step(state, step), queries.repeat(copies, 1), **options).slot.view(copies, rows, -1)
@@ -73,6 +66,18 @@ def counts(
             drawn = slots[:, i].flatten().numpy()
             out[i] += np.bincount(drawn[drawn >= 0], minlength=capacity)
     return out
+
+
+def repeated(options: dict[str, Any], copies: int) -> dict[str, Any]:
+    """Options of a sampler for `copies` rows of each query."""
+    exclude, known = options.get("exclude_ids"), options.get("false_negatives", FalseNegatives())
+    known = FalseNegatives(
+        None if known.ids is None else known.ids.repeat(copies, 1),
+        known.max_score.repeat(copies) if isinstance(known.max_score, Tensor) else known.max_score,
+    )
+    if exclude is not None and exclude.ndim == 2:
+        exclude = exclude.repeat(copies, 1)
+    return options | {"exclude_ids": exclude, "false_negatives": known}
 
 
 def distribution(
@@ -117,14 +122,24 @@ def joint_independence(sample: Sampler, *, steps: int = 60, copies: int = 100) -
 def fields(sample: Sampler, state: TensorDictBase, queries: Tensor, *, tolerance: float = 2e-5, **options: Any) -> Any:
     """Each field says what the drawn slot is, and `log_normalizer` is the exact logsumexp."""
     draw = sample(state, queries, **options)
-    samples = options.pop("num_samples", 1)
+    samples, replacement = options.pop("num_samples", 1), options.pop("replacement", True)
     scores = exact_scores(state, queries, **options)
     size = 1 + float(options.get("scale", 1.0))  # what a sum that cancels was made of
     items, rows = state["items"], len(queries)
     assert draw.slot.shape == (rows, samples) and draw.slot.dtype == torch.int64
     assert is_close(draw.log_normalizer, oracles.log_normalizer(scores), tolerance, size)
     valid = draw.slot >= 0
-    assert torch.equal(valid, (scores > -math.inf).any(-1, keepdim=True).expand(rows, samples))
+    candidates = (scores > -math.inf).sum(-1, keepdim=True)
+    if replacement:
+        assert torch.equal(valid, (candidates > 0).expand(rows, samples))
+        assert draw.threshold.shape == (rows, 0)
+    else:
+        assert torch.equal(valid, torch.arange(samples) < candidates)
+        ranked = torch.cat([draw.perturbed, draw.threshold], 1)
+        assert ranked.shape == (rows, samples + 1)
+        assert torch.equal(ranked > -math.inf, torch.arange(samples + 1) < candidates)
+        assert bool((ranked[:, 1:] <= ranked[:, :-1]).all())
+        assert all(len(set(row)) == len(row) for row in (s[s >= 0].tolist() for s in draw.slot))
     assert draw.source.shape == draw.slot.shape and not bool(draw.source.any())
     assert draw.cutoff.shape == (rows, 1)
     assert draw.exclude_ids.ndim == 2 and draw.exclude_ids.dtype == torch.int64

@@ -135,10 +135,28 @@ class Problem:
             max_score=self.max_score,
         )
 
-    def by_formula(self, slots: Sequence[Sequence[int]], *, share_draws: bool, staleness_correction: str) -> Tensor:
-        """`[B]` sampled losses of one joint draw, by the formulas of the design."""
+    def by_formula(
+        self,
+        slots: Sequence[Sequence[int]],
+        *,
+        share_draws: bool,
+        staleness_correction: str,
+        largest: Sequence[tuple[float, float]] | None = None,
+    ) -> Tensor:
+        """`[B]` sampled losses of one joint draw, by the formulas of the design.
+
+        `largest` are the k-th and the (k+1)-th largest perturbed scores of each query, for draws without replacement.
+        """
         flat = [max(j, 0) for row in slots for j in row]
         valid = torch.tensor([j >= 0 for row in slots for j in row])
+        expected = None
+        if largest is not None:
+            scores = self.stale_scores.tolist()
+            rows = zip(scores, slots, largest, strict=True)
+            expected = torch.tensor(
+                [[oracles.inclusion(row[j], j, drawn, *limits) for j in flat] for row, drawn, limits in rows],
+                dtype=torch.float64,
+            )
         logits = oracles.sampled_cache_logits(
             self.scores(self.encode())[:, flat],
             self.stale_scores[:, flat],
@@ -147,6 +165,7 @@ class Problem:
             self.scenario.samples,
             share_draws=share_draws,
             staleness_correction=staleness_correction,
+            expected=expected,
         )
         return self._cross_entropy(logits)
 
@@ -163,6 +182,7 @@ class Problem:
             slot=torch.where(slot >= 0, slot - start.view_as(slot), -1),
             score=torch.where(slot >= 0, score, -math.inf),
             perturbed=score + 1.0,
+            threshold=score[:, :0],
             log_normalizer=self.normalizer,
             embedding=self.stale[place],
             id=torch.where(slot >= 0, torch.tensor(self.names)[place], -1),
@@ -188,8 +208,12 @@ class Problem:
 
     def call(self, loss: Loss, slots: Sequence[Sequence[int]], **options: Any) -> Tensor:
         """`loss` of one joint draw, the drawn documents encoded with gradient, `reduction="none"`."""
+        flat = torch.tensor([max(j, 0) for row in slots for j in row])
+        return self.call_on(loss, flat, self.draw(slots), **options)
+
+    def call_on(self, loss: Loss, flat: Tensor, draw: Draw, **options: Any) -> Tensor:
+        """`loss` of a `Draw` of the documents `flat` [B * k]."""
         it = self.scenario
-        flat = [max(j, 0) for row in slots for j in row]
         options = {"reduction": "none", **options}
         if it.positives is not None or it.margin is not None:
             options["false_negatives"] = self.false_negatives
@@ -197,7 +221,7 @@ class Problem:
             self.leaves["queries"],
             self.leaves["documents"],
             self.encode()[flat],
-            self.draw(slots),
+            draw,
             scale=self.leaves["scale"],
             score_transform=it.transform,
             in_batch=it.in_batch,

@@ -55,7 +55,7 @@ class NegativeCacheLoss(nn.Module):
             each positive, or [B, n] for all n documents of each row.
         embedding_dtype: of the cached embeddings.
         seed: of the draws.
-        **options: of `negcache_fn.step`: `num_samples`, `top_k`, `score_transform`, `share_draws`,
+        **options: of `negcache_fn.step`: `num_samples`, `replacement`, `top_k`, `score_transform`, `share_draws`,
             `staleness_correction`, `refresh_stalest`, `evict`.
 
     Raises:

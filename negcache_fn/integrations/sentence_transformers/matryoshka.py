@@ -21,7 +21,7 @@ from negcache_fn.state import take, with_items
 
 __all__ = ["Truncated", "dimensions", "is_decorated", "normalized"]
 
-_TO_DRAW = ("scale", "num_samples", "score_transform", "top_k", "group")
+_TO_DRAW = ("scale", "num_samples", "replacement", "score_transform", "top_k", "group")
 _OF_LOSS = ("scale", "ids", "in_batch", "score_transform", "share_draws", "staleness_correction", "group")
 
 
