@@ -224,10 +224,9 @@ def ordered_draws(probability: np.ndarray, num_samples: int) -> Iterator[tuple[t
     """
     support = [j for j in range(len(probability)) if probability[j] > 0]
     for slots in itertools.permutations(support, min(num_samples, len(support))):
-        chance, left = 1.0, sum(float(probability[j]) for j in support)
-        for j in slots:
-            chance *= float(probability[j]) / left
-            left -= float(probability[j])
+        chance = 1.0
+        for n, j in enumerate(slots):
+            chance *= float(probability[j]) / sum(float(probability[left]) for left in support if left not in slots[:n])
         yield slots, chance
 
 

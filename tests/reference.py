@@ -34,6 +34,15 @@ SAMPLING_FAULTS = (
     "noise ignores the step",
     "normalizer off",
 )
+DISTINCT_SAMPLING_FAULTS = (
+    *("no exclusion", "no limit", "no log-weight", "one noise for all rows", "draws empty slots", "top_k off by one"),
+    "draws with replacement",
+    "not in order",
+    "threshold of the last one drawn",
+    "threshold too low",
+    "one document is never drawn",
+    "missing draws repeat the first",
+)
 LOSS_FAULTS = (
     "weights ignore the number of samples",
     "shared weights ignore the others",
@@ -50,6 +59,19 @@ LOSS_FAULTS = (
     "draw log-weights missing",
     "transform missing",
     "correction upside down",
+)
+DISTINCT_LOSS_FAULTS = (
+    "shared weights ignore the others",
+    "shared weights forget exclusions",
+    "shared weights forget the cutoff",
+    "shared weights forget the limit",
+    "weights as with replacement",
+    "own weights all alike",
+    "inclusion by the last one drawn",
+    "inclusion by the next one",
+    "forgets what was drawn as another draw",
+    "documents drawn twice count once",
+    "missing draws count",
 )
 UPDATE_FAULTS = (
     "eviction off by one",
@@ -97,6 +119,7 @@ class Reference:
         exclude_ids: Tensor | None = None,
         false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
         top_k: int | None = None,
+        replacement: bool = True,
     ) -> Draw:
         """Gumbel-Max over the materialised scores."""
         items = state["items"]
@@ -132,18 +155,24 @@ class Reference:
             noise = noise.clamp(max=3.0) + 1e-9 * noise
         if self.fault == "biased to early slots":
             noise = noise - 0.2 * torch.arange(capacity) / capacity
-        perturbed, slot = (scores[:, None, :] + noise).max(-1)
+        noisy = scores[:, None, :] + noise
+        perturbed, slot = noisy.max(-1)
+        threshold = perturbed[:, :0]
+        if not replacement:
+            perturbed, slot, threshold = self._distinct(noisy, num_samples)
         normalizer = torch.logsumexp(scores, -1)
         normalizer = normalizer.nan_to_num(nan=-math.inf)
         if self.fault == "normalizer off":
             normalizer = normalizer + 1e-2
         drawn = perturbed > -math.inf
         score = torch.where(drawn, scores.gather(1, slot), -math.inf)
+        if self.fault == "missing draws repeat the first":
+            drawn = drawn[:, :1].expand_as(drawn)
         return Draw(
             slot=torch.where(drawn, slot, -1),
             score=score.float(),
-            perturbed=perturbed.float(),
-            threshold=perturbed[:, :0].float(),
+            perturbed=perturbed.to(torch.float32 if replacement else queries.dtype),
+            threshold=threshold.to(perturbed.dtype if replacement else queries.dtype),
             log_normalizer=normalizer.float() if queries.dtype != torch.float64 else normalizer,
             embedding=items["embedding"][slot],
             id=torch.where(drawn, items["id"][slot], -1),
@@ -153,6 +182,27 @@ class Reference:
             max_score=limit[:, None].to(score.dtype),
             exclude_ids=banned,
         )
+
+    def _distinct(self, noisy: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest perturbed scores of the first noise of each query, and the next."""
+        missing = max(samples + 1 - noisy.shape[-1], 0)
+        first = torch.nn.functional.pad(noisy[:, 0], (0, missing), value=-math.inf)
+        if self.fault == "one document is never drawn":
+            first[:, 4] = -math.inf
+        ordered, slot = first.sort(dim=1, descending=True, stable=True)
+        if self.fault == "draws with replacement":
+            ordered[:, :samples], slot[:, :samples] = noisy.max(-1)
+        perturbed, slot, threshold = ordered[:, :samples], slot[:, :samples], ordered[:, samples : samples + 1]
+        if self.fault == "not in order":
+            perturbed, slot = perturbed.flip(1), slot.flip(1)
+        if self.fault == "threshold of the last one drawn":
+            threshold = perturbed[:, -1:]
+        if self.fault == "threshold too low":
+            threshold = threshold - 0.2
+        slot = torch.where(slot < noisy.shape[-1], slot, 0)
+        if self.fault == "missing draws repeat the first":
+            slot = torch.where(perturbed > -math.inf, slot, slot[:, :1])
+        return perturbed, slot, threshold
 
     def loss(
         self,
@@ -197,6 +247,8 @@ class Reference:
             w = (own & allowed).to(queries.dtype) / samples
         else:
             w = probability / (samples * probability.sum(0)).clamp_min(1e-300)
+        if not draw.replacement:
+            w = self._distinct_weights(draw, stale, allowed, own, probability, share_draws)
         if self.fault == "weights ignore the number of samples":
             w = w * samples
         change = fresh - stale if self.fault != "correction upside down" else 2 * stale - fresh - stale
@@ -228,6 +280,35 @@ class Reference:
         logits = torch.cat([positive[:, None], scores.masked_fill(~keep, -math.inf), cache[:, None]], 1)
         losses = torch.logsumexp(logits, 1) - positive
         return {"none": losses, "sum": losses.sum(), "mean": losses.mean()}[reduction]
+
+    def _distinct_weights(
+        self, draw: Draw, stale: Tensor, allowed: Tensor, own: Tensor, probability: Tensor, share_draws: bool
+    ) -> Tensor:
+        """[B, B*k] weights of draws without replacement."""
+        document = draw.slot.flatten() + 10**6 * draw.source.flatten()
+        same = document[:, None] == document
+        drew = own if self.fault == "forgets what was drawn as another draw" else (own[:, None, :] & same).any(-1)
+        last, threshold = draw.perturbed[:, -1:], draw.threshold
+        if self.fault == "inclusion by the last one drawn":
+            threshold = last
+        if self.fault == "inclusion by the next one":
+            last = threshold
+        inclusion = -torch.expm1(-torch.exp(stale.detach() - torch.where(drew, threshold, last)))
+        inclusion = torch.where(allowed, inclusion, 0.0)
+        if self.fault == "missing draws count":
+            inclusion = torch.where(allowed | (draw.slot.flatten() < 0), inclusion.nan_to_num(1.0).clamp(min=0.5), 0.0)
+        if self.fault == "weights as with replacement":
+            inclusion = probability * draw.slot.shape[1]
+        if share_draws and self.fault != "shared weights ignore the others":
+            w = probability / inclusion.sum(0).clamp_min(1e-300)
+        else:
+            w = torch.where(own & allowed, probability / inclusion.clamp_min(1e-300), 0.0)
+        if self.fault == "own weights all alike" and not share_draws:
+            w = (own & allowed) / (own & allowed).sum(1, keepdim=True).clamp_min(1)
+        if self.fault == "documents drawn twice count once":
+            first = torch.arange(len(document)) == torch.argmax(same.to(torch.int64), dim=1)
+            w = w * first
+        return w.to(probability.dtype)
 
     def update(self, state: TensorDictBase, features: Any, embeddings: Tensor, **options: Any) -> TensorDict:
         """Through the list of dicts."""

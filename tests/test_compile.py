@@ -32,6 +32,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "evict": "fifo",
     },
     "false negatives": {"evict": True, "num_samples": 2, "ids": True, "false_negatives": True, "refresh_stalest": 0.02},
+    "without replacement": {"replacement": False, "num_samples": 7, "ids": True, "refresh_stalest": 3},
+    "without replacement, own, top_k": {
+        "replacement": False,
+        "num_samples": 4,
+        "top_k": 9,
+        "share_draws": False,
+        "staleness_correction": "unnormalized",
+    },
     "unnormalised, weights, mask": {"staleness_correction": "unnormalized", "log_weights": True, "mask": True},
 }
 
@@ -89,6 +97,8 @@ CASES = [
     pytest.param("inductor", "shared, ids, stalest", False, id="inductor-step"),
     pytest.param("inductor", "top_k, transform, own", True, id="inductor-step_-top_k"),
     pytest.param("inductor", "false negatives", True, id="inductor-step_-false-negatives"),
+    pytest.param("inductor", "without replacement", True, id="inductor-step_-without-replacement"),
+    pytest.param("aot_eager", "without replacement, own, top_k", False, id="aot_eager-step-without-replacement"),
     pytest.param("aot_eager", "shared, ids, stalest", True, id="aot_eager-step_"),
     pytest.param("aot_eager", "top_k, transform, own", False, id="aot_eager-step-top_k"),
     pytest.param("aot_eager", "unnormalised, weights, mask", False, id="aot_eager-step-unnormalised"),
@@ -117,7 +127,8 @@ def test_train_step_is_one_frame_and_equals_eager(backend: str, name: str, in_pl
         assert all(is_close(one[key], other[key], 1e-4) for key in other)
 
 
-def test_sizes_may_vary_without_a_new_frame() -> None:
+@pytest.mark.parametrize("replacement", [True, False])
+def test_sizes_may_vary_without_a_new_frame(replacement: bool) -> None:
     """`dynamic=True`: every size, the number of draws and `top_k` among them, may change without a new graph."""
     counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(negcache_fn.step_, fullgraph=True, dynamic=True, backend=counter)
@@ -135,7 +146,8 @@ def test_sizes_may_vary_without_a_new_frame() -> None:
                     tower,
                     ids=torch.arange(rows + 2),
                     num_samples=samples,
-                    top_k=top_k,
+                    replacement=replacement,
+                    top_k=top_k if replacement else None,
                 )
             outputs.append(out)
         assert is_close(outputs[0].loss.detach(), outputs[1].loss.detach(), 1e-5)
@@ -155,6 +167,9 @@ def test_pieces_compile() -> None:
     calls: dict[str, Callable[..., Any]] = {
         "score": lambda s: negcache_fn.score(s, queries, scale=5.0),
         "sample": lambda s: negcache_fn.sample_gumbel(s, queries, scale=5.0, num_samples=2),
+        "sample without replacement": lambda s: negcache_fn.sample_gumbel(
+            s, queries, scale=5.0, num_samples=2, replacement=False
+        ),
         "mine": lambda s: negcache_fn.top_negatives(s, queries, 7, scale=5.0),
         "sample without false negatives": lambda s: negcache_fn.sample_gumbel(
             s, queries, scale=5.0, false_negatives=negcache_fn.FalseNegatives(torch.ones(ROWS, 2).long(), 1.0)

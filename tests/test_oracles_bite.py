@@ -19,8 +19,8 @@ import negcache_fn
 
 from . import oracles, reference
 from .builders import make_state, unit
-from .checks import draws, exact, losses, noise, updates
-from .checks.problems import scenarios
+from .checks import distinct, draws, exact, losses, noise, updates
+from .checks.problems import Scenario, scenarios
 from .reference import Reference
 from .test_updating import CacheMachine
 
@@ -76,6 +76,42 @@ def check_correction(it: Reference) -> None:
     losses.converges_to_fresh(it.loss, share_draws=False)
 
 
+def check_distinct_sampling(it: Reference) -> None:
+    """What test_without_replacement asks of a sampler, over states on which each fault shows."""
+    slots = torch.arange(40)
+    weights = torch.linspace(-2, 2, 40)
+    state = make_state(
+        unit(40, 4, 0), live=slots % 5 != 3, ids=torch.where(slots % 2 == 0, slots, -1), log_weight=weights
+    )
+    queries, names = unit(2, 4, 1), torch.tensor([0, 2, 38, 36, 34, 32])
+    limit = negcache_fn.FalseNegatives(max_score=torch.tensor([0.5, 1.0]))
+    for options in ({}, {"exclude_ids": names}, {"top_k": 6}, {"false_negatives": limit}):
+        for samples in (3, 60):
+            options = options | {"num_samples": samples, "replacement": False, "scale": 3.0}
+            draws.fields(it.sample_gumbel, state, queries, **options)
+    distinct.race_law(it.sample_gumbel, state, queries, num_samples=3, scale=3.0)
+    small = make_state(unit(6, 4, 0), live=slots[:6] != 3, ids=slots[:6], log_weight=weights[::7])
+    distinct.ordered_law(it.sample_gumbel, small, queries, num_samples=2, exclude_ids=torch.tensor([5]), scale=2.0)
+
+
+def check_distinct_loss(it: Reference) -> None:
+    """What test_without_replacement asks of the loss, over the scenarios on which each fault shows."""
+    for name in ("plain", "ids, own positives only", "top_k", "margin, log-weights, transform", "all at once"):
+        for share_draws in (True, False):
+            scenario = replace(SCENARIOS[name], drift=0.5, samples=2)
+            distinct.follows_formula(it.loss, scenario, share_draws=share_draws, staleness_correction="none")
+
+
+def check_distinct_mean(it: Reference) -> None:
+    """The same by the law of sampled and of integrated thresholds."""
+    few = Scenario(rows=2, documents=2, capacity=3, scale=1.0)
+    distinct.expected_gradient_exact(it.loss, replace(few, rows=1, documents=1, capacity=4), share_draws=False)
+    distinct.expected_gradient_exact(it.loss, few, share_draws=True)
+    distinct.exact_where_all_are_drawn(negcache_fn.sample_gumbel, it.loss, replace(few, samples=4), share_draws=True)
+    distinct.exact_where_all_are_drawn(negcache_fn.sample_gumbel, it.loss, replace(few, samples=4), share_draws=False)
+    distinct.unbiased(negcache_fn.sample_gumbel, it.loss, Scenario(capacity=7, samples=3), share_draws=True)
+
+
 def check_update(it: Reference) -> None:
     """What test_updating and test_purity ask."""
     updates.history(negcache_fn.init_cache, it.update)
@@ -88,7 +124,13 @@ def fails(check: Callable[..., None], *arguments: Any) -> None:
         check(*arguments)
 
 
-@pytest.mark.parametrize("check", [check_sampling, check_loss, check_correction, check_update])
+CHECKS = [
+    *(check_sampling, check_loss, check_correction, check_update),
+    *(check_distinct_sampling, check_distinct_loss, check_distinct_mean),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS)
 def test_checks_pass_on_the_naive_implementation(check: Callable[[Reference], None]) -> None:
     """Otherwise a failure on a fault would mean nothing."""
     check(RIGHT)
@@ -104,6 +146,27 @@ def test_sampling_checks_bite(fault: str) -> None:
 def test_loss_checks_bite(fault: str) -> None:
     """Each broken loss is found."""
     fails(check_correction if fault == "correction upside down" else check_loss, Reference(fault))
+
+
+@pytest.mark.parametrize("fault", reference.DISTINCT_SAMPLING_FAULTS)
+def test_checks_of_sampling_without_replacement_bite(fault: str) -> None:
+    """Each broken sampler is found."""
+    fails(check_distinct_sampling, Reference(fault))
+
+
+@pytest.mark.parametrize("fault", reference.DISTINCT_LOSS_FAULTS)
+def test_checks_of_weights_without_replacement_bite(fault: str) -> None:
+    """Each broken loss is found."""
+    fails(check_distinct_loss, Reference(fault))
+
+
+BIASED = ("weights as with replacement", "inclusion by the last one drawn", "inclusion by the next one")
+
+
+@pytest.mark.parametrize("fault", [*BIASED, "shared weights ignore the others", "missing draws count"])
+def test_checks_of_means_without_replacement_bite(fault: str) -> None:
+    """Each biased loss is found, whatever formula it follows."""
+    fails(check_distinct_mean, Reference(fault))
 
 
 @pytest.mark.parametrize("fault", ["weights ignore the number of samples", "shared weights ignore the others"])

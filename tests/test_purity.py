@@ -32,6 +32,7 @@ def calls() -> dict[str, Callable[[], Any]]:
     scale = torch.tensor(3.0, requires_grad=True)
     draw = negcache_fn.sample_gumbel(state, queries, num_samples=2, scale=3.0, exclude_ids=ids)
     other = negcache_fn.sample_gumbel(state, queries, num_samples=2, scale=3.0, exclude_ids=ids)
+    distinct = negcache_fn.sample_gumbel(state, queries, num_samples=2, replacement=False, scale=3.0)
     negatives = unit(6, 6, 4)
     refresh = (draw.slot.flatten(), negatives)
     mask = torch.tensor([True, False, True, True, True])
@@ -48,17 +49,24 @@ def calls() -> dict[str, Callable[[], Any]]:
         "log_frequency": lambda: pure(negcache_fn.log_frequency, frequency, ids),
         "init_cache": lambda: pure(negcache_fn.init_cache, 5, 6, batch, seed=3),
         "score": lambda: pure(negcache_fn.score, state, queries, **shared),
-        "sample_gumbel": lambda: pure(
-            negcache_fn.sample_gumbel,
-            state,
-            queries,
-            num_samples=2,
-            exclude_ids=ids,
-            false_negatives=known,
-            top_k=4,
-            **shared,
+        "sample_gumbel": lambda: [
+            pure(
+                negcache_fn.sample_gumbel,
+                state,
+                queries,
+                num_samples=2,
+                replacement=replacement,
+                exclude_ids=ids,
+                false_negatives=known,
+                top_k=4,
+                **shared,
+            )
+            for replacement in (True, False)
+        ],
+        "merge_draws": lambda: (
+            pure(negcache_fn.merge_draws, draw, other),
+            pure(negcache_fn.merge_draws, distinct, distinct),
         ),
-        "merge_draws": lambda: pure(negcache_fn.merge_draws, draw, other),
         "take_drawn": lambda: pure(negcache_fn.take_drawn, [state], draw),
         "offload_features": lambda: pure(negcache_fn.offload_features, state),
         "memory_mapped": lambda: pure(negcache_fn.memory_mapped, state, tempfile.mkdtemp(), capacity=20),
@@ -71,9 +79,10 @@ def calls() -> dict[str, Callable[[], Any]]:
         "reembed": lambda: pure(negcache_fn.reembed, state, tower, batch_size=4),
         "refreshes": lambda: pure(negcache_fn.refreshes, draw, negatives),
         "take": lambda: pure(negcache_fn.take, state, draw.slot),
-        "loss": lambda: pure(
-            negcache_fn.loss, queries, own, negatives, draw, false_negatives=by_margin, **shared, **batchwise
-        ),
+        "loss": lambda: [
+            pure(negcache_fn.loss, queries, own, negatives, kind, false_negatives=by_margin, **shared, **batchwise)
+            for kind in (draw, distinct)
+        ],
         "exact_loss": lambda: pure(
             negcache_fn.exact_loss, state, queries, own, false_negatives=by_margin, top_k=4, **shared, **batchwise
         ),
@@ -87,18 +96,22 @@ def calls() -> dict[str, Callable[[], Any]]:
             evict=torch.linspace(1, 0, 9),
             **batchwise,
         ),
-        "step": lambda: pure(
-            negcache_fn.step,
-            state,
-            queries,
-            batch,
-            tower,
-            refresh_stalest=2,
-            mask=mask,
-            false_negatives=by_margin,
-            **shared,
-            **batchwise,
-        ),
+        "step": lambda: [
+            pure(
+                negcache_fn.step,
+                state,
+                queries,
+                batch,
+                tower,
+                replacement=replacement,
+                refresh_stalest=2,
+                mask=mask,
+                false_negatives=by_margin,
+                **shared,
+                **batchwise,
+            )
+            for replacement in (True, False)
+        ],
         "top_negatives": lambda: pure(
             negcache_fn.top_negatives, state, queries, 3, exclude_ids=ids, false_negatives=known, **shared
         ),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,16 +23,24 @@ from ..builders import at_step, is_close, make_state
 from .draws import Sampler, exact_scores, repeated
 from .problems import Loss, Problem, Scenario
 
-NODES_APART = {1: 0.2, 2: 0.4}
+NODES_APART = {1: 0.2, 2: 0.45}
 """By the number of queries: their quadrature is right to 1e-7 where probabilities are above 0.05."""
 
 
 def many(
-    sample: Sampler, state: TensorDictBase, queries: Tensor, *, steps: int, copies: int, **options: Any
+    sample: Sampler,
+    state: TensorDictBase,
+    queries: Tensor,
+    *,
+    steps: int,
+    copies: int,
+    first_step: int = 1,
+    **options: Any,
 ) -> list[Draw]:
     """Draws of `copies` rows of each query at each of some steps."""
     options = repeated(options, copies) | {"replacement": False}
-    return [sample(at_step(state, step), queries.repeat(copies, 1), **options) for step in range(1, steps + 1)]
+    rows = queries.repeat(copies, 1)
+    return [sample(at_step(state, first_step + step), rows, **options) for step in range(steps)]
 
 
 def ordered_law(
@@ -39,7 +50,7 @@ def ordered_law(
     *,
     num_samples: int,
     steps: int = 2,
-    copies: int = 2000,
+    copies: int = 1200,
     **options: Any,
 ) -> None:
     """Chi-square over all ordered draws against Plackett-Luce, for each query (`oracles.FALSE_ALARM` each)."""
@@ -59,7 +70,7 @@ def ordered_law(
 
 
 def race(draw: Draw, scores: Tensor) -> np.ndarray:
-    """`[B, 2k + 1]` independent uniforms made of slots, perturbed scores and threshold, if their law is right; else not.
+    """`[B, 2k + 1]` uniforms made of slots, perturbed scores and threshold, independent if their law is the right one.
 
     `exp(-perturbed)` are the first arrivals of a race in which document j has the rate `exp(s_j)`: each gap between
     arrivals is exponential, its rate that of all who are still to come, and who arrives is independent of it.
@@ -113,20 +124,26 @@ def nested(sample: Sampler, state: TensorDictBase, queries: Tensor, **options: A
     assert torch.equal(longest.slot[:, :1], sample(state, queries, **options).slot)
 
 
-def merged_law(sample: Sampler, merge: Any, states: list[TensorDictBase], queries: Tensor, **options: Any) -> None:
+def merged_law(
+    sample: Sampler,
+    merge: Callable[[Draw, Draw], Draw],
+    states: list[TensorDictBase],
+    queries: Tensor,
+    *,
+    num_samples: int,
+    scale: float,
+    copies: int = 1500,
+) -> None:
     """A merged draw is the draw of the union: the law of the race over the slots of all caches."""
-    start = np.cumsum([0, *(len(state["items", "id"]) for state in states)])
-    copies, columns = 1500, []
-    scores = torch.cat([exact_scores(state, queries) for state in states], 1).repeat(copies, 1)
+    start = torch.tensor([0, *(len(state["items", "id"]) for state in states)]).cumsum(0)
+    scores = torch.cat([exact_scores(state, queries, scale=scale) for state in states], 1).repeat(copies, 1)
+    columns = []
     for step in range(1, 3):
-        parts = [
-            sample(at_step(state, step), queries.repeat(copies, 1), replacement=False, **options) for state in states
-        ]
-        merged = parts[0]
-        for part in parts[1:]:
-            merged = merge(merged, part)
+        options = {"steps": 1, "copies": copies, "num_samples": num_samples, "scale": scale}
+        parts = [many(sample, state, queries, first_step=step, **options)[0] for state in states]
+        merged = functools.reduce(merge, parts)
         assert is_close(merged.log_normalizer, oracles.log_normalizer(scores), 2e-5)
-        columns.append(race(merged._replace(slot=merged.slot + torch.from_numpy(start)[merged.source]), scores))
+        columns.append(race(merged._replace(slot=merged.slot + start[merged.source]), scores))
     for column in np.concatenate(columns).T:
         assert stats.kstest(column, "uniform").pvalue > oracles.FALSE_ALARM
 
@@ -195,7 +212,7 @@ def follows_formula(loss: Loss, scenario: Scenario, *, share_draws: bool, stalen
             assert is_close(gradient, right[name], 1e-11), f"gradient of {name} at {slots}"
 
 
-def sampled(sample: Sampler, problem: Problem, copies: int, step: int = 1) -> tuple[Draw, Draw]:
+def sampled(sample: Sampler, problem: Problem, copies: int, step: int = 1) -> tuple[Draw, Any]:
     """`copies` joint draws of the problem's queries, [copies, B, ...], and the dimensions to map over."""
     it, rows = problem.scenario, problem.scenario.rows
     state = make_state(problem.stale.detach(), live=it.live, ids=problem.names, log_weight=problem.cache_weight)
@@ -214,17 +231,17 @@ def sampled(sample: Sampler, problem: Problem, copies: int, step: int = 1) -> tu
         top_k=it.top_k,
         **repeated(options, copies),
     )
-    alike = draw.exclude_ids.shape[0] == 1  # for all
-    shaped = {
-        name: value.view(copies, rows, *value.shape[1:])
-        for name, value in draw._asdict().items()
-        if not (alike and name == "exclude_ids")
-    }
-    dimensions = Draw(**dict.fromkeys(Draw._fields, 0))._replace(exclude_ids=None if alike else 0)
-    return draw._replace(**shaped), dimensions
+    dimensions = Draw(*[0] * len(Draw._fields))
+    if draw.exclude_ids.shape[0] == 1:  # for all
+        dimensions = dimensions._replace(exclude_ids=None)
+    shaped = [
+        values if dimension is None else values.view(copies, rows, *values.shape[1:])
+        for values, dimension in zip(draw, dimensions, strict=True)
+    ]
+    return Draw(*shaped), dimensions
 
 
-def unbiased(sample: Sampler, loss: Loss, scenario: Scenario, *, share_draws: bool, copies: int = 20_000) -> None:
+def unbiased(sample: Sampler, loss: Loss, scenario: Scenario, *, share_draws: bool, copies: int = 4000) -> None:
     """Sampled: the mean gradient over many joint draws is the exact one, within 6 standard errors each.
 
     Of a right estimator whose means are normal, one component fails with probability 2e-9. Own draws need k >= 3: the
@@ -258,18 +275,14 @@ def exact_where_all_are_drawn(sample: Sampler, loss: Loss, scenario: Scenario, *
     "none" gives the exact loss where nothing is stale; the others where everything is.
     """
     for correction, drift in (("none", 0.0), ("self_normalized", 0.7), ("unnormalized", 0.7)):
-        problem = Problem(Scenario(**{**scenario.__dict__, "drift": drift}))
+        problem = Problem(replace(scenario, drift=drift))
         assert int((problem.probability > 0).sum(1).max()) <= scenario.samples
         exact = problem.exact()
         right = problem.gradients(exact)
         for step in (1, 2, 3):
-            draws, _ = sampled(sample, problem, 1, step)
-            draw = Draw(
-                *(
-                    value[0] if name != "exclude_ids" or value.ndim == 3 else value
-                    for name, value in draws._asdict().items()
-                )
-            )
+            draws, dimensions = sampled(sample, problem, 1, step)
+            pairs = zip(draws, dimensions, strict=True)
+            draw = Draw(*(values if dimension is None else values[0] for values, dimension in pairs))
             options: dict[str, Any] = {"share_draws": share_draws, "staleness_correction": correction}
             given = problem.call_on(loss, draw.slot.clamp(min=0).flatten(), draw, **options)
             assert is_close(given, exact, 1e-12), correction

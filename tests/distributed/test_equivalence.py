@@ -22,6 +22,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "false-negatives": DOUBLE | {"in_batch": "global", "num_samples": 2, "margin": 2.0},
     "false-negatives-of-own": DOUBLE | {"in_batch": False, "with_ids": False, "top_k": 40, "margin": -1.0},
     "replicated-false-negatives": DOUBLE | {"in_batch": "global", "placement": "replicated", "margin": 0.0},
+    "distinct": DOUBLE | {"in_batch": "global", "num_samples": 3, "replacement": False},
+    "distinct-own": DOUBLE | {"in_batch": False, "num_samples": 3, "replacement": False, "share_draws": False},
+    "distinct-top-k": DOUBLE | {"in_batch": False, "num_samples": 3, "replacement": False, "top_k": 40, "margin": 2.0},
+    "distinct-few": DOUBLE | {"in_batch": "global", "num_samples": 30, "replacement": False, "empty": True},
+    "distinct-replicated": DOUBLE
+    | {"in_batch": "global", "placement": "replicated", "num_samples": 2, "replacement": False},
     "float32": {"dtype": torch.float32, "steps": 8, "in_batch": "global", "num_samples": 2},
     "float32-long": {"dtype": torch.float32, "steps": 50, "in_batch": False},
 }

@@ -85,6 +85,8 @@ def train(
     if alone and options.get("in_batch") == "global":
         options["in_batch"] = True
     state = whole_cache(dtype) if start is None else start
+    if options.pop("empty", False):
+        state = negcache_fn.reset(state)
     if group is not None:
         state = distributed.shard(state, group) if placement == "sharded" else state.clone().lock_()
         options |= {"group": group, "placement": placement}
