@@ -147,7 +147,7 @@ def test_sizes_may_vary_without_a_new_frame(replacement: bool) -> None:
                     ids=torch.arange(rows + 2),
                     num_samples=samples,
                     replacement=replacement,
-                    top_k=top_k if replacement else None,
+                    top_k=top_k,
                 )
             outputs.append(out)
         assert is_close(outputs[0].loss.detach(), outputs[1].loss.detach(), 1e-5)

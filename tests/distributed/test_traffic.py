@@ -18,6 +18,7 @@ STEPS = {
     "shared": Step(2, 4, 4, 16, feature_bytes=8 * 5 + 2),
     "extras, bfloat16": Step(2, 4, 9, 32, samples=3, feature_bytes=42, storage_bytes=2, refresh_stalest=5),
     "own": Step(2, 6, 8, 8, samples=2, feature_bytes=42, in_batch=False, share_draws=False),
+    "without replacement": Step(2, 4, 4, 16, samples=3, replacement=False, feature_bytes=42),
     "own batch": Step(2, 6, 8, 8, feature_bytes=42, in_batch=True),
 }
 
@@ -40,6 +41,7 @@ def measure(rank: int, world: int, *, step: Step) -> Counter[str]:
             features,
             lambda batch: encoder(batch["tokens"].float()),
             num_samples=step.samples,
+            replacement=step.replacement,
             ids=torch.arange(step.documents) + rank * 100,
             in_batch=step.in_batch,
             share_draws=step.share_draws,
