@@ -106,6 +106,7 @@ class Case:
     scale: float
     transform: Callable[[Tensor], Tensor] | None
     num_samples: int
+    replacement: bool
     top_k: int | None
     log_weights: Tensor | None
     positives: Tensor | None
@@ -128,6 +129,7 @@ class Case:
         """For `sample_gumbel`."""
         return {
             "num_samples": self.num_samples,
+            "replacement": self.replacement,
             "scale": self.scale,
             "score_transform": self.transform,
             "exclude_ids": self.exclude_ids,
@@ -174,6 +176,7 @@ def cases(draw: st.DrawFn, *, max_scale: float = 100.0) -> Case:
         scale=draw(st.sampled_from([0.01, 1.0, 20.0, max_scale])),
         transform=draw(transforms),
         num_samples=draw(st.integers(1, 3)),
+        replacement=draw(st.booleans()),
         top_k=draw(st.sampled_from([None, None, *(k for k in (1, 2, 40, capacity) if k <= capacity)])),
         log_weights=torch.randn(total, generator=generator) if draw(st.booleans()) else None,
         positives=torch.randint(-1, 9, (rows, 2), generator=generator) if draw(st.booleans()) else None,

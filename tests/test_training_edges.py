@@ -132,7 +132,12 @@ def test_step_on_any_state(case: strategies.Case, data: st.DataObject) -> None:
     capacity, dim = case.state["items", "embedding"].shape
     table = unit(997, dim, 5, case.queries.dtype).requires_grad_()
     queries = case.queries.clone().requires_grad_()
-    options = case.loss_options | {"num_samples": case.num_samples, "top_k": case.top_k, "reduction": "mean"}
+    options = case.loss_options | {
+        "num_samples": case.num_samples,
+        "replacement": case.replacement,
+        "top_k": case.top_k,
+        "reduction": "mean",
+    }
     options |= {
         "refresh_stalest": data.draw(st.integers(0, capacity)),
         "evict": data.draw(st.sampled_from(["lru", "fifo"])),
