@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from negcache_fn.collectives import Ranks
+from negcache_fn.ordering import after
 from negcache_fn.random import gumbel
 from negcache_fn.state import scalar, segments
-from negcache_fn.streaming import BLOCK, ScoreMatrix, after, reduce_blocks, score_blocks
+from negcache_fn.streaming import BLOCK, ScoreMatrix, reduce_blocks, score_blocks
 
 __all__ = ["Chosen", "Noise", "choose", "choose_among", "merge_shards"]
 

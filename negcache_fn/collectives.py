@@ -27,6 +27,7 @@ from torch.distributed.distributed_c10d import (
 )
 
 from negcache_fn.features import moved
+from negcache_fn.ordering import after
 
 __all__ = [
     "ALONE",
@@ -65,42 +66,66 @@ class Ranks(NamedTuple):
     name: str | None  # of the group; None: this process is alone
     rank: int
     size: int
+    last: list[Tensor]  # what came with the last message
 
     def gather(self, values: Tensor) -> Tensor:
         """[n, ...] -> [size * n, ...]: the values of all ranks, in their order. Differentiable."""
         if self.name is None:
             return values
-        return cast(Tensor, _all_gather_op(values, self.name, self.size))
+        return self._came(cast(Tensor, _all_gather_op(self._in_turn(values), self.name, self.size)))
 
     def gather_all(self, *values: Tensor) -> list[Tensor]:
         """`gather` of each, in one message and without gradient."""
         if self.name is None:
             return list(values)
-        return cast("list[Tensor]", _all_gather_packed_op(list(values), self.name, self.size))
+        sent = [self._in_turn(values[0]), *values[1:]]
+        received = cast("list[Tensor]", _all_gather_packed_op(sent, self.name, self.size))
+        self._came(received[0])
+        return received
 
     def exchange(self, values: Tensor) -> Tensor:
         """[size * n, ...] -> [size * n, ...]: the r-th n go to rank r, and come from it. Differentiable."""
         if self.name is None:
             return values
-        return cast(Tensor, _all_to_all_op(values, self.name))
+        return self._came(cast(Tensor, _all_to_all_op(self._in_turn(values), self.name)))
 
     def exchange_all(self, *values: Tensor) -> list[Tensor]:
         """`exchange` of each, in one message and without gradient."""
         if self.name is None:
             return list(values)
-        return cast("list[Tensor]", _all_to_all_packed_op(list(values), self.name, self.size))
+        sent = [self._in_turn(values[0]), *values[1:]]
+        received = cast("list[Tensor]", _all_to_all_packed_op(sent, self.name, self.size))
+        self._came(received[0])
+        return received
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over ranks, without gradient."""
+        return self._reduce(values, "sum")
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest over ranks, without gradient."""
+        return self._reduce(values, "max")
+
+    def _reduce(self, values: Tensor, operation: str) -> Tensor:
+        if self.name is None:
+            return values
+        return self._came(cast(Tensor, _all_reduce_op(self._in_turn(values), operation, self.name)))
+
+    def _in_turn(self, values: Tensor) -> Tensor:
+        """The values, which are sent after the last message has come.
+
+        Where messages do not depend on each other, a compiler may order them otherwise on each rank, and they meet the
+        wrong ones.
+        """
+        return after(values, self.last[0]) if self.last else values
+
+    def _came(self, values: Tensor) -> Tensor:
+        self.last[:] = [values]
+        return values
 
     def by_rank(self, values: Tensor) -> Tensor:
         """[size * n, ...] -> [size, n, ...]."""
         return values.view(self.size, values.shape[0] // self.size, *values.shape[1:])
-
-    def total(self, values: Tensor) -> Tensor:
-        """The sum over ranks, without gradient."""
-        return values if self.name is None else cast(Tensor, _all_reduce_op(values, "sum", self.name))
-
-    def largest(self, values: Tensor) -> Tensor:
-        """The largest over ranks, without gradient."""
-        return values if self.name is None else cast(Tensor, _all_reduce_op(values, "max", self.name))
 
     def own(self, values: Tensor) -> Tensor:
         """[size * n, ...] -> [n, ...]: what of gathered values is this rank's."""
@@ -123,7 +148,7 @@ class Shards(NamedTuple):
     capacity: int | Tensor  # of all
 
 
-ALONE = Ranks(None, 0, 1)
+ALONE = Ranks(None, 0, 1, [])
 
 
 def in_one_place(capacity: int) -> Shards:
@@ -140,7 +165,7 @@ def distribute(group: Any) -> Ranks:
             f"group is a {type(group).__name__}; expected a torch.distributed process group, such as "
             f"torch.distributed.group.WORLD after init_process_group(...), on a rank that is in it"
         )
-    return Ranks(str(group.group_name), group.rank(), group.size())
+    return Ranks(str(group.group_name), group.rank(), group.size(), [])
 
 
 def check_placement(placement: Any, ranks: Ranks) -> None:

@@ -119,10 +119,11 @@ def estimate_cache_logit(
 
 def _drawn(draw: Draw, pool: Pool) -> Tensor:
     """[B, M] bool: whether the query has drawn the document itself, be it as another one of the draws."""
-    document = pool.source * _MORE_THAN_SLOTS + pool.slot
-    number = torch.searchsorted(document.sort().values, document)  # equal for equal documents, below M
-    by_number = torch.zeros(draw.slot.shape[0], document.shape[0], dtype=torch.bool, device=document.device)
-    by_number = by_number.scatter(1, pool.ranks.own(number).view(draw.slot.shape), True)
+    of_query, of_pool = (draws.source * _MORE_THAN_SLOTS + draws.slot for draws in (draw, pool))
+    ordered = of_pool.sort().values
+    number = torch.searchsorted(ordered, of_pool)  # equal for equal documents, below M
+    by_number = torch.zeros(of_query.shape[0], of_pool.shape[0], dtype=torch.bool, device=of_pool.device)
+    by_number = by_number.scatter(1, torch.searchsorted(ordered, of_query), True)
     return by_number.index_select(1, number)
 
 

@@ -12,7 +12,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from negcache_fn.checks import check_encoder, check_state
-from negcache_fn.collectives import Ranks, distribute
+from negcache_fn.collectives import distribute
 from negcache_fn.ids import first_of_each
 from negcache_fn.state import live, scalar, stored
 
@@ -54,13 +54,14 @@ class RequireFinite(nn.Module):
     def __init__(self, encode: Callable[[Any], Tensor], group: torch.distributed.ProcessGroup | None) -> None:
         super().__init__()
         self.encode = encode
-        self.ranks: Ranks = distribute(group)
+        distribute(group)  # says what is wrong with it
+        self.group = group
 
     def forward(self, features: Any) -> Tensor:
         """[N, ...] -> [N, D]."""
         embeddings = self.encode(features)
         bad = ~embeddings.detach().isfinite().all(-1)
-        return cast(Tensor, _require_none_op(embeddings, bad, self.ranks.total(bad.sum())))
+        return cast(Tensor, _require_none_op(embeddings, bad, distribute(self.group).total(bad.sum())))
 
 
 def validate(state: TensorDictBase) -> None:

@@ -22,7 +22,6 @@ __all__ = [
     "BLOCK",
     "ScoreMatrix",
     "ScoreTransform",
-    "after",
     "cache_logsumexp",
     "full_precision",
     "logsumexp",
@@ -96,11 +95,6 @@ def full_precision(like: Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)
 
 
-def after(tensor: Tensor, other: Tensor) -> Tensor:
-    """`tensor`, for what a compiler must not start before `other` is there."""
-    return cast(Tensor, _after_op(tensor, other)) if torch.compiler.is_compiling() else tensor
-
-
 def _transformed(products: Tensor, transform: ScoreTransform | None) -> Tensor:
     return products if transform is None else transform(products)
 
@@ -166,16 +160,6 @@ def _block_logsumexp(
         if kernels.supports(queries, embeddings):
             return kernels.block_logsumexp(queries, embeddings, bias, excluded, max_score)
     return _reduce_blocks(ScoreMatrix(queries, embeddings, bias, excluded, max_score, None), "logsumexp")
-
-
-@torch.library.custom_op("negcache_fn::after", mutates_args=())
-def _after_op(tensor: Tensor, other: Tensor) -> Tensor:
-    return tensor.clone()
-
-
-@_after_op.register_fake
-def _(tensor: Tensor, other: Tensor) -> Tensor:
-    return torch.empty_like(tensor)
 
 
 @torch.library.custom_op("negcache_fn::reduce_blocks", mutates_args=())

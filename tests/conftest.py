@@ -1,4 +1,4 @@
-"""Hypothesis is deterministic unless HYPOTHESIS_PROFILE=thorough; torch runs on two threads."""
+"""Hypothesis is deterministic unless HYPOTHESIS_PROFILE=thorough; torch runs on one thread."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ settings.register_profile(
 settings.register_profile("thorough", settings.get_profile("ci"), derandomize=False, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-# Tests run side by side, one process for each core: threads of one would wait for the other.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+# What is tested is small, and tests run side by side: threads would wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from examples.code_search.features import inverse_document_frequency, padded
 from examples.code_search.harvest import harvest_file
 from examples.code_search.methods import METHODS, in_batch_loss
 from examples.code_search.run import Run
+from tests.examples.same import assert_same
 
 OPTIONS = ["--embedding-dim=32", "--batch-size=4", "--num-samples=2", "--cache-size=24", "--evaluate-every=3"]
 
@@ -31,22 +32,6 @@ def trained(installation: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("trained")
     assert train(installation, out, 7) == 0
     return out
-
-
-def assert_same(left: object, right: object) -> None:
-    """Equal bit for bit, all the way down."""
-    if isinstance(left, torch.Tensor):
-        assert torch.equal(left, right)
-    elif hasattr(left, "items"):
-        assert set(left.keys()) == set(right.keys())
-        for key, value in left.items():
-            assert_same(value, right[key])
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right)
-        for one, other in zip(left, right, strict=True):
-            assert_same(one, other)
-    else:
-        assert left == right
 
 
 def test_training_leaves_results_picture_and_checkpoints(trained: Path) -> None:

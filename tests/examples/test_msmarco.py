@@ -25,6 +25,7 @@ from examples.msmarco.run import Run
 from examples.msmarco.sample import docstring_pairs, make_sample, write_collection
 from examples.msmarco.texts import tokenized
 from examples.msmarco.tiny import make_tiny_model
+from tests.examples.same import assert_same
 
 CONCEPTS = 20
 FAST = ["--tiny", "--passage-tokens=12", "--query-tokens=8", "--rate=3e-3", "--warm-up=20", "--cache-size=96"]
@@ -46,15 +47,6 @@ def passages_and_queries() -> tuple[dict[str, str], dict[str, str], dict[str, li
     judgements["train"] += [Judgement(f"q{row}", f"p{row - 5}", 1, 0) for row in range(60, 80)]
     judgements["train"] += [Judgement(f"q{row}", f"p{row - 7}", 0, 0) for row in range(60, 80)]
     return passages, queries, judgements
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The matrices here are too small to share, and threads that wait for each other take long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -137,22 +129,6 @@ def test_trained_encoder_is_exported(trained: Path) -> None:
         load_tokenizer(trained / "encoder")("thing1x")["input_ids"]
         == load_tokenizer(trained / "tiny")("thing1x")["input_ids"]
     )
-
-
-def assert_same(left: object, right: object) -> None:
-    """Equal bit for bit, all the way down."""
-    if isinstance(left, torch.Tensor):
-        assert torch.equal(left, right)
-    elif hasattr(left, "items"):
-        assert set(left.keys()) == set(right.keys())
-        for key, value in left.items():
-            assert_same(value, right[key])
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right)
-        for one, other in zip(left, right, strict=True):
-            assert_same(one, other)
-    else:
-        assert left == right
 
 
 @pytest.mark.parametrize(

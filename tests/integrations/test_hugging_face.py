@@ -6,7 +6,6 @@ What the documentation page shows, with two BERT towers.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +39,6 @@ from tests.distributed.harness import run_ranks
 WORDS, DIM, BATCH, CAPACITY = 40, 32, 16, 2048
 TRAINING, HELD_OUT = 640, 200
 Tokens = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """There is too little to do for two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pairs(count: int, seed: int) -> tuple[Tensor, Tensor]:

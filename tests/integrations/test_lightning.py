@@ -45,15 +45,6 @@ CAPACITY = 3072  # on two ranks parts of 2048 and 1024
 Batch = dict[str, Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """There is too little to do for two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Pairs(Dataset[Batch]):
     """Documents are the words of their query, each under another number and in another order."""
 

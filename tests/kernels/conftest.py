@@ -1,4 +1,4 @@
-"""Kernels work with two threads here, however the tests are run."""
+"""Kernels work with two threads here, and with one in all other tests."""
 
 from __future__ import annotations
 
