@@ -28,7 +28,7 @@ bench: $(VENV)/.bench ## time and memory of a step beside its peers; make bench 
 	$(PY) -m examples.benchmarks $(ARGS)
 
 test: $(VENV)/.dev ## all tests, two at a time, with coverage
-	$(PY) -m pytest --numprocesses 2 --dist loadfile --cov=negcache_fn --cov-report=term --cov-fail-under=97 $(ARGS)
+	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov=negcache_fn --cov-report=term --cov-fail-under=97 $(ARGS)
 
 lint: $(VENV)/.dev ## ruff: rules and format
 	$(PY) -m ruff check .
