@@ -130,7 +130,8 @@ class NegativeCacheLoss(nn.Module):
         anchors, *columns = sentence_features
         if not columns:
             raise ValueError("sentence_features has 1 column; expected at least 2, an anchor and its positive")
-        queries = self._embed(self._texts_of(anchors), self._texts_of(anchors).rows([anchors]))
+        texts = self._texts_of(anchors)
+        queries = self._embed(texts, texts.rows([anchors]))
         if self._documents is None:
             self._documents = self._texts_of(columns[0], self._width)
         documents = self._documents.rows(columns)
