@@ -10,6 +10,8 @@ Several different slots are those of the largest perturbed scores. They lie in a
 log-sum-exp, and in as many blocks of those; a level takes the perturbed value of a parent as the largest one among its
 children, and changes their noise accordingly (`_given_maximum`).
 
+Not every query must choose: `Noise.query` are those that do, and only the pass is made for all.
+
 Sources: Gumbel-Max after Maddison, Tarlow, Minka, "A* sampling", NeurIPS 2014; the largest of several after Kool, van
 Hoof, Welling, "Stochastic beams and where to find them", ICML 2019, appendix B.3.
 """
@@ -33,7 +35,7 @@ _GROUP = 16  # blocks
 _QUAD = 4  # variates that one Philox call gives
 _INFINITY = float("inf")
 # Noise levels.
-_AMONG_GROUPS, _AMONG_BLOCKS, _AMONG_SLOTS = 0, 1, 2
+_AMONG_GROUPS, _AMONG_BLOCKS, _AMONG_SLOTS, _AMONG_QUERIES = 0, 1, 2, 3
 
 
 class Noise(NamedTuple):
@@ -41,16 +43,27 @@ class Noise(NamedTuple):
 
     seed: Tensor
     step: Tensor
+    query: Tensor  # [B] the queries that choose, in ascending order: all, B of B, or one of each so many
     row: Tensor  # [B, k] row of the noise matrix, query x sample; [B, 1] if it chooses several places
     distinct: int  # the number of different places that a row chooses, those of its largest perturbed scores
 
     @classmethod
-    def of(cls, state: TensorDictBase, first: int, queries: int, samples: int, *, replacement: bool) -> "Noise":
-        """Of the queries `first ...` of all ranks' queries; without replacement one place more is chosen than drawn."""
+    def of(
+        cls, state: TensorDictBase, first: int, queries: int, samples: int, *, replacement: bool, choosing: int
+    ) -> "Noise":
+        """Of the queries `first ...` of all ranks' queries, of which `choosing` choose: one of each as many in a row.
+
+        Without replacement one place more is chosen than drawn.
+        """
         seed, step = scalar(state, "seed"), scalar(state, "step")
+        query = torch.arange(queries, device=seed.device)
+        if choosing < queries:
+            variates = gumbel(seed, step, query + first, torch.zeros_like(seed), level=_AMONG_QUERIES)[:, 0]
+            place = variates.view(choosing, queries // choosing).argmax(1, keepdim=True)
+            query = query.view(choosing, queries // choosing).gather(1, place)[:, 0]
         each = samples if replacement else 1
-        rows = torch.arange(queries * each, device=seed.device) + first * each
-        return cls(seed, step, rows.view(queries, each), 1 if replacement else samples + 1)
+        row = (query + first)[:, None] * each + torch.arange(each, device=seed.device)
+        return cls(seed, step, query, row, 1 if replacement else samples + 1)
 
     def columns(self, quad: Tensor, level: int) -> Tensor:
         """[B, m, 4 n] variates of the columns in the quads [..., n] (broadcast against [B, k, n])."""
@@ -58,11 +71,12 @@ class Noise(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """m slots for each query: k, or k + 1 different ones in descending order of their perturbed scores."""
+    """m slots for each query that chooses: k, or k + 1 different ones in descending order of their perturbed scores."""
 
-    slot: Tensor  # [B, m]
-    score: Tensor  # [B, m]
-    perturbed: Tensor  # [B, m]; -inf: there are fewer different ones
+    query: Tensor  # [M] which queries those are
+    slot: Tensor  # [M, m]
+    score: Tensor  # [M, m]
+    perturbed: Tensor  # [M, m]; -inf: there are fewer different ones
     log_normalizer: Tensor  # [B]
     cutoff: Tensor  # [B, 1]
 
@@ -80,14 +94,14 @@ def choose(matrix: ScoreMatrix, noise: Noise, first_slot: int | Tensor) -> Chose
     assert best is not None  # a cache has a slot
     # Groups, blocks and slots have the numbers that they have in the whole cache: noise goes by them.
     block, perturbed, _ = _choose_children(best.group, best.perturbed, best.blocks, noise, _AMONG_BLOCKS)
-    within_block = score_blocks(matrix, block - first_slot // BLOCK)
+    within_block = score_blocks(matrix.of(noise.query), block - first_slot // BLOCK)
     slot, perturbed, score = _choose_children(block, perturbed, within_block, noise, _AMONG_SLOTS)
     # A query without a document may have chosen a place past the end.
     slot = (slot - first_slot).clamp(0, capacity - 1) + first_slot
     if noise.distinct > 1:
         slot, score, perturbed = _in_order(slot, score, perturbed, noise.distinct)
     cutoff = torch.full_like(best.log_normalizer, -_INFINITY)[:, None]
-    return Chosen(slot, score, perturbed, best.log_normalizer, cutoff)
+    return Chosen(noise.query, slot, score, perturbed, best.log_normalizer, cutoff)
 
 
 def choose_among(scores: Tensor, slots: Tensor, noise: Noise) -> Chosen:
@@ -95,31 +109,32 @@ def choose_among(scores: Tensor, slots: Tensor, noise: Noise) -> Chosen:
     # Midway between the last document inside and the first outside: a score recomputed with other rounding stays on
     # its side.
     cutoff = (scores[:, -2] + scores[:, -1])[:, None] / 2
-    scores, slots = scores[:, :-1], slots[:, :-1]
+    log_normalizer = scores[:, :-1].logsumexp(-1)
+    scores, slots = scores[noise.query, :-1], slots[noise.query, :-1]
     column = slots.clamp(min=0)[:, None, :]
     variates = noise.columns(column // _QUAD, _AMONG_SLOTS)
     lane = (torch.arange(slots.shape[1], device=slots.device) * _QUAD + column % _QUAD).expand(
         -1, variates.shape[1], -1
     )
     noisy = scores[:, None, :] + variates.gather(-1, lane)
-    log_normalizer = scores.logsumexp(-1)
     if noise.distinct == 1:
         perturbed, place = noisy.max(-1)
-        return Chosen(slots.gather(1, place), scores.gather(1, place), perturbed, log_normalizer, cutoff)
+        slot, score = slots.gather(1, place), scores.gather(1, place)
+        return Chosen(noise.query, slot, score, perturbed, log_normalizer, cutoff)
     missing = (0, noise.distinct)  # there may be fewer candidates
     slots, scores, perturbed = pad(slots, missing), pad(scores, missing), pad(noisy[:, 0], missing, value=-_INFINITY)
-    return Chosen(*_in_order(slots, scores, perturbed, noise.distinct), log_normalizer, cutoff)
+    slot, score, perturbed = _in_order(slots, scores, perturbed, noise.distinct)
+    return Chosen(noise.query, slot, score, perturbed, log_normalizer, cutoff)
 
 
 def merge_shards(chosen: Chosen, distinct: int, ranks: Ranks) -> Chosen:
     """Of what each rank has chosen for the queries of all: the best for this rank's own."""
     if ranks.name is None:
         return chosen
-    # Slot numbers are exact in float64, so that one exchange does.
-    sent = torch.stack([chosen.perturbed.double(), chosen.score.double(), chosen.slot.double()], dim=-1).flatten(1)
-    sent = torch.cat([sent, chosen.log_normalizer.double()[:, None]], dim=1)
-    received = ranks.by_rank(ranks.exchange(sent))  # [ranks, B, 3 m + 1]
-    perturbed, score, slot = received[..., :-1].view(*received.shape[:2], -1, 3).unbind(-1)
+    # Slot numbers are exact in float64.
+    sent = torch.stack([chosen.perturbed.double(), chosen.score.double(), chosen.slot.double()], dim=-1)
+    received, log_normalizers = ranks.exchange_all(sent, chosen.log_normalizer.double())
+    perturbed, score, slot = ranks.by_rank(received).unbind(-1)  # [ranks, M, m]
     if distinct == 1:
         perturbed, winner = perturbed.max(0, keepdim=True)
         slot, score, perturbed = slot.gather(0, winner)[0], score.gather(0, winner)[0], perturbed[0]
@@ -127,16 +142,17 @@ def merge_shards(chosen: Chosen, distinct: int, ranks: Ranks) -> Chosen:
         slot, score, perturbed = (values.transpose(0, 1).flatten(1) for values in (slot, score, perturbed))
         slot, score, perturbed = _in_order(slot, score, perturbed, distinct)
     dtype = chosen.score.dtype
-    log_normalizer = received[..., -1].logsumexp(0).to(dtype)
+    log_normalizer = ranks.by_rank(log_normalizers).logsumexp(0).to(dtype)
     cutoff = torch.full_like(log_normalizer, -_INFINITY)[:, None]
-    return Chosen(slot.to(torch.int64), score.to(dtype), perturbed.to(dtype), log_normalizer, cutoff)
+    query = ranks.own(chosen.query) - ranks.rank * log_normalizer.shape[0]
+    return Chosen(query, slot.to(torch.int64), score.to(dtype), perturbed.to(dtype), log_normalizer, cutoff)
 
 
 class _Groups(NamedTuple):
-    group: Tensor  # [B, m], ascending if they are different ones
-    perturbed: Tensor  # [B, m]
-    log_normalizer: Tensor  # [B]
-    blocks: Tensor  # [B, m, _GROUP] log-sum-exp of its blocks
+    group: Tensor  # [M, m], ascending if they are different ones
+    perturbed: Tensor  # [M, m]
+    log_normalizer: Tensor  # [B], also of queries that do not choose
+    blocks: Tensor  # [M, m, _GROUP] log-sum-exp of its blocks
 
 
 def _choose_groups(matrix: ScoreMatrix, noise: Noise, start: int, stop: int, first_slot: int | Tensor) -> _Groups:
@@ -149,14 +165,14 @@ def _choose_groups(matrix: ScoreMatrix, noise: Noise, start: int, stop: int, fir
     blocks = blocks.view(blocks.shape[0], -1, _GROUP)
     groups = blocks.logsumexp(-1)
     first_group = (first_slot + start) // (BLOCK * _GROUP)
-    noisy = groups[:, None, :] + _noise_of_groups(noise, first_group, groups.shape[1])
+    noisy = groups[noise.query, None] + _noise_of_groups(noise, first_group, groups.shape[1])
     if noise.distinct == 1:
         perturbed, group = noisy.max(-1)
     else:
         noisy = pad(noisy[:, 0], (0, noise.distinct), value=-_INFINITY)  # there may be fewer groups
         group = _largest(noisy, noise.distinct)
         perturbed, group = noisy.gather(1, group), group.clamp(max=groups.shape[1] - 1)
-    within_group = blocks.gather(1, group[..., None].expand(*group.shape, _GROUP))
+    within_group = blocks[noise.query[:, None], group]
     return _Groups(group + first_group, perturbed, groups.logsumexp(-1), within_group)
 
 

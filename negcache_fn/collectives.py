@@ -56,7 +56,10 @@ def _either(name: str, before: str) -> Callable[..., object]:
 _all_gather = _either("all_gather_single", "all_gather_into_tensor")
 _reduce_scatter = _either("reduce_scatter_single", "reduce_scatter_tensor")
 # What ranks must agree on, in numbers; "seed" and "step" are those of the cache.
-_SIZES = ("capacity", "embedding_dim", "queries", "documents", "num_samples", "top_k", "exclude_ids", "refresh_stalest")
+_SIZES = (
+    *("capacity", "embedding_dim", "queries", "documents", "num_samples", "num_draws", "top_k", "exclude_ids"),
+    "refresh_stalest",
+)
 _FIELDS = (*_SIZES, "seed", "step")
 
 

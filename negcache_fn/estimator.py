@@ -11,7 +11,8 @@ and weights `w_im` of the draws,
     share_draws=False                       w_im = p_i(j_m) / n_i(j_m) for the draws of query i
 
 `n_i(j)` is how many draws of document j are expected of query i: `k p_i(j)` with replacement, so that own draws weigh
-1/k; without it, the probability that j is among the k, given the perturbed scores of all other documents,
+1/k; with `num_draws` M of the B queries, chosen at random, draw once each, so that it is `M/B p_i(j)`, whoever drew;
+without replacement, the probability that j is among the k, given the perturbed scores of all other documents,
 
     n_i(j) = 1 - exp(-exp(s_ij - threshold)), threshold: the k-th largest perturbed score of the other documents,
 
@@ -105,10 +106,11 @@ def estimate_cache_logit(
             stale = similarity.own(queries, draw.embedding) + draw.log_weight
             masked = torch.zeros_like(draw.slot, dtype=torch.bool)
             log_weights_of_draws = _own_weights(stale, draw)
-        has_draws = draw.slot[:, :1] >= 0
+        has_draws = (log_weights_of_draws > -_INFINITY).any(-1, keepdim=True)
         log_weights_of_draws = torch.where(has_draws, log_weights_of_draws, 0.0)
     cache_logit = _cache_logit(draw.log_normalizer, log_weights_of_draws, fresh, stale, staleness_correction)
-    # Without draws the log-normaliser is -inf; if the queries have diverged it is NaN, and should be seen.
+    # A query that drew nothing, and can use no draw of others, knows of the cache what the log-normaliser says: -inf if
+    # it has no document; if the queries have diverged it is NaN, and should be seen.
     cache_logit = torch.where(has_draws[:, 0], cache_logit, draw.log_normalizer)
     log_importance = log_weights_of_draws
     if staleness_correction != "none":
@@ -122,25 +124,27 @@ def _drawn(draw: Draw, pool: Pool) -> Tensor:
     of_query, of_pool = (draws.source * _MORE_THAN_SLOTS + draws.slot for draws in (draw, pool))
     ordered = of_pool.sort().values
     number = torch.searchsorted(ordered, of_pool)  # equal for equal documents, below M
-    by_number = torch.zeros(of_query.shape[0], of_pool.shape[0], dtype=torch.bool, device=of_pool.device)
-    by_number = by_number.scatter(1, torch.searchsorted(ordered, of_query), True)
+    queries = draw.log_normalizer.shape[0]
+    by_number = torch.zeros(queries, of_pool.shape[0], dtype=torch.bool, device=of_pool.device)
+    true = torch.ones_like(by_number[:1, :1])
+    by_number = by_number.index_put((draw.query[:, None], torch.searchsorted(ordered, of_query)), true)
     return by_number.index_select(1, number)
 
 
 def _false_negatives(products: Tensor, drawn: Tensor, draw: Draw, pool: Pool) -> Tensor:
     """[B, M] bool: whether a draw of another query is no negative of this one; `products` are without log-weights."""
     masked = products > draw.max_score[:, pool.source]
-    if draw.exclude_ids.shape[0] == draw.slot.shape[0]:  # what is excluded for all is not among the draws
+    if draw.exclude_ids.shape[0] == products.shape[0]:  # what is excluded for all is not among the draws
         excluded = (pool.id[:, None] == draw.exclude_ids[:, None, :]) & (pool.id[:, None] >= 0)
         masked = masked | excluded.any(-1)
     # What the query drew is one, whatever rounding says here.
-    return masked & ~drawn & (pool.slot >= 0) & (draw.slot[:, :1] >= 0)
+    return masked & ~drawn & (pool.slot >= 0) & draw.has_documents[:, None]
 
 
 def _balance_heuristic(stale: Tensor, drawn: Tensor, masked: Tensor, draw: Draw, pool: Pool) -> Tensor:
     """[B, M]: `log w_im = log p_i(j_m) - log sum_i' n_i'(j_m)`, -inf where `p_i(j_m) = 0`."""
     possible = (stale >= draw.cutoff[:, pool.source]) & ~masked
-    possible = (possible | drawn) & (pool.slot >= 0) & (draw.slot[:, :1] >= 0)
+    possible = (possible | drawn) & (pool.slot >= 0) & draw.has_documents[:, None]
     log_probability = torch.where(possible, stale - draw.log_normalizer[:, None], -_INFINITY)
     if draw.replacement:
         log_expected = log_probability.logsumexp(0)
@@ -151,15 +155,16 @@ def _balance_heuristic(stale: Tensor, drawn: Tensor, masked: Tensor, draw: Draw,
         # No overflow: probabilities. No underflow in float64: one of them is that of who drew.
         log_expected = pool.ranks.total(log_expected.double().exp()).log().to(stale.dtype)
     if draw.replacement:
-        log_expected = log_expected + torch.full_like(stale[0], draw.slot.shape[1]).log_()
+        log_expected = log_expected + torch.full_like(stale[0], draw.slot.numel() / stale.shape[0]).log_()
     return torch.where(possible, log_probability - log_expected, -_INFINITY)
 
 
 def _own_weights(stale: Tensor, draw: Draw) -> Tensor:
     """[B, k]: `log w_im = log p_i(j_m) - log n_i(j_m)`, -inf where nothing was drawn."""
     if draw.replacement:
-        return torch.full_like(stale, 1.0 / draw.slot.shape[1]).log_()
-    log_weights = stale - draw.log_normalizer[:, None] - _log_inclusion(stale, draw.threshold)
+        log_weights = torch.full_like(stale, 1.0 / draw.slot.shape[1]).log_()
+    else:
+        log_weights = stale - draw.log_normalizer[:, None] - _log_inclusion(stale, draw.threshold)
     return torch.where(draw.slot >= 0, log_weights, -_INFINITY)
 
 

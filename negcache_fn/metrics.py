@@ -12,6 +12,8 @@ from negcache_fn.updating import storable
 
 __all__ = ["count_not_storable", "step_metrics"]
 
+_INFINITY = float("inf")
+
 
 def step_metrics(
     state: TensorDictBase,
@@ -29,9 +31,9 @@ def step_metrics(
         state: the cache.
         draw: what was drawn for this rank's queries.
         terms: their classes.
-        fresh: [B * k, D] the drawn documents, encoded again.
-        drawn_at: [B * k] the step at which they had been embedded.
-        drawn_by_all: [M] the slots that all ranks have drawn.
+        fresh: [M, D] the drawn documents, encoded again.
+        drawn_at: [M] the step at which they had been embedded.
+        drawn_by_all: [ranks * M] the slots that all ranks have drawn.
         not_written: [] number of rows of this rank that are not finite.
         ranks: of the group.
 
@@ -49,6 +51,7 @@ def step_metrics(
     drift = difference.square().sum(-1) / fresh.square().sum(-1).clamp(min=torch.finfo(fresh.dtype).tiny)
     log_importance = terms.cache.log_importance
     sample_size = (2 * log_importance.logsumexp(-1) - (2 * log_importance).logsumexp(-1)).exp()
+    sample_size = sample_size.masked_fill((log_importance == -_INFINITY).all(-1), 0.0)
     in_order = drawn_by_all.sort().values
     distinct = (in_order >= 0) & torch.cat([torch.ones_like(drawn[0, :1]), in_order[1:] != in_order[:-1]])
     draws = (drawn_by_all >= 0).sum()
@@ -60,9 +63,9 @@ def step_metrics(
         "cache_age_steps": (step * documents - embedded_at_sum, documents),
         "draw_age_steps": _sum_where(step - drawn_at, drawn.flatten()),
         "drift": _sum_where(drift, drawn.flatten()),
-        "effective_sample_size": _sum_where(sample_size, drawn[:, 0]),
+        "effective_sample_size": _sum_where(sample_size, draw.has_documents),
         "unique_draws": (distinct.sum(), draws),
-        "masked_pairs": (terms.cache.masked.sum(), drawn[:, 0].sum() * draws),
+        "masked_pairs": (terms.cache.masked.sum(), draw.has_documents.sum() * draws),
     }
     totals = [value for ratio in ratios.values() for value in ratio] + [not_written]
     if ranks.name is not None:

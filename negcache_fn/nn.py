@@ -29,6 +29,7 @@ class StepOptions(TypedDict, total=False):
     score_transform: ScoreTransform | None
     num_samples: int
     replacement: bool
+    num_draws: int | None
     top_k: int | None
     in_batch: InBatch
     share_draws: bool
@@ -53,9 +54,9 @@ class NegativeCacheLoss(nn.Module):
         scale: of the inner products, above 0.
         learnable_scale: whether the scale is a parameter, its logarithm, `scaling.logarithm` []. With a `group` its
             gradient is averaged over the ranks, for DistributedDataParallel does not know of it.
-        **options: those of `step` that stay the same: `num_samples`, `replacement`, `score_transform`, `top_k`,
-            `in_batch`, `share_draws`, `staleness_correction`, `reduction`, `refresh_stalest`, `evict`, `group`,
-            `placement`.
+        **options: those of `step` that stay the same: `num_samples`, `replacement`, `num_draws`, `score_transform`,
+            `top_k`, `in_batch`, `share_draws`, `staleness_correction`, `reduction`, `refresh_stalest`, `evict`,
+            `group`, `placement`.
 
     Raises:
         ValueError, TypeError: a state that is none, a scale not above 0, an option that `step` does not have.

@@ -87,8 +87,8 @@ def loss(
         queries: [B, D] floating.
         documents: [N, D] floating, N >= B. Row i < B is the positive of query i; the others are further candidates,
             and count only with `in_batch`.
-        negatives: [B * k, D] floating: the fresh embeddings of the drawn documents, in the order of
-            `draw.slot.flatten()`.
+        negatives: [B * k, D] floating, or [M, D] with `num_draws`: the fresh embeddings of the drawn documents, in the
+            order of `draw.slot.flatten()`.
         draw: what `sample_gumbel` gave for these queries, with the same scale and transform.
         scale: number or 0-d tensor, learnable.
         score_transform: elementwise function of the scaled inner products.
@@ -99,6 +99,7 @@ def loss(
         log_weights: [N] floating, added to the documents' scores (log-Q correction, importance).
         false_negatives: which documents of the batch are no negatives of a query either; of the cache, the draw knows.
         share_draws: whether every query uses every draw (multiple importance sampling with the balance heuristic).
+            Must be, where only some of the queries have drawn (`num_draws`).
         staleness_correction: "none", "self_normalized" or "unnormalized".
         reduction: "mean", "sum" or "none".
         group: of ranks that share their draws. The loss is that of this rank's queries; the gradient that arrives in
@@ -106,7 +107,8 @@ def loss(
 
     Returns:
         [] or, with reduction "none", [B]; float32 or wider. Differentiable in `queries`, `documents`, `negatives` and
-        `scale`. A query without cached documents gets the in-batch loss, or 0 where there is none.
+        `scale`. A query without cached documents gets the in-batch loss, or 0 where there is none. One that has some,
+        but whose softmax has none of the draws, gets the cache's log-sum-exp as it is.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, fewer documents than queries, an unknown
@@ -127,7 +129,12 @@ def loss(
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("staleness_correction", staleness_correction, STALENESS_CORRECTIONS)
         check_draw("draw", draw)
-        check_embeddings("queries", queries, draw.embedding, rows=draw.slot.shape[0])
+        if not (share_draws or draw.of_all_queries):
+            raise ValueError(
+                f"share_draws is {share_draws}, and {draw.query.shape[0]} of {draw.log_normalizer.shape[0]} queries "
+                f"have drawn; expected share_draws=True, as the others have no draws of their own"
+            )
+        check_embeddings("queries", queries, draw.embedding, rows=draw.log_normalizer.shape[0])
         check_embeddings("negatives", negatives, queries, rows=draw.slot.numel())
         check_scale(scale, queries.device)
         check_batch(queries, documents, in_batch, ids, log_weights, false_negatives, ranks)
@@ -143,6 +150,7 @@ def loss(
         queries=queries.shape[0],
         documents=documents.shape[0],
         num_samples=draw.slot.shape[1],
+        num_draws=draw.slot.shape[0],
     )
     terms = loss_terms(
         queries,

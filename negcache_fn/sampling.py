@@ -29,8 +29,12 @@ _INFINITY = float("inf")
 
 
 class Draw(NamedTuple):
-    """k draws for each of B queries, with or without replacement, and what their weights need. No gradient."""
+    """k draws for each of B queries, with or without replacement, and what their weights need. No gradient.
 
+    With `num_draws` M of the queries have drawn, once each: the fields [B, k, ...] are [M, 1, ...].
+    """
+
+    query: Tensor  # [B] int64: whose draws those of a row are; its own, where all have drawn
     slot: Tensor  # [B, k] int64; -1: the query has no document to draw, or without replacement no other one
     score: Tensor  # [B, k] stale score of the drawn document, log-weight included
     perturbed: Tensor  # [B, k] perturbed score: the largest of each sample; or the k largest, in descending order
@@ -49,6 +53,16 @@ class Draw(NamedTuple):
         """Whether a query may have drawn a document more than once."""
         return self.threshold.shape[1] == 0
 
+    @property
+    def of_all_queries(self) -> bool:
+        """Whether every query has drawn."""
+        return self.query.shape[0] == self.log_normalizer.shape[0]
+
+    @property
+    def has_documents(self) -> Tensor:
+        """[B] bool: whether there is anything that the query could draw."""
+        return self.log_normalizer > -_INFINITY  # not where it is NaN
+
 
 def sample_gumbel(
     state: TensorDictBase,
@@ -56,6 +70,7 @@ def sample_gumbel(
     *,
     num_samples: int = 1,
     replacement: bool = True,
+    num_draws: int | None = None,
     scale: float | Tensor = 1.0,
     score_transform: ScoreTransform | None = None,
     exclude_ids: Tensor | None = None,
@@ -76,6 +91,8 @@ def sample_gumbel(
         queries: [B, D] floating.
         num_samples: k, draws per query.
         replacement: whether a query may draw a document more than once.
+        num_draws: M, a divisor of B: of each B / M consecutive queries one draws, chosen at random. The others use its
+            draws (`loss` with `share_draws=True`). None: every query draws.
         scale: number or 0-d tensor.
         score_transform: elementwise function of the scaled inner products.
         exclude_ids: int64 ids of documents that must not be drawn (positives, and what is a class already), [P] for
@@ -89,11 +106,13 @@ def sample_gumbel(
 
     Returns:
         The draws. A query that has no document gets slot -1 and log-normaliser -inf; without replacement, one that has
-        fewer than k documents gets each of them, then slot -1.
+        fewer than k documents gets each of them, then slot -1. With `num_draws` they are those that `query` have
+        without it; the normalisers are of all queries.
 
     Raises:
         ValueError, TypeError: queries that are not [B, D] floating on the device of the state; non-positive
-            `num_samples`; `top_k` not in 1 ... C; `exclude_ids` or `false_negatives` of another shape or dtype.
+            `num_samples`; `num_draws` that does not divide B, with several samples or without replacement; `top_k` not
+            in 1 ... C; `exclude_ids` or `false_negatives` of another shape or dtype.
 
     Examples:
         >>> state = init_cache(8, 4, torch.zeros(1, 3))
@@ -103,6 +122,8 @@ def sample_gumbel(
         (torch.Size([5, 3]), True)
         >>> sample_gumbel(state, torch.zeros(1, 4), num_samples=3, replacement=False).slot.sort()[0]
         tensor([[-1,  0,  1]])
+        >>> sample_gumbel(state, torch.randn(6, 4), num_draws=2).slot.shape
+        torch.Size([2, 1])
 
     Reference: Lindgren et al., NeurIPS 2021, section 3 and algorithm 1; Kool et al., ICML 2019, section 3.
     """
@@ -111,7 +132,7 @@ def sample_gumbel(
         check_placement(placement, ranks)
         check_search(state, queries, scale, exclude_ids)
         check_false_negatives(false_negatives, queries, knows_positives=False)
-        check_draws(state, num_samples, top_k, ranks)
+        check_draws(state, queries, num_samples, replacement, num_draws, top_k, ranks)
         exclusions = Exclusions.of(queries, exclude_ids, false_negatives, softmax_dtype(state, queries))
     queries, shards = agree(
         ranks,
@@ -124,6 +145,7 @@ def sample_gumbel(
         exclude_ids=exclusions.ids,
         queries=queries.shape[0],
         num_samples=num_samples,
+        num_draws=0 if num_draws is None else num_draws,
     )
     return draw_negatives(
         state,
@@ -132,6 +154,7 @@ def sample_gumbel(
         shards,
         num_samples=num_samples,
         replacement=replacement,
+        num_draws=num_draws,
         scale=scale,
         score_transform=score_transform,
         exclusions=exclusions,
@@ -148,6 +171,7 @@ def draw_negatives(
     *,
     num_samples: int,
     replacement: bool,
+    num_draws: int | None,
     scale: float | Tensor,
     score_transform: ScoreTransform | None,
     exclusions: Exclusions,
@@ -159,6 +183,7 @@ def draw_negatives(
     Returns the rows of the tensors `also` [C, ...] that were drawn, [B * k, ...], besides.
     """
     rows = queries.shape[0]
+    choosing = rows if num_draws is None else num_draws
     with torch.no_grad(), full_precision(queries):  # sampling has no gradient
         if shards.ranks.name is not None:
             # A shard is searched for the queries of all ranks.
@@ -170,20 +195,42 @@ def draw_negatives(
         matrix = score_matrix(state, everyone, scale=scale, score_transform=score_transform, exclusions=of_all)
         first_row = ranks.rank * rows
         if top_k is not None:
-            own_noise = Noise.of(state, first_row, rows, num_samples, replacement=replacement)
-            chosen = choose_among(*hardest_of_all(matrix, top_k + 1, shards), own_noise)
+            noise = Noise.of(state, first_row, rows, num_samples, replacement=replacement, choosing=choosing)
+            chosen = choose_among(*hardest_of_all(matrix, top_k + 1, shards), noise)
         else:
-            first_row = first_row if shards.ranks.name is None else 0
-            noise = Noise.of(state, first_row, everyone.shape[0], num_samples, replacement=replacement)
+            if shards.ranks.name is not None:
+                first_row, rows, choosing = 0, everyone.shape[0], choosing * ranks.size
+            noise = Noise.of(state, first_row, rows, num_samples, replacement=replacement, choosing=choosing)
             chosen = merge_shards(choose(matrix, noise, shards.first), noise.distinct, shards.ranks)
         # What is excluded for all is not among the draws, and needs no mention beside what is for each.
         excluded = exclusions.for_each if exclusions.for_each.shape[1] > 0 else of_all.for_all[None]
         return _describe(state, chosen, num_samples, shards, exclusions.max_score, excluded, also)
 
 
-def check_draws(state: TensorDictBase, num_samples: int, top_k: int | None, ranks: Ranks) -> None:
+def check_draws(
+    state: TensorDictBase,
+    queries: Tensor,
+    num_samples: int,
+    replacement: bool,
+    num_draws: int | None,
+    top_k: int | None,
+    ranks: Ranks,
+) -> None:
     """Raises unless so many draws can be made."""
     check_size("num_samples", num_samples)
+    if num_draws is not None:
+        check_size("num_draws", num_draws)
+        rows = queries.shape[0]
+        if rows % num_draws:
+            raise ValueError(
+                f"num_draws is {num_draws}; expected a divisor of {rows}, the number of queries "
+                f"(drop_last=True, if the last batch has fewer)"
+            )
+        if num_samples != 1 or not replacement:
+            raise ValueError(
+                f"num_draws is {num_draws} with num_samples={num_samples} and replacement={replacement}; "
+                f"expected num_samples=1 and replacement=True, as a query that draws does so once"
+            )
     if top_k is not None:
         check_size("top_k", top_k, most=stored(state, "embedding").shape[0] if ranks.name is None else None)
 
@@ -203,7 +250,8 @@ def merge_draws(a: Draw, b: Draw) -> Draw:
         Draws whose `slot` refers to the cache `source`.
 
     Raises:
-        ValueError: another number of queries, samples or dimensions; one with and one without replacement.
+        ValueError: another number of queries, samples or dimensions; one with and one without replacement; draws of
+            some queries only, which are others in each cache.
 
     Examples:
         >>> left, right = (init_cache(8, 4, torch.zeros(1, 3), seed=seed) for seed in (0, 1))
@@ -214,6 +262,13 @@ def merge_draws(a: Draw, b: Draw) -> Draw:
     """
     check_draw("a", a)
     check_draw("b", b)
+    for name, draw in (("a", a), ("b", b)):
+        if not draw.of_all_queries:
+            queries = draw.log_normalizer.shape[0]
+            raise ValueError(
+                f"{name} has draws of {draw.query.shape[0]} of {queries} queries; expected draws of all, made without "
+                f"num_draws: caches of other seeds choose other queries"
+            )
     if a.embedding.shape != b.embedding.shape:
         raise ValueError(
             f"b has embeddings of shape {tuple(b.embedding.shape)}; "
@@ -239,6 +294,7 @@ def merge_draws(a: Draw, b: Draw) -> Draw:
         return both.gather(1, winner.view(*winner.shape, *[1] * (both.ndim - 2)).expand(-1, -1, *both.shape[2:]))
 
     return Draw(
+        query=a.query,
         slot=winners(a.slot, b.slot),
         score=winners(a.score, b.score),
         perturbed=winners(a.perturbed, b.perturbed),
@@ -274,11 +330,12 @@ def _describe(
     # Without replacement one more was chosen than is drawn.
     slot, score, perturbed = (values[:, :num_samples] for values in (chosen.slot, chosen.score, chosen.perturbed))
     # Comparisons that NaN fails: queries that have diverged draw nothing, and their loss says so.
-    drawn = (chosen.log_normalizer > -_INFINITY)[:, None] & (perturbed > -_INFINITY)
+    drawn = (chosen.log_normalizer > -_INFINITY)[chosen.query, None] & (perturbed > -_INFINITY)
     slot = torch.where(drawn, slot, -1)
     leaves = [stored(state, name) for name in ("embedding", "id", "log_weight")]
     embedding, document, log_weight, *others = fetch([*leaves, *also], slot.flatten(), shards)
     draw = Draw(
+        query=chosen.query,
         slot=slot,
         score=torch.where(drawn, score, -_INFINITY),
         perturbed=perturbed.contiguous(),

@@ -50,6 +50,11 @@ class ScoreMatrix(NamedTuple):
     max_score: Tensor | None  # [B], dtype of the queries; None: no limit
     transform: ScoreTransform | None
 
+    def of(self, rows: Tensor) -> "ScoreMatrix":
+        """The rows [M] alone."""
+        limit = None if self.max_score is None else self.max_score[rows]
+        return self._replace(queries=self.queries[rows], excluded=self.excluded[rows], max_score=limit)
+
 
 def reduce_blocks(matrix: ScoreMatrix, reduction: str) -> Tensor:
     """[B, ceil(C / BLOCK)]: the "logsumexp" or "max" of every block of scores, in one streaming pass."""

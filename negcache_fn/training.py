@@ -66,6 +66,7 @@ def step(
     score_transform: ScoreTransform | None = None,
     num_samples: int = 1,
     replacement: bool = True,
+    num_draws: int | None = None,
     top_k: int | None = None,
     in_batch: InBatch = True,
     ids: Tensor | None = None,
@@ -82,8 +83,9 @@ def step(
 ) -> StepOutput:
     """One training step: draw negatives, encode, loss, and the next state of the cache.
 
-    `encode` is called once, on the N documents, the B * k drawn ones and the `refresh_stalest` stalest ones of the
-    cache (whose gradient is cut). What was drawn or refreshed gets its fresh embedding, then the N documents come in.
+    `encode` is called once, on the N documents, the B * k drawn ones (M with `num_draws`) and the `refresh_stalest`
+    stalest ones of the cache (whose gradient is cut). What was drawn or refreshed gets its fresh embedding, then the N
+    documents come in.
 
     Where gradients are off (`torch.no_grad()`), the step is an evaluation: loss and metrics are the same, nothing is
     written, and the state that comes back is the one that was given.
@@ -98,6 +100,7 @@ def step(
         score_transform: elementwise function of the scaled inner products.
         num_samples: k, draws per query.
         replacement: whether a query may draw a document more than once, see `sample_gumbel`.
+        num_draws: M, a divisor of B: that many of the queries draw, once each, for all (of each rank's queries).
         top_k: restricts each query's softmax to its `top_k` highest cached scores.
         in_batch: whether all documents are classes of every query; "global": those of all ranks.
         ids: [N] int64 ids of the documents, -1 where anonymous. A cached document that is a positive of the query, or
@@ -156,6 +159,7 @@ def step(
         score_transform=score_transform,
         num_samples=num_samples,
         replacement=replacement,
+        num_draws=num_draws,
         top_k=top_k,
         in_batch=in_batch,
         ids=ids,
@@ -182,6 +186,7 @@ def step_(
     score_transform: ScoreTransform | None = None,
     num_samples: int = 1,
     replacement: bool = True,
+    num_draws: int | None = None,
     top_k: int | None = None,
     in_batch: InBatch = True,
     ids: Tensor | None = None,
@@ -218,8 +223,13 @@ def step_(
         capacity = stored(state, "embedding").shape[0]
         most = capacity if placement == "sharded" else capacity // ranks.size
         to_refresh = _number_to_refresh(refresh_stalest, capacity, most)
-        check_draws(state, num_samples, top_k, ranks)
         documents, rows = _fit_documents(state, queries, documents, most)
+        check_draws(state, queries, num_samples, replacement, num_draws, top_k, ranks)
+        if num_draws is not None and not share_draws:
+            raise ValueError(
+                f"num_draws is {num_draws} with share_draws={share_draws}; expected share_draws=True, "
+                f"as queries that do not draw use the draws of others"
+            )
         for name, values, dtype in (
             ("mask", mask, torch.bool),
             ("ids", ids, torch.int64),
@@ -245,6 +255,7 @@ def step_(
         queries=queries.shape[0],
         documents=rows,
         num_samples=num_samples,
+        num_draws=0 if num_draws is None else num_draws,
         refresh_stalest=to_refresh,
     )
     batch = queries.shape[0]
@@ -273,6 +284,7 @@ def step_(
         shards,
         num_samples=num_samples,
         replacement=replacement,
+        num_draws=num_draws,
         scale=scale,
         score_transform=score_transform,
         exclusions=exclusions,

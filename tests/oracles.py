@@ -194,16 +194,24 @@ def sampled_cache_logits(
     return torch.stack(logits)
 
 
-def joint_outcomes(probability: np.ndarray, num_samples: int) -> Iterator[tuple[list[list[int]], float]]:
+def joint_outcomes(
+    probability: np.ndarray, num_samples: int, num_draws: int | None = None
+) -> Iterator[tuple[list[list[int]], float]]:
     """Every joint draw of `num_samples` slots by each query, with its probability: `C^(B*k)` outcomes.
 
-    A query that can draw nothing draws -1.
+    A query that can draw nothing draws -1. With `num_draws` M only one of each B / M consecutive queries draws, each
+    with the same chance; the others have an empty list.
     """
+    rows = len(probability)
+    each = rows // (num_draws or rows)
     choices = [[j for j in range(probability.shape[1]) if row[j] > 0] or [-1] for row in probability]
-    for flat in itertools.product(*(c for c in choices for _ in range(num_samples))):
-        slots = [list(flat[i * num_samples : (i + 1) * num_samples]) for i in range(len(probability))]
-        weight = math.prod(float(probability[i, j]) for i, row in enumerate(slots) for j in row if j >= 0)
-        yield slots, weight
+    for who in itertools.product(*(range(first, first + each) for first in range(0, rows, each))):
+        for flat in itertools.product(*(choices[i] for i in who for _ in range(num_samples))):
+            slots: list[list[int]] = [[] for _ in range(rows)]
+            for n, i in enumerate(who):
+                slots[i] = list(flat[n * num_samples : (n + 1) * num_samples])
+            weight = math.prod(float(probability[i, j]) for i, row in enumerate(slots) for j in row if j >= 0)
+            yield slots, weight / each ** len(who)
 
 
 def inclusion(score: float, slot: int, drawn: Sequence[int], last: float, threshold: float) -> float:

@@ -43,6 +43,23 @@ DISTINCT_SAMPLING_FAULTS = (
     "one document is never drawn",
     "missing draws repeat the first",
 )
+FEWER_SAMPLING_FAULTS = (
+    "the first of each draws",
+    "one choice for all",
+    "not one of each",
+    "chosen by what it would draw",
+    "chosen anew only with the seed",
+    "draws of another query",
+    "normalizers of those that draw",
+)
+FEWER_LOSS_FAULTS = (
+    "weights as if all had drawn",
+    "shared weights forget exclusions",
+    "shared weights forget the cutoff",
+    "shared weights forget the limit",
+    "only those that draw expect a draw",
+    "without a usable draw the class is missing",
+)
 LOSS_FAULTS = (
     "weights ignore the number of samples",
     "shared weights ignore the others",
@@ -120,6 +137,7 @@ class Reference:
         false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
         top_k: int | None = None,
         replacement: bool = True,
+        num_draws: int | None = None,
     ) -> Draw:
         """Gumbel-Max over the materialised scores."""
         items = state["items"]
@@ -168,7 +186,8 @@ class Reference:
         score = torch.where(drawn, scores.gather(1, slot), -math.inf)
         if self.fault == "missing draws repeat the first":
             drawn = drawn[:, :1].expand_as(drawn)
-        return Draw(
+        draw = Draw(
+            query=torch.arange(rows),
             slot=torch.where(drawn, slot, -1),
             score=score.float(),
             perturbed=perturbed.to(torch.float32 if replacement else queries.dtype),
@@ -182,6 +201,29 @@ class Reference:
             max_score=limit[:, None].to(score.dtype),
             exclude_ids=banned,
         )
+        return draw if num_draws is None else self._fewer(draw, state, num_draws)
+
+    def _fewer(self, draw: Draw, state: TensorDictBase, num_draws: int) -> Draw:
+        """The draws of one of each B / M consecutive queries, chosen by a generator of its own."""
+        each = len(draw.query) // num_draws
+        count = 0 if self.fault == "chosen anew only with the seed" else int(state["step"])
+        generator = torch.Generator().manual_seed(1_000_003 * int(state["seed"]) + count + 500_000)
+        place = torch.randint(each, (num_draws,), generator=generator)
+        if self.fault == "the first of each draws":
+            place = place * 0
+        if self.fault == "one choice for all":
+            place = place[:1].expand_as(place)
+        if self.fault == "chosen by what it would draw":
+            place = draw.slot[:, 0].view(num_draws, each).argmax(1)
+        query = place + each * torch.arange(num_draws)
+        if self.fault == "not one of each":
+            query = torch.randperm(len(draw.query), generator=generator)[:num_draws].sort().values
+        drawing = (query + 1) % len(draw.query) if self.fault == "draws of another query" else query
+        names = ("slot", "score", "perturbed", "threshold", "embedding", "id", "log_weight", "source")
+        fewer = draw._replace(query=query, **{name: getattr(draw, name)[drawing] for name in names})
+        if self.fault == "normalizers of those that draw":
+            fewer = fewer._replace(log_normalizer=draw.log_normalizer[query.repeat_interleave(each)])
+        return fewer
 
     def _distinct(self, noisy: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
         """The largest perturbed scores of the first noise of each query, and the next."""
@@ -222,7 +264,7 @@ class Reference:
         reduction: str = "mean",
     ) -> Tensor:
         """Section 2 of the design with materialised [B, B*k] weights."""
-        rows, samples = draw.slot.shape
+        rows, samples = len(draw.log_normalizer), draw.slot.shape[1]
         transform = score_transform if score_transform and self.fault != "transform missing" else lambda x: x
         slot, source = draw.slot.flatten(), draw.source.flatten()
         weight = draw.log_weight.flatten().to(queries.dtype)
@@ -246,7 +288,9 @@ class Reference:
         if not share_draws or self.fault == "shared weights ignore the others":
             w = (own & allowed).to(queries.dtype) / samples
         else:
-            w = probability / (samples * probability.sum(0)).clamp_min(1e-300)
+            each = 1 if self.fault == "weights as if all had drawn" else len(slot) / rows
+            able = draw.query if self.fault == "only those that draw expect a draw" else slice(None)
+            w = probability / (each * probability[able].sum(0)).clamp_min(1e-300)
         if not draw.replacement:
             w = self._distinct_weights(draw, stale, allowed, own, probability, share_draws)
         if self.fault == "weights ignore the number of samples":
@@ -256,8 +300,11 @@ class Reference:
             cache = draw.log_normalizer + (w * (fresh - fresh.detach())).sum(-1)
         else:
             ratio = (w * torch.exp(torch.where(w > 0, change, 0.0))).sum(-1)
-            ratio = ratio / w.sum(-1) if staleness_correction == "self_normalized" else ratio
-            cache = draw.log_normalizer + torch.where(draw.log_normalizer > -math.inf, torch.log(ratio), 0.0)
+            used = w.sum(-1) > 0
+            ratio = ratio / torch.where(used, w.sum(-1), 1.0) if staleness_correction == "self_normalized" else ratio
+            cache = draw.log_normalizer + torch.log(torch.where(used, ratio, 1.0))
+        if self.fault == "without a usable draw the class is missing":
+            cache = torch.where(w.sum(-1) > 0, cache, -math.inf)
         scores = transform(scale * queries @ documents.T)
         bare_scores = scores.detach()
         if log_weights is not None and self.fault != "document log-weights missing":

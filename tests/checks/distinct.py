@@ -231,7 +231,8 @@ def sampled(sample: Sampler, problem: Problem, copies: int, step: int = 1) -> tu
         top_k=it.top_k,
         **repeated(options, copies),
     )
-    dimensions = Draw(*[0] * len(Draw._fields))
+    draw = draw._replace(query=torch.arange(rows))  # of each joint draw
+    dimensions = Draw(*[0] * len(Draw._fields))._replace(query=None)
     if draw.exclude_ids.shape[0] == 1:  # for all
         dimensions = dimensions._replace(exclude_ids=None)
     shaped = [

@@ -27,7 +27,7 @@ def expected_gradient_exact(loss: Loss, scenario: Scenario, *, share_draws: bool
     problem = Problem(scenario)
     exact = problem.exact()
     expectation, total = torch.zeros(scenario.rows, dtype=torch.float64), 0.0
-    for slots, chance in oracles.joint_outcomes(problem.probability, scenario.samples):
+    for slots, chance in problem.outcomes():
         given = problem.call(loss, slots, share_draws=share_draws, staleness_correction=staleness_correction)
         assert given.shape == (scenario.rows,)
         assert relative_error(given, exact) < EXACT, f"value at {slots}"
@@ -40,7 +40,7 @@ def values_exact_where_fresh(loss: Loss, scenario: Scenario, *, share_draws: boo
     """`self_normalized` has the exact value for every single draw where nothing is stale."""
     problem = Problem(scenario)
     exact = problem.exact().detach()
-    for slots, _ in oracles.joint_outcomes(problem.probability, scenario.samples):
+    for slots, _ in problem.outcomes():
         given = problem.call(loss, slots, share_draws=share_draws, staleness_correction="self_normalized")
         assert relative_error(given, exact) < EXACT, f"value at {slots}"
 
@@ -57,7 +57,7 @@ def partition_unbiased(loss: Loss, scenario: Scenario, *, share_draws: bool) -> 
     if problem.weights is not None:
         positive = positive + problem.weights[: scenario.rows].double()
     mean = torch.zeros(scenario.rows, dtype=torch.float64)
-    for slots, chance in oracles.joint_outcomes(problem.probability, scenario.samples):
+    for slots, chance in problem.outcomes():
         given = problem.call(loss, slots, share_draws=share_draws, staleness_correction="unnormalized")
         mean = mean + chance * (torch.exp(given + positive) - torch.exp(positive))
     fresh = torch.exp(oracles.log_normalizer(problem.scores(problem.encode())))
@@ -69,7 +69,7 @@ def follows_formula(loss: Loss, scenario: Scenario, *, share_draws: bool, stalen
     """Value and gradient of every single joint draw are those of the design's formulas, stale or not."""
     problem = Problem(scenario)
     options: dict[str, Any] = {"share_draws": share_draws, "staleness_correction": staleness_correction}
-    for slots, _ in oracles.joint_outcomes(problem.probability, scenario.samples):
+    for slots, _ in problem.outcomes():
         given, expected = problem.call(loss, slots, **options), problem.by_formula(slots, **options)
         assert relative_error(given, expected) < 1e-11, f"value at {slots}"
         _agree(problem.gradients(given), problem.gradients(expected), 1e-11)
@@ -79,7 +79,7 @@ def bias(loss: Loss, scenario: Scenario, *, share_draws: bool, staleness_correct
     """Bias of expected value and gradient against the *fresh* exact loss, relative, by enumeration."""
     problem = Problem(scenario)
     mean = torch.zeros(scenario.rows, dtype=torch.float64)
-    for slots, chance in oracles.joint_outcomes(problem.probability, scenario.samples):
+    for slots, chance in problem.outcomes():
         options = {"share_draws": share_draws, "staleness_correction": staleness_correction}
         mean = mean + chance * problem.call(loss, slots, **options)
     exact = problem.exact()

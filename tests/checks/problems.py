@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,12 +19,16 @@ Loss = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Scenario:
-    """A small problem: B queries, N documents, C cached documents of a tiny encoder `tanh(X W)`, k draws a query."""
+    """A small problem: B queries, N documents, C cached documents of a tiny encoder `tanh(X W)`, k draws a query.
+
+    If `draws` is given only so many of the queries draw.
+    """
 
     rows: int = 2
     documents: int = 3
     capacity: int = 4
     samples: int = 1
+    draws: int | None = None
     in_batch: bool = True
     ids: tuple[int, ...] | None = None
     cache_ids: tuple[int, ...] | None = None
@@ -143,13 +147,14 @@ class Problem:
         staleness_correction: str,
         largest: Sequence[tuple[float, float]] | None = None,
     ) -> Tensor:
-        """`[B]` sampled losses of one joint draw, by the formulas of the design.
+        """`[B]` sampled losses of one joint draw, by the formulas of the design; queries without slots do not draw.
 
         `largest` are the k-th and the (k+1)-th largest perturbed scores of each query, for draws without replacement.
         """
         flat = [max(j, 0) for row in slots for j in row]
         valid = torch.tensor([j >= 0 for row in slots for j in row])
-        expected = None
+        probability = torch.from_numpy(self.probability)[:, flat] * valid
+        expected = probability * (len(flat) / len(slots))
         if largest is not None:
             scores = self.stale_scores.tolist()
             rows = zip(scores, slots, largest, strict=True)
@@ -160,7 +165,7 @@ class Problem:
         logits = oracles.sampled_cache_logits(
             self.scores(self.encode())[:, flat],
             self.stale_scores[:, flat],
-            torch.from_numpy(self.probability)[:, flat] * valid,
+            probability,
             self.normalizer,
             self.scenario.samples,
             share_draws=share_draws,
@@ -170,15 +175,17 @@ class Problem:
         return self._cross_entropy(logits)
 
     def draw(self, slots: Sequence[Sequence[int]]) -> Draw:
-        """The `Draw` that a sampler would have given for these slots."""
-        it, slot = self.scenario, torch.tensor(slots)
+        """The `Draw` that a sampler would have given for these slots; queries without slots do not draw."""
+        it, slot = self.scenario, torch.tensor([row for row in slots if row])
+        query = torch.tensor([i for i, row in enumerate(slots) if row])
         place = slot.clamp_min(0)
         start = torch.tensor([0 if it.split is None or int(j) < it.split else it.split for j in place.flatten()])
-        score = self.stale_scores.gather(1, place)
+        score = self.stale_scores[query].gather(1, place)
         exclude = self.exclude_all if self.exclude_all is not None else [[]]
         if it.in_batch:  # what is excluded for all is not drawn
             exclude = it.positives or exclude[:1]
         return Draw(
+            query=query,
             slot=torch.where(slot >= 0, slot - start.view_as(slot), -1),
             score=torch.where(slot >= 0, score, -math.inf),
             perturbed=score + 1.0,
@@ -205,6 +212,10 @@ class Problem:
                 if it.top_k < stop - start:
                     cutoff[:, n] = (best[:, it.top_k - 1] + best[:, it.top_k]) / 2
         return cutoff
+
+    def outcomes(self) -> Iterator[tuple[list[list[int]], float]]:
+        """Every joint draw of the scenario, and its probability."""
+        return oracles.joint_outcomes(self.probability, self.scenario.samples, self.scenario.draws)
 
     def call(self, loss: Loss, slots: Sequence[Sequence[int]], **options: Any) -> Tensor:
         """`loss` of one joint draw, the drawn documents encoded with gradient, `reduction="none"`."""

@@ -90,7 +90,7 @@ def composed(
     known = options.get("false_negatives", negcache_fn.FalseNegatives())
     limit = max_score_of(known, queries.detach(), encode(batch).detach(), shared)
     exclude = None if ids is None else (ids if in_batch else ids[:rows, None])
-    picks = {key: options[key] for key in ("num_samples", "top_k") if key in options}
+    picks = {key: options[key] for key in ("num_samples", "num_draws", "top_k") if key in options}
     stale_known = negcache_fn.FalseNegatives(known.ids, limit)
     draw = negcache_fn.sample_gumbel(
         state, queries, exclude_ids=exclude, false_negatives=stale_known, **picks, **shared
@@ -178,13 +178,13 @@ def naive_metrics(
         weights = []
         for m in range(len(slots)):
             if options.get("share_draws", True):
-                weight = float(probability[i, m] / (samples * probability[:, m].sum()))
+                weight = float(probability[i, m] / (len(slots) / len(queries) * probability[:, m].sum()))
             else:
                 weight = 1 / samples if m // samples == i else 0.0
             if options.get("staleness_correction", "self_normalized") != "none" and weight > 0:
                 weight *= math.exp(float(fresh[i, m] - stale[i, slots[m]]))
             weights.append(weight)
-        sizes.append(sum(weights) ** 2 / sum(w * w for w in weights))
+        sizes.append(sum(weights) ** 2 / sum(w * w for w in weights) if any(weights) else 0.0)
     held = items["embedding"].double()
     drifts = [float((negatives[m] - held[j]).square().sum() / negatives[m].square().sum()) for m, j in enumerate(slots)]
     return {
@@ -196,7 +196,7 @@ def naive_metrics(
         "drift": sum(drifts) / len(drifts),
         "effective_sample_size": sum(sizes) / len(sizes),
         "unique_draws": len(set(slots)) / len(slots),
-        "masked_pairs": masked_pairs(queries, items, slots, positives, limits["max_score"], shared, options),
+        "masked_pairs": masked_pairs(queries, items, draw, positives, limits["max_score"], shared, options),
         "non_finite": 0.0,
     }
 
@@ -204,7 +204,7 @@ def naive_metrics(
 def masked_pairs(
     queries: Tensor,
     items: TensorDictBase,
-    slots: list[int],
+    draw: negcache_fn.Draw,
     positives: list[list[int]] | None,
     limit: list[float] | None,
     shared: dict[str, Any],
@@ -213,16 +213,17 @@ def masked_pairs(
     """Share of the pairs of a query and a draw of another that are false negatives."""
     if not options.get("share_draws", True):
         return 0.0
-    rows, samples, count = len(queries), len(slots) // len(queries), 0
+    rows, count = len(queries), 0
+    draws = [(int(who), int(j)) for who, row in zip(draw.query, draw.slot, strict=True) for j in row]
     bare = oracles.cache_scores(queries, items["embedding"], **shared)
     for i in range(rows):
         named = set(positives[i]) if positives is not None else set()
         if options.get("ids") is not None and not options.get("in_batch", True):
             named |= {int(options["ids"][i])}
-        for m, j in enumerate(slots):
+        for who, j in draws:
             by_id = int(items["id"][j]) >= 0 and int(items["id"][j]) in named
-            count += m // samples != i and (by_id or (limit is not None and float(bare[i, j]) > limit[i]))
-    return count / (rows * len(slots))
+            count += who != i and (by_id or (limit is not None and float(bare[i, j]) > limit[i]))
+    return count / (rows * len(draws))
 
 
 def same_metrics(given: dict[str, Tensor], expected: dict[str, float], tolerance: float = 1e-4) -> None:

@@ -55,8 +55,8 @@ class NegativeCacheLoss(nn.Module):
             each positive, or [B, n] for all n documents of each row.
         embedding_dtype: of the cached embeddings.
         seed: of the draws.
-        **options: of `negcache_fn.step`: `num_samples`, `replacement`, `top_k`, `score_transform`, `share_draws`,
-            `staleness_correction`, `refresh_stalest`, `evict`.
+        **options: of `negcache_fn.step`: `num_samples`, `replacement`, `num_draws`, `top_k`, `score_transform`,
+            `share_draws`, `staleness_correction`, `refresh_stalest`, `evict`.
 
     Raises:
         ValueError, TypeError: what does not fit, named.

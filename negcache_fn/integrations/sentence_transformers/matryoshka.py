@@ -21,7 +21,7 @@ from negcache_fn.state import take, with_items
 
 __all__ = ["Truncated", "dimensions", "is_decorated", "normalized"]
 
-_TO_DRAW = ("scale", "num_samples", "replacement", "score_transform", "top_k", "group")
+_TO_DRAW = ("scale", "num_samples", "replacement", "num_draws", "score_transform", "top_k", "group")
 _OF_LOSS = ("scale", "ids", "in_batch", "score_transform", "share_draws", "staleness_correction", "group")
 
 
@@ -76,7 +76,7 @@ class Truncated:
         self.features = dict(cast("Iterable[tuple[str, Tensor]]", cast(TensorDictBase, drawn).items()))
 
     def loss(self, queries: Tensor, documents: Tensor, negatives: Tensor) -> Tensor:
-        """[]: of embeddings [B, D], [N, D] and [B * k, D]."""
+        """[]: of embeddings [B, D], [N, D] and those of the draws."""
         first = (self._first(embeddings) for embeddings in (queries, documents, negatives))
         return cast(Tensor, cast(Any, loss)(*first, self.draw, **_some(self.options, _OF_LOSS)))
 
