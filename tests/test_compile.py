@@ -40,6 +40,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "share_draws": False,
         "staleness_correction": "unnormalized",
     },
+    "fewer draws, ids": {"num_draws": 1, "ids": True, "false_negatives": True, "refresh_stalest": 3},
+    "fewer draws, top_k": {"num_draws": 1, "top_k": 2, "in_batch": False, "staleness_correction": "none"},
     "unnormalised, weights, mask": {"staleness_correction": "unnormalized", "log_weights": True, "mask": True},
 }
 
@@ -99,6 +101,8 @@ CASES = [
     pytest.param("inductor", "false negatives", True, id="inductor-step_-false-negatives"),
     pytest.param("inductor", "without replacement", True, id="inductor-step_-without-replacement"),
     pytest.param("aot_eager", "without replacement, own, top_k", False, id="aot_eager-step-without-replacement"),
+    pytest.param("inductor", "fewer draws, ids", True, id="inductor-step_-fewer-draws"),
+    pytest.param("aot_eager", "fewer draws, top_k", False, id="aot_eager-step-fewer-draws"),
     pytest.param("aot_eager", "shared, ids, stalest", True, id="aot_eager-step_"),
     pytest.param("aot_eager", "top_k, transform, own", False, id="aot_eager-step-top_k"),
     pytest.param("aot_eager", "unnormalised, weights, mask", False, id="aot_eager-step-unnormalised"),
@@ -127,13 +131,17 @@ def test_train_step_is_one_frame_and_equals_eager(backend: str, name: str, in_pl
         assert all(is_close(one[key], other[key], 1e-4) for key in other)
 
 
-@pytest.mark.parametrize("replacement", [True, False])
-def test_sizes_may_vary_without_a_new_frame(replacement: bool) -> None:
+@pytest.mark.parametrize("kind", ["with replacement", "without replacement", "fewer draws"])
+def test_sizes_may_vary_without_a_new_frame(kind: str) -> None:
     """`dynamic=True`: every size, the number of draws and `top_k` among them, may change without a new graph."""
     counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(negcache_fn.step_, fullgraph=True, dynamic=True, backend=counter)
     tower, frames = Tower(), []
-    for rows, capacity, samples, top_k in ((3, 150, 2, 20), (5, 400, 3, 30), (4, 230, 4, 25)):
+    for queries, capacity, samples, top_k in ((3, 150, 2, 20), (5, 400, 3, 30), (4, 230, 4, 25)):
+        rows = queries
+        options: dict[str, Any] = {"num_samples": samples, "replacement": kind == "with replacement"}
+        if kind == "fewer draws":
+            rows, options = 3 * (samples + 1), {"num_draws": samples + 1}
         outputs = []
         for function in (step, negcache_fn.step_):
             state = negcache_fn.init_cache(capacity, 6, documents(1, 0), seed=4)
@@ -145,9 +153,8 @@ def test_sizes_may_vary_without_a_new_frame(replacement: bool) -> None:
                     batch,
                     tower,
                     ids=torch.arange(rows + 2),
-                    num_samples=samples,
-                    replacement=replacement,
                     top_k=top_k,
+                    **options,
                 )
             outputs.append(out)
         assert is_close(outputs[0].loss.detach(), outputs[1].loss.detach(), 1e-5)
@@ -170,6 +177,7 @@ def test_pieces_compile() -> None:
         "sample without replacement": lambda s: negcache_fn.sample_gumbel(
             s, queries, scale=5.0, num_samples=2, replacement=False
         ),
+        "sample fewer": lambda s: negcache_fn.sample_gumbel(s, queries, scale=5.0, num_draws=1),
         "mine": lambda s: negcache_fn.top_negatives(s, queries, 7, scale=5.0),
         "sample without false negatives": lambda s: negcache_fn.sample_gumbel(
             s, queries, scale=5.0, false_negatives=negcache_fn.FalseNegatives(torch.ones(ROWS, 2).long(), 1.0)

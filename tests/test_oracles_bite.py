@@ -19,7 +19,7 @@ import negcache_fn
 
 from . import oracles, reference
 from .builders import make_state, unit
-from .checks import distinct, draws, exact, losses, noise, updates
+from .checks import distinct, draws, exact, fewer, losses, noise, updates
 from .checks.problems import Scenario, scenarios
 from .reference import Reference
 from .test_updating import CacheMachine
@@ -112,6 +112,34 @@ def check_distinct_mean(it: Reference) -> None:
     distinct.unbiased(negcache_fn.sample_gumbel, it.loss, Scenario(capacity=7, samples=3), share_draws=True)
 
 
+def check_fewer_sampling(it: Reference) -> None:
+    """What test_fewer_draws asks of a sampler."""
+    slots = torch.arange(9)
+    state = make_state(unit(9, 4, 0), live=slots != 3, ids=slots, log_weight=torch.linspace(-1, 1, 9))
+    for num_draws in (1, 2, 6):
+        fewer.those_of_some(it.sample_gumbel, state, unit(6, 4, 1), num_draws, scale=3.0, top_k=4)
+    fewer.joint_law(it.sample_gumbel, state, unit(3, 4, 1), scale=2.0)
+    fewer.every_choice(it.sample_gumbel, state, rows=6, num_draws=3, steps=800)
+
+
+def check_fewer_loss(it: Reference) -> None:
+    """What test_fewer_draws asks of the loss, over the scenarios on which each fault shows."""
+    for name in ("plain", "ids, own positives only", "top_k", "margin, log-weights, transform", "all at once"):
+        scenario = replace(SCENARIOS[name], draws=1)
+        losses.expected_gradient_exact(it.loss, scenario, share_draws=True, staleness_correction="none")
+        losses.follows_formula(
+            it.loss, replace(scenario, drift=0.5), share_draws=True, staleness_correction="unnormalized"
+        )
+
+
+def check_fewer_mean(it: Reference) -> None:
+    """The same by the mean alone, whatever formula the weights follow."""
+    for scenario in (replace(SCENARIOS["plain"], draws=1), Scenario(rows=4, documents=4, capacity=3, draws=2)):
+        losses.expected_gradient_exact(it.loss, scenario, share_draws=True, staleness_correction="none")
+        fresh = replace(scenario, in_batch=False, drift=0.7, scale=1.0)
+        losses.partition_unbiased(it.loss, fresh, share_draws=True)
+
+
 def check_update(it: Reference) -> None:
     """What test_updating and test_purity ask."""
     updates.history(negcache_fn.init_cache, it.update)
@@ -127,6 +155,7 @@ def fails(check: Callable[..., None], *arguments: Any) -> None:
 CHECKS = [
     *(check_sampling, check_loss, check_correction, check_update),
     *(check_distinct_sampling, check_distinct_loss, check_distinct_mean),
+    *(check_fewer_sampling, check_fewer_loss, check_fewer_mean),
 ]
 
 
@@ -167,6 +196,24 @@ BIASED = ("weights as with replacement", "inclusion by the last one drawn", "inc
 def test_checks_of_means_without_replacement_bite(fault: str) -> None:
     """Each biased loss is found, whatever formula it follows."""
     fails(check_distinct_mean, Reference(fault))
+
+
+@pytest.mark.parametrize("fault", reference.FEWER_SAMPLING_FAULTS)
+def test_checks_of_sampling_fewer_bite(fault: str) -> None:
+    """Each broken sampler is found."""
+    fails(check_fewer_sampling, Reference(fault))
+
+
+@pytest.mark.parametrize("fault", reference.FEWER_LOSS_FAULTS)
+def test_checks_of_weights_of_fewer_bite(fault: str) -> None:
+    """Each broken loss is found."""
+    fails(check_fewer_loss, Reference(fault))
+
+
+@pytest.mark.parametrize("fault", ["weights as if all had drawn", "only those that draw expect a draw"])
+def test_checks_of_means_of_fewer_bite(fault: str) -> None:
+    """Each biased loss is found, whatever formula it follows: the factor M / B above all."""
+    fails(check_fewer_mean, Reference(fault))
 
 
 @pytest.mark.parametrize("fault", ["weights ignore the number of samples", "shared weights ignore the others"])

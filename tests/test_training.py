@@ -49,6 +49,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "ids": torch.tensor([4, 90, 0, 7, 91]),
         "false_negatives": negcache_fn.FalseNegatives(torch.tensor([[1], [2], [3]]), torch.tensor([6.0, 9.0, 4.0])),
     },
+    "one draw": {"scale": 12.0, "num_draws": 1, "ids": torch.tensor([4, 90, 0, 7, 90])},
+    "one draw of the best": {"scale": 12.0, "num_draws": 1, "top_k": 2, "in_batch": False, "refresh_stalest": 2},
+    "one draw within a margin": {
+        "scale": 12.0,
+        "num_draws": 1,
+        "staleness_correction": "none",
+        "ids": torch.tensor([4, 90, 7, 8, 9]),
+        "false_negatives": negcache_fn.FalseNegatives(
+            torch.tensor([[4, 0], [90, 5], [7, -1]]), lambda positive: positive + 6.0
+        ),
+    },
     "share of the stalest": {"scale": 12.0, "refresh_stalest": 0.2},
     "rows": {"scale": 12.0, "reduction": "none"},
     "sum": {"scale": 12.0, "reduction": "sum"},

@@ -144,6 +144,9 @@ def test_step_on_any_state(case: strategies.Case, data: st.DataObject) -> None:
     }
     options |= {"mask": data.draw(st.none() | strategies.masks(len(case.documents)))}
     options |= {"share_draws": data.draw(st.booleans())}
+    few = data.draw(st.none() | st.sampled_from([m for m in range(1, len(queries) + 1) if len(queries) % m == 0]))
+    if few is not None:
+        options |= {"num_samples": 1, "replacement": True, "num_draws": few, "share_draws": True}
     options |= {"staleness_correction": data.draw(st.sampled_from(["none", "self_normalized", "unnormalized"]))}
     features = {"x": torch.arange(2 * len(case.documents)).view(-1, 2) + 500}
 

@@ -28,6 +28,7 @@ class Step:
     dim: int
     samples: int = 1
     replacement: bool = True
+    num_draws: int | None = None
     feature_bytes: int = 64
     """Of one document."""
     storage_bytes: int = 4
@@ -39,15 +40,16 @@ class Step:
 
 def messages(step: Step) -> list[tuple[str, str, int, int]]:
     """(what for, collective, how many, bytes of a rank's whole buffer) of a step and its backward pass."""
-    draws = step.batch * step.samples
+    drawing = step.batch if step.num_draws is None else step.num_draws
+    draws = drawing * step.samples
     chosen = step.samples if step.replacement else step.samples + 1
     world, documents, dim = step.world, step.documents, step.dim
     excluded = documents if step.in_batch else step.batch
     numbers = 8 + 4 + 1  # of a new document: id, log-weight, mask
     found = [
-        ("agreeing on sizes", "all_gather", 1, 8 * 12),
+        ("agreeing on sizes", "all_gather", 1, 8 * 13),
         ("queries, ids that are no negatives", "all_gather", 1, 4 * step.batch * dim + 8 * excluded),
-        ("draws of each part", "all_to_all", 1, world * step.batch * 8 * (3 * chosen + 1)),
+        ("draws of each part", "all_to_all", 1, world * 8 * (3 * drawing * chosen + step.batch)),
         ("slots drawn", "all_gather", 1, 8 * draws),
         (
             "their stale embeddings, numbers and features",

@@ -28,6 +28,10 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "distinct-few": DOUBLE | {"in_batch": "global", "num_samples": 30, "replacement": False, "empty": True},
     "distinct-replicated": DOUBLE
     | {"in_batch": "global", "placement": "replicated", "num_samples": 2, "replacement": False},
+    "fewer": DOUBLE | {"in_batch": "global", "num_draws": 4, "refresh_stalest": 3},
+    "fewer-pairs": DOUBLE | {"in_batch": False, "num_draws": 6, "margin": 2.0, "staleness_correction": "unnormalized"},
+    "fewer-top-k": DOUBLE | {"in_batch": False, "num_draws": 4, "top_k": 40, "staleness_correction": "none"},
+    "fewer-replicated": DOUBLE | {"in_batch": "global", "placement": "replicated", "num_draws": 6},
     "float32": {"dtype": torch.float32, "steps": 8, "in_batch": "global", "num_samples": 2},
     "float32-long": {"dtype": torch.float32, "steps": 50, "in_batch": False},
 }
@@ -50,6 +54,7 @@ def test_any_number_of_ranks(world: int, alone: dict[str, Record], tmp_path: Pat
     cases = {
         name: (train, options | ({"refresh_stalest": 12 // world} if "refresh_stalest" in options else {}))
         for name, options in CONFIGURATIONS.items()
+        if options.get("num_draws", world) % world == 0
     }
     for name, of_ranks in run_ranks(world, cases, tmp_path).items():
         if name not in alone:

@@ -53,6 +53,10 @@ def other_samples(rank: int, given: dict[str, Any]) -> None:
     given["num_samples"] = 1 + rank
 
 
+def other_draws(rank: int, given: dict[str, Any]) -> None:
+    given["num_draws"] = 2 - rank
+
+
 def other_options(rank: int, given: dict[str, Any]) -> None:
     given["evict"] = "fifo" if rank else "lru"
 
@@ -92,6 +96,7 @@ MISTAKES: dict[Callable[[int, dict[str, Any]], None], tuple[str, str]] = {
     shorter_batch: (r"queries differs between the ranks of the group: \[4, 3\]",) * 2,
     more_documents: (r"documents differs between the ranks of the group: \[4, 6\]",) * 2,
     other_samples: (r"num_samples differs between the ranks of the group: \[1, 2\]",) * 2,
+    other_draws: (r"num_draws differs between the ranks of the group: \[2, 1\]",) * 2,
     other_options: ("the ranks of the group were given different arguments: .*evict=lru.*evict=fifo",) * 2,
     no_ids_on_one: ("the ranks of the group were given different arguments",) * 2,
     wrong_on_one: (

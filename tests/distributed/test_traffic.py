@@ -19,6 +19,7 @@ STEPS = {
     "extras, bfloat16": Step(2, 4, 9, 32, samples=3, feature_bytes=42, storage_bytes=2, refresh_stalest=5),
     "own": Step(2, 6, 8, 8, samples=2, feature_bytes=42, in_batch=False, share_draws=False),
     "without replacement": Step(2, 4, 4, 16, samples=3, replacement=False, feature_bytes=42),
+    "fewer": Step(2, 4, 4, 16, num_draws=2, feature_bytes=42),
     "own batch": Step(2, 6, 8, 8, feature_bytes=42, in_batch=True),
 }
 
@@ -42,6 +43,7 @@ def measure(rank: int, world: int, *, step: Step) -> Counter[str]:
             lambda batch: encoder(batch["tokens"].float()),
             num_samples=step.samples,
             replacement=step.replacement,
+            num_draws=step.num_draws,
             ids=torch.arange(step.documents) + rank * 100,
             in_batch=step.in_batch,
             share_draws=step.share_draws,

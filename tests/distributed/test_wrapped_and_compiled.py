@@ -15,6 +15,7 @@ COMPILED: dict[str, dict[str, Any]] = {
     "global": DOUBLE | {"steps": 5, "in_batch": "global", "num_samples": 2, "refresh_stalest": 3},
     "distinct": DOUBLE | {"steps": 3, "in_batch": "global", "num_samples": 2, "replacement": False},
     "top-k": DOUBLE | {"steps": 3, "in_batch": False, "top_k": 40, "share_draws": False},
+    "fewer": DOUBLE | {"steps": 3, "in_batch": "global", "num_draws": 4},
 }
 
 

@@ -90,6 +90,8 @@ def train(
     if group is not None:
         state = distributed.shard(state, group) if placement == "sharded" else state.clone().lock_()
         options |= {"group": group, "placement": placement}
+    if "num_draws" in options:  # of all ranks
+        options["num_draws"] //= world
     queries_tower, documents_tower = Tower(dtype, 1), Tower(dtype, 2)
     scale = torch.nn.Parameter(torch.tensor(3.0, dtype=dtype))
     towers = [queries_tower, documents_tower]

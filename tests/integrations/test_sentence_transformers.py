@@ -88,12 +88,13 @@ def plain(model: SentenceTransformer, anchors: list[str], batch: list[str], cach
     return nn.functional.cross_entropy(scores, torch.arange(len(anchors)))
 
 
+@pytest.mark.parametrize("draws", [{"num_samples": 3}, {"num_draws": 1}])
 @pytest.mark.parametrize("dims", [[32], [32, 16, 4], [16]])
-def test_value_over_batch_and_cache(model: SentenceTransformer, dims: list[int]) -> None:
+def test_value_over_batch_and_cache(model: SentenceTransformer, dims: list[int], draws: Any) -> None:
     """Nothing is stale, so the value is exact; the positive of one anchor is in the cache already, and no negative."""
     earlier, anchors, batch = tiny.texts(10, 1), tiny.texts(6, 2), tiny.texts(12, 3)
     batch[2] = earlier[4]
-    inner = NegativeCacheLoss(model, 64, num_samples=3, staleness_correction="none")
+    inner = NegativeCacheLoss(model, 64, staleness_correction="none", **draws)
     loss: nn.Module = inner if dims == [32] else MatryoshkaLoss(model, inner, dims)
     with torch.no_grad():
         before = [model.preprocess(part) for part in (earlier[:5], earlier[:5], earlier[5:])]
