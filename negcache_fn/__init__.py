@@ -1,6 +1,6 @@
 """Negative cache for training retrieval models: pure functions on an explicit state."""
 
-from negcache_fn.caches import refreshes, take_drawn
+from negcache_fn.caches import merge_draws, refreshes, take_drawn
 from negcache_fn.chunking import chunked
 from negcache_fn.export import hard_negatives, training_rows
 from negcache_fn.false_negatives import FalseNegatives
@@ -12,7 +12,7 @@ from negcache_fn.guards import require_finite, validate
 from negcache_fn.mining import top_negatives
 from negcache_fn.monitoring import age_histogram
 from negcache_fn.objective import exact_loss, loss
-from negcache_fn.sampling import Draw, merge_draws, sample_gumbel
+from negcache_fn.sampling import Draw, sample_gumbel
 from negcache_fn.scoring import score
 from negcache_fn.state import init_cache, occupancy, stalest, take
 from negcache_fn.storage import memory_mapped, offload_features

@@ -1,4 +1,4 @@
-"""Several caches as one softmax: what `merge_draws` has drawn from them, and what goes back to each.
+"""Several caches as one softmax: draws from their union, the documents drawn, and what goes back to each.
 
 A merged draw says of which cache (`draw.source`) each of its slots is. A slot means nothing in another cache, which may
 even be smaller; the functions here keep them apart.
@@ -16,7 +16,82 @@ from negcache_fn.features import Features, leaves, map_features, rows_where
 from negcache_fn.sampling import Draw, check_draw
 from negcache_fn.state import take
 
-__all__ = ["refreshes", "take_drawn"]
+__all__ = ["merge_draws", "refreshes", "take_drawn"]
+
+
+def merge_draws(a: Draw, b: Draw) -> Draw:
+    """The draws from the union of two disjoint sets of documents, from the draws of each.
+
+    The larger perturbed values win (of each sample, or without replacement the k largest of both) and the normalisers
+    add. Associative, and commutative but for the numbers in `source`: those of `b` are counted on from those of `a`.
+
+    Args:
+        a: draws for B queries.
+        b: draws for the same queries, exclusions and number of samples, with replacement if those of `a` are, from a
+            cache with another seed (or other slots of the same): equal noise would favour the same places in both.
+
+    Returns:
+        Draws whose `slot` refers to the cache `source`.
+
+    Raises:
+        ValueError: another number of queries, samples or dimensions; one with and one without replacement; draws of
+            some queries only, which are others in each cache.
+
+    Examples:
+        >>> left, right = (init_cache(8, 4, torch.zeros(1, 3), seed=seed) for seed in (0, 1))
+        >>> right = update(right, torch.ones(2, 3), torch.randn(2, 4))
+        >>> queries = torch.randn(5, 4)
+        >>> merge_draws(sample_gumbel(left, queries), sample_gumbel(right, queries)).source.unique()
+        tensor([1])
+    """
+    check_draw("a", a)
+    check_draw("b", b)
+    for name, draw in (("a", a), ("b", b)):
+        if not draw.of_all_queries:
+            queries = draw.log_normalizer.shape[0]
+            raise ValueError(
+                f"{name} has draws of {draw.query.shape[0]} of {queries} queries; expected draws of all, made without "
+                f"num_draws: caches of other seeds choose other queries"
+            )
+    if a.embedding.shape != b.embedding.shape:
+        raise ValueError(
+            f"b has embeddings of shape {tuple(b.embedding.shape)}; "
+            f"expected those of a, [queries, samples, D] = {tuple(a.embedding.shape)}"
+        )
+    if a.replacement != b.replacement:
+        raise ValueError(
+            f"b was drawn with replacement={b.replacement}; expected what a was drawn with, replacement={a.replacement}"
+        )
+    samples = a.slot.shape[1]
+    perturbed = torch.cat([a.perturbed, b.perturbed], dim=1)
+    if a.replacement:
+        # The first half of the places are a's: the winner of sample m is at m or samples + m.
+        winner = torch.arange(samples, device=perturbed.device) + samples * (b.perturbed > a.perturbed)
+        threshold = a.threshold
+    else:
+        ordered, places = perturbed.sort(dim=1, descending=True, stable=True)
+        winner = places[:, :samples]
+        threshold = torch.cat([ordered[:, samples : samples + 1], a.threshold, b.threshold], 1).amax(1, keepdim=True)
+
+    def winners(of_a: Tensor, of_b: Tensor) -> Tensor:
+        both = torch.cat([of_a, of_b], dim=1)
+        return both.gather(1, winner.view(*winner.shape, *[1] * (both.ndim - 2)).expand(-1, -1, *both.shape[2:]))
+
+    return Draw(
+        query=a.query,
+        slot=winners(a.slot, b.slot),
+        score=winners(a.score, b.score),
+        perturbed=winners(a.perturbed, b.perturbed),
+        threshold=threshold,
+        log_normalizer=torch.logaddexp(a.log_normalizer, b.log_normalizer),
+        embedding=winners(a.embedding, b.embedding),
+        id=winners(a.id, b.id),
+        log_weight=winners(a.log_weight, b.log_weight),
+        source=winners(a.source, b.source + a.cutoff.shape[1]),
+        cutoff=torch.cat([a.cutoff, b.cutoff], dim=1),
+        max_score=torch.cat([a.max_score, b.max_score], dim=1),
+        exclude_ids=a.exclude_ids,
+    )
 
 
 def take_drawn(
