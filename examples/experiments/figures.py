@@ -1,0 +1,120 @@
+"""The pictures of the evidence, each a figure of numbers from the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from examples.experiments.grid import Comparison, GradientStudy
+from examples.experiments.report import curve_of, lines
+from examples.experiments.runner import Results
+from examples.pictures.drawing import Theme, canvas, save
+
+__all__ = ["draw_comparison", "draw_gradients"]
+
+
+def draw_comparison(comparison: Comparison, found: Results, folder: Path) -> list[Path]:
+    """One picture a budget: validation MRR@10 as the budget is used up."""
+    written: list[Path] = []
+    for budget in comparison.budgets:
+        if budget != "seconds":
+            written += save(f"evidence_{comparison.name}_{budget}", _bound(_curves, comparison, found, budget), folder)
+    return written
+
+
+def draw_gradients(study: GradientStudy, found: Results, folder: Path) -> list[Path]:
+    """Bias against noise at the last but one stop, and drift on the way."""
+    stops = found[study.key]["stops"]
+    return [
+        *save(f"evidence_gradients_{study.name}", lambda theme: _bias_and_noise(theme, study, stops), folder),
+        *save(f"evidence_drift_{study.name}", lambda theme: _drift(theme, stops), folder),
+    ]
+
+
+def _bound(draw: Callable[..., Figure], *arguments: Any) -> Callable[[Theme], Figure]:
+    return lambda theme: draw(theme, *arguments)
+
+
+def _curves(theme: Theme, comparison: Comparison, found: Results, budget: str) -> Figure:
+    figure, (axes,) = canvas(height=5.2)
+    ends: list[tuple[float, float, str, str]] = []
+    for line in lines(comparison, budget, found):
+        method = line.method
+        points = [_points(curve, budget) for curve in curve_of(comparison, method, found, budget)]
+        shortest = min(map(len, points))
+        if shortest == 0:
+            continue
+        mean = np.mean([run[:shortest] for run in points], axis=0)
+        color = _color(theme, method.loss, method.name, comparison.baseline)
+        axes.plot(
+            mean[:, 0], mean[:, 1], color=color, alpha=0.9, linestyle="--" if method.loss == "exhaustive" else "-"
+        )
+        ends.append((mean[-1, 0], mean[-1, 1], method.label, color))
+    _label_ends(axes, ends)
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel({"steps": "steps", "documents": "documents encoded"}[budget])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_title("MRR@10, validation queries")
+    return figure
+
+
+def _points(curve: list[dict[str, Any]], budget: str) -> list[tuple[float, float]]:
+    return [(point[budget], point["validation"]["mrr@10"]) for point in curve]
+
+
+def _color(theme: Theme, loss: str, name: str, baseline: str) -> str:
+    if loss == "cache":
+        return theme.accent if "port" in name else theme.ours
+    return theme.ink if loss == "exhaustive" else theme.other
+
+
+def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Names at the right of their lines, moved apart."""
+    low, high = axes.get_ylim()
+    right = max(x for x, *_ in ends)
+    height = low - (high - low)
+    for _, y, label, color in sorted(ends, key=lambda end: end[1]):
+        height = max(y, height + (high - low) * 0.055)
+        axes.annotate(label, (right, height), (8, 0), textcoords="offset points", color=color, va="center", fontsize=13)
+    axes.set_ylim(low, max(high, height))
+
+
+def _bias_and_noise(theme: Theme, study: GradientStudy, stops: list[dict[str, Any]]) -> Figure:
+    figure, (axes,) = canvas(height=6.4)
+    stop = stops[-1]
+    methods = sorted(study.methods, key=lambda method: -_error(stop["methods"][method.name]))
+    for place, method in enumerate(methods):
+        row = stop["methods"][method.name]
+        color = _color(theme, method.loss, method.name, "")
+        axes.barh(place + 0.2, row["bias"], color=color, height=0.38)
+        axes.barh(place - 0.2, row["noise"], color=color, height=0.38, alpha=0.45)
+    axes.set_yticks(range(len(methods)), [method.label for method in methods], fontsize=13)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("of the exact gradient: bias (full), noise (faint)")
+    axes.set_title(f"Gradient error after {stop['step']:,} steps")
+    return figure
+
+
+def _error(row: dict[str, float]) -> float:
+    return row["bias"] ** 2 + row["noise"] ** 2
+
+
+def _drift(theme: Theme, stops: list[dict[str, Any]]) -> Figure:
+    figure, (axes,) = canvas(height=3.4)
+    steps = [stop["step"] for stop in stops]
+    axes.plot(steps, [stop["drift"] for stop in stops], "o-", color=theme.ours, clip_on=False)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(FixedLocator(steps))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlabel("step")
+    axes.set_title("|fresh - stale|² / |fresh|², mean over the cache")
+    return figure

@@ -1,0 +1,223 @@
+"""What is to be run, from a TOML file: comparisons, and the trials that each of them asks for.
+
+A comparison trains its methods on one task with one encoder. Methods meet at equal budgets: of steps, of documents
+encoded, of seconds. Learning rate and first scale are tuned for each method and each budget, on validation queries, by
+the first seed; the test queries are asked once for each budget and seed, by the setting that won.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomllib
+
+from examples.experiments.encoders import ENCODERS
+from examples.experiments.methods import Method
+from examples.experiments.tasks import Source
+
+__all__ = ["BUDGETS", "Comparison", "GradientStudy", "Grid", "Setting", "Trial", "hashed", "read_grid"]
+
+BUDGETS = ("steps", "documents", "seconds")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is tuned."""
+
+    rate: float
+    """Times the learning rates of the encoder."""
+    scale: float
+    """At first; it is learnt."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run: a function of its fields."""
+
+    source: Source
+    encoder: str
+    method: Method
+    setting: Setting
+    seed: int
+    budgets: dict[str, float]
+    """Training stops when the last of them is used up."""
+    test_at: tuple[str, ...]
+    """The budgets at whose end the test queries are asked; the validation queries are at all."""
+
+    @property
+    def key(self) -> str:
+        """The same for the same trial, whatever comparison asks for it."""
+        return hashed(asdict(self))
+
+
+def hashed(described: dict[str, Any]) -> str:
+    """A key for what is described: the same under other names."""
+    text = json.dumps(_without_names(described), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _without_names(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_names(inner) for key, inner in value.items() if key not in ("name", "label")}
+    return [_without_names(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods side by side."""
+
+    name: str
+    title: str
+    source: Source
+    encoder: str
+    methods: tuple[Method, ...]
+    budgets: dict[str, float]
+    settings: tuple[Setting, ...]
+    seeds: int
+    baseline: str
+    """The method that the others are compared with, seed by seed."""
+
+    def tuning(self) -> list[Trial]:
+        """Every setting of every method; with one setting there is nothing to tune."""
+        if len(self.settings) == 1:
+            return []
+        return [self._trial(method, setting, 0, ()) for method in self.methods for setting in self.settings]
+
+    def chosen(self, method: Method, found: dict[str, dict[str, Any]]) -> dict[str, Setting]:
+        """The setting of best validation MRR@10 at each budget that the method was tuned for."""
+        if len(self.settings) == 1:
+            return dict.fromkeys(self.budgets_of(method), self.settings[0])
+        results = {setting: found[self._trial(method, setting, 0, ()).key]["at"] for setting in self.settings}
+        return {
+            budget: max(self.settings, key=lambda setting: results[setting][budget]["validation"]["mrr@10"])
+            for budget in self.budgets_of(method)
+        }
+
+    def final(self, method: Method, found: dict[str, dict[str, Any]]) -> dict[tuple[str, int], Trial]:
+        """By budget and seed: the trials whose test figures count. Equal settings share a trial."""
+        chosen = self.chosen(method, found)
+        trials: dict[tuple[str, int], Trial] = {}
+        for budget, setting in chosen.items():
+            together = tuple(name for name, other in chosen.items() if other == setting)
+            for seed in range(self.seeds):
+                trials[budget, seed] = self._trial(method, setting, seed, together)
+        return trials
+
+    def budgets_of(self, method: Method) -> list[str]:
+        """All; the exhaustive softmax, the limit at equal steps, would use up the others before it began."""
+        return ["steps"] if method.loss == "exhaustive" else list(self.budgets)
+
+    def _trial(self, method: Method, setting: Setting, seed: int, test_at: tuple[str, ...]) -> Trial:
+        wanted = test_at or tuple(self.budgets_of(method))
+        budgets = {name: self.budgets[name] for name in wanted}
+        return Trial(self.source, self.encoder, method, setting, seed, budgets, test_at)
+
+
+@dataclass(frozen=True)
+class GradientStudy:
+    """How far the gradients of methods are from the exact one, on the way of one run."""
+
+    name: str
+    source: Source
+    encoder: str
+    trained_by: Method
+    setting: Setting
+    steps: tuple[int, ...]
+    """When the run is stopped."""
+    methods: tuple[Method, ...]
+    batches: int
+    replicates: int
+    """Gradients of each method for a batch."""
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """The same for the same study."""
+        return hashed(asdict(self))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All that is to be run, in this order."""
+
+    comparisons: tuple[Comparison, ...]
+    gradients: tuple[GradientStudy, ...]
+
+
+def read_grid(file: Path, *, beir: Path | None = None) -> Grid:
+    """The grid of a file; every comparison on the folder ``beir`` instead of its own task, if one is given.
+
+    Raises:
+        ValueError: an unknown key or name, with the file.
+    """
+    with file.open("rb") as opened:
+        written = tomllib.load(opened)
+    try:
+        sources = {name: _made(Source, {"name": name, **given}) for name, given in written["tasks"].items()}
+        methods = {name: _made(Method, {"name": name, **given}) for name, given in written["methods"].items()}
+        return Grid(
+            tuple(_comparison(name, given, sources, methods, beir) for name, given in written["comparisons"].items()),
+            tuple(_study(name, given, sources, methods, beir) for name, given in written.get("gradients", {}).items()),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _comparison(
+    name: str, given: dict[str, Any], sources: dict[str, Source], methods: dict[str, Method], beir: Path | None
+) -> Comparison:
+    used = _named(name, given, methods)
+    return Comparison(
+        name=name,
+        title=given["title"],
+        source=_source(given, sources, beir),
+        encoder=given["encoder"],
+        methods=used,
+        budgets={budget: given[budget] for budget in BUDGETS if budget in given},
+        settings=tuple(Setting(rate, scale) for rate in given["rates"] for scale in given["scales"]),
+        seeds=given["seeds"],
+        baseline=given["baseline"],
+    )
+
+
+def _study(
+    name: str, given: dict[str, Any], sources: dict[str, Source], methods: dict[str, Method], beir: Path | None
+) -> GradientStudy:
+    used = _named(name, given, methods)
+    return GradientStudy(
+        name=name,
+        source=_source(given, sources, beir),
+        encoder=given["encoder"],
+        trained_by=methods[given["trained_by"]],
+        setting=Setting(given["rate"], given["scale"]),
+        steps=tuple(given["steps"]),
+        methods=used,
+        batches=given["batches"],
+        replicates=given["replicates"],
+    )
+
+
+def _named(name: str, given: dict[str, Any], methods: dict[str, Method]) -> tuple[Method, ...]:
+    unknown = set(given["methods"]) - set(methods)
+    if unknown:
+        raise ValueError(f"{name} names the methods {sorted(unknown)}; expected some of {sorted(methods)}")
+    if given["encoder"] not in ENCODERS:
+        raise ValueError(f"{name} has encoder {given['encoder']!r}; expected one of {sorted(ENCODERS)}")
+    return tuple(methods[method] for method in given["methods"])
+
+
+def _source(given: dict[str, Any], sources: dict[str, Source], beir: Path | None) -> Source:
+    return sources[given["task"]] if beir is None else Source(beir.name, str(beir.resolve()))
+
+
+def _made(kind: type[T], given: dict[str, Any]) -> T:
+    unknown = set(given) - {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if unknown:
+        raise ValueError(f"{given['name']} has the keys {sorted(unknown)}, which a {kind.__name__} has not")
+    return kind(**given)
