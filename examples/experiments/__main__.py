@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ GRID = Path(__file__).with_name("grid.toml")
 def main(arguments: list[str] | None = None) -> int:
     """Runs what is missing, then writes tables and pictures; returns the exit status."""
     options = _parser().parse_args(arguments)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         grid = read_grid(options.grid, beir=options.beir)
         _run(_only(grid, options.only), options)
@@ -26,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted, run again to go on", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return 0
 
 

@@ -56,11 +56,11 @@ def _curves(theme: Theme, comparison: Comparison, found: Results, budget: str) -
             mean[:, 0], mean[:, 1], color=color, alpha=0.9, linestyle="--" if method.loss == "exhaustive" else "-"
         )
         ends.append((mean[-1, 0], mean[-1, 1], method.label, color))
-    _label_ends(axes, ends)
     axes.set_xscale("log")
+    _label_ends(axes, ends)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel({"steps": "steps", "documents": "documents encoded"}[budget])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlabel({"steps": "steps", "documents": "documents encoded"}[budget])
     axes.set_title("MRR@10, validation queries")
     return figure
 
@@ -76,13 +76,16 @@ def _color(theme: Theme, loss: str, name: str, baseline: str) -> str:
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names at the right of their lines, moved apart."""
+    """Names right of the lines, moved apart; there is room for them inside the axes."""
+    left, right = axes.get_xlim()
     low, high = axes.get_ylim()
-    right = max(x for x, *_ in ends)
+    last = max(x for x, *_ in ends)
     height = low - (high - low)
     for _, y, label, color in sorted(ends, key=lambda end: end[1]):
         height = max(y, height + (high - low) * 0.055)
-        axes.annotate(label, (right, height), (8, 0), textcoords="offset points", color=color, va="center", fontsize=13)
+        place: Any = {"textcoords": "offset points", "xytext": (8, 0), "va": "center", "fontsize": 13}
+        axes.annotate(label, (last, height), color=color, **place).set_in_layout(False)
+    axes.set_xlim(left, right * (right / left) ** 0.8)
     axes.set_ylim(low, max(high, height))
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -33,15 +35,13 @@ def run_grid(grid: Grid, out: Path, *, jobs: int) -> Results:
         jobs: trials at a time, each in a process with one thread.
     """
     found = read_results(out)
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(jobs, initializer=_leave_interrupts_to_parent) as pool:
+    with _processes(jobs) as pool:
         for comparison in grid.comparisons:
             corpus = _load(comparison.source, out).key  # kept there before all processes ask for it
             _run(pool, comparison.tuning(), out, found, corpus, f"{comparison.name}: tuning")
             _run(pool, final_trials(comparison, found), out, found, corpus, comparison.name)
         for study in grid.gradients:
-            corpus = _load(study.source, out).key
-            _run(pool, [study], out, found, corpus, f"{study.name}: gradients")
+            _run(pool, [study], out, found, _load(study.source, out).key, f"{study.name}: gradients")
     return found
 
 
@@ -63,23 +63,39 @@ def read_results(out: Path) -> Results:
     return {row["key"]: row["result"] for row in map(json.loads, whole.splitlines())}
 
 
-def _run(pool: Any, trials: Sequence[Trial | GradientStudy], out: Path, found: Results, corpus: str, name: str) -> None:
+def _run(
+    pool: Executor, wanted: Sequence[Trial | GradientStudy], out: Path, found: Results, corpus: str, name: str
+) -> None:
     """Runs what is not found, or was found on another corpus."""
-    missing = [trial for trial in trials if found.get(trial.key, {}).get("corpus") != corpus]
-    progress = tqdm(total=len(trials), initial=len(trials) - len(missing), desc=name, unit="run", dynamic_ncols=True)
+    missing = [asked for asked in wanted if found.get(asked.key, {}).get("corpus") != corpus]
+    progress = tqdm(total=len(wanted), initial=len(wanted) - len(missing), desc=name, unit="run", dynamic_ncols=True)
     with progress, (out / "results.jsonl").open("a", encoding="utf-8") as file:
-        for trial, result in pool.imap_unordered(_run_one, [(trial, out) for trial in missing]):
-            file.write(json.dumps({"key": trial.key, "asked": asdict(trial), "result": result}) + "\n")
+        for done in as_completed([pool.submit(_run_one, asked, out) for asked in missing]):
+            asked, result = done.result()
+            file.write(json.dumps({"key": asked.key, "asked": asdict(asked), "result": result}) + "\n")
             file.flush()
-            found[trial.key] = result
+            found[asked.key] = result
             progress.update()
 
 
-def _run_one(work: tuple[Trial | GradientStudy, Path]) -> tuple[Trial | GradientStudy, dict[str, Any]]:
-    asked, out = work
+def _run_one(asked: Trial | GradientStudy, out: Path) -> tuple[Trial | GradientStudy, dict[str, Any]]:
     task = _load(asked.source, out)
     result = run_trial(asked, task) if isinstance(asked, Trial) else run_gradients(asked, task)
     return asked, {"corpus": task.key, **result}
+
+
+@contextmanager
+def _processes(count: int) -> Iterator[Executor]:
+    """So many; what they are at when an error or an interruption comes is given up."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, initializer=_leave_interrupts_to_parent) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 @lru_cache(maxsize=2)

@@ -27,6 +27,9 @@ def mean_of(values: list[float]) -> Interval:
 
 def ratio_of(numerators: list[float], denominators: list[float]) -> Interval:
     """Mean of the numerators over mean of the denominators, paired; the interval by linearising the ratio."""
-    ratio = float(np.mean(numerators) / np.mean(denominators))
-    residuals = [above - ratio * below for above, below in zip(numerators, denominators, strict=True)]
-    return Interval(ratio, mean_of(residuals).margin / abs(float(np.mean(denominators))))
+    below = float(np.mean(denominators))
+    if below == 0:
+        return Interval(math.nan, math.nan)
+    ratio = float(np.mean(numerators)) / below
+    residuals = [one - ratio * other for one, other in zip(numerators, denominators, strict=True)]
+    return Interval(ratio, mean_of(residuals).margin / abs(below))

@@ -42,7 +42,7 @@ class Source:
 
     name: str
     data: str
-    """ "code", or a folder in BEIR's format."""
+    """ "code", or a folder: in BEIR's format, or else of Python files."""
     train_documents: int | None = None
     """Of code: so many of the described functions of training modules, and no function without description; None: all
     functions."""
@@ -128,13 +128,16 @@ def load_task(source: Source, store: Path) -> Task:
     """The task of a source; what takes long to read is kept in ``store``.
 
     Raises:
-        ValueError, FileNotFoundError: a folder that is not in BEIR's format, or has no training pairs.
+        ValueError, FileNotFoundError: a split without pairs; a file of BEIR's that is missing or not in its format.
     """
-    return _code_task(source, store) if source.data == "code" else _beir_task(Path(source.data))
+    if source.data == "code":
+        return _code_task(source, _locked_roots(), store)
+    folder = Path(source.data)
+    return _beir_task(folder) if (folder / "corpus.jsonl").is_file() else _code_task(source, [folder], store)
 
 
-def _code_task(source: Source, store: Path) -> Task:
-    corpus = load_or_harvest(_locked_roots(), store / "code.npz")
+def _code_task(source: Source, roots: list[Path], store: Path) -> Task:
+    corpus = load_or_harvest(roots, store / "code.npz")
     rows = {split: corpus.queries_of(split) for split in SPLITS}
     if source.train_documents is None:
         documents = np.arange(len(corpus.documents))
@@ -168,7 +171,7 @@ def _beir_task(folder: Path) -> Task:
     documents = dict(read_texts(collection.passages))
     queries = dict(read_texts(collection.queries("train")))
     splits = {name: _pairs(collection, name, list(queries), list(documents)) for name in ("train", "test")}
-    if (folder / "qrels/dev.tsv").is_file() or (folder / "qrels.dev.tsv").is_file():
+    if (folder / "qrels/dev.tsv").is_file():
         splits["validation"] = _pairs(collection, "dev", list(queries), list(documents))
     else:
         held_out = np.arange(len(splits["train"].queries)) % 10 == 0
@@ -202,6 +205,9 @@ def _pairs(collection: Collection, split: str, queries: list[str], documents: li
 
 
 def _task(documents: Bags, queries: Bags, train_documents: NDArray[np.int64], splits: dict[str, Pairs]) -> Task:
+    for name, pairs in splits.items():
+        if not len(pairs.queries):
+            raise ValueError(f"the {name} split has no queries; expected some in each")
     idf = inverse_document_frequency(documents, train_documents)
     content = (documents.starts, documents.tokens, documents.counts, queries.tokens, queries.counts, train_documents)
     parts = [

@@ -19,7 +19,7 @@ from examples.experiments.tasks import Batch, Pairs, Task
 __all__ = ["encode_documents", "evaluate", "run_trial", "train_step"]
 
 _FIRST_POINT = 50
-_GROWTH = 1.6
+_GROWTH = 2
 _CURVE_QUERIES = 2000
 _ROWS_AT_ONCE = 4096
 _QUERIES_AT_ONCE = 512
