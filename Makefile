@@ -9,7 +9,7 @@ QUERY ?= parse a date from a string
 export QUERY
 
 .DEFAULT_GOAL := help
-.PHONY: help train train-distributed search bench test lint format types docs docs-serve pictures dist clean
+.PHONY: help train train-distributed search bench experiments test lint format types docs docs-serve pictures dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ train-distributed: $(VENV)/.train ## the run with the cache on 2 processes, whic
 
 bench: $(VENV)/.bench ## time and memory of a step beside its peers; make bench ARGS="--quick" for a first look
 	$(PY) -m examples.benchmarks $(ARGS)
+
+experiments: $(VENV)/.train ## compare all ways to find negatives, over seeds: hours; resumes where it stopped
+	$(PY) -m examples.experiments $(ARGS)
 
 test: $(VENV)/.dev ## all tests, two at a time, with coverage
 	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov=negcache_fn --cov-report=term --cov-fail-under=97 $(ARGS)

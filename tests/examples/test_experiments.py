@@ -15,10 +15,10 @@ from scipy import stats
 
 import negcache_fn
 from examples.code_search.features import rows_of
-from examples.experiments.__main__ import GRID, main
+from examples.experiments.__main__ import main
 from examples.experiments.encoders import DualEncoder
 from examples.experiments.gradients import run_gradients
-from examples.experiments.grid import Grid, Setting, Trial, read_grid
+from examples.experiments.grid import Setting, Trial, read_grid
 from examples.experiments.methods import CacheLearner, Method, exhaustive_loss, in_batch_loss, learner
 from examples.experiments.report import lines
 from examples.experiments.runner import read_results
@@ -26,7 +26,6 @@ from examples.experiments.statistics import mean_of, ratio_of
 from examples.experiments.tasks import MINED, Source, Task, load_task
 from examples.experiments.trial import encode_documents, evaluate, run_trial
 
-PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 REDUCED = """
 [tasks.tiny]
 data = "{data}"
@@ -350,18 +349,6 @@ def test_empty_split_is_named(tmp_path: Path) -> None:
     (tmp_path / "module.py").write_text("def f(x):\n    return x\n")
     with pytest.raises(ValueError, match="split has no queries"):
         load_task(Source("x", str(tmp_path)), tmp_path / "store")
-
-
-def test_page_shows_what_the_grid_makes() -> None:
-    grid: Grid = read_grid(GRID)
-    text = PAGE.read_text(encoding="utf-8")
-    names = [*(comparison.name for comparison in grid.comparisons), *(f"gradients_{s.name}" for s in grid.gradients)]
-    for name in names:
-        between = text.split(f"<!-- begin {name} -->")[1].split(f"<!-- end {name} -->")[0]
-        assert between.count("|") > 20, f"{name} is empty"
-    for comparison in grid.comparisons:
-        for method in comparison.methods:
-            assert f"| {method.label} |" in text
 
 
 def test_no_results_yet(tmp_path: Path) -> None:
