@@ -46,6 +46,8 @@ def _curves(theme: Theme, comparison: Comparison, found: Results, budget: str) -
     ends: list[tuple[float, float, str, str]] = []
     for line in lines(comparison, budget, found):
         method = line.method
+        if method.name not in comparison.picture:
+            continue
         points = [_points(curve, budget) for curve in curve_of(comparison, method, found, budget)]
         shortest = min(map(len, points))
         if shortest == 0:

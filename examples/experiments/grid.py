@@ -82,6 +82,8 @@ class Comparison:
     seeds: int
     baseline: str
     """The method that the others are compared with, seed by seed."""
+    picture: tuple[str, ...]
+    """The methods that its pictures show."""
 
     def tuning(self) -> list[Trial]:
         """Every setting of every method; with one setting there is nothing to tune."""
@@ -183,6 +185,7 @@ def _comparison(
         settings=tuple(Setting(rate, scale) for rate in given["rates"] for scale in given["scales"]),
         seeds=given["seeds"],
         baseline=given["baseline"],
+        picture=tuple(given.get("picture", given["methods"])),
     )
 
 

@@ -161,6 +161,7 @@ class CacheLearner(Learner):
             self.encode,
             scale=self.model.scale,
             num_samples=method.num_samples,
+            num_draws=method.num_draws,
             replacement=method.replacement,
             in_batch=method.in_batch,
             ids=batch.ids,
