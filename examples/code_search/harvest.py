@@ -51,9 +51,12 @@ def installation_roots() -> list[Path]:
 
 
 def source_files(roots: list[Path]) -> list[tuple[Path, Path]]:
-    """All Python files under the roots as sorted (root, file) pairs, test suites left out."""
+    """All Python files under the roots as (root, file) pairs, test suites left out.
+
+    Root by root, sorted: the order does not depend on where the roots are.
+    """
     found = {file: root for root in roots for file in root.rglob("*.py") if not _is_skipped(file.relative_to(root))}
-    return sorted((root, file) for file, root in found.items())
+    return sorted(((root, file) for file, root in found.items()), key=lambda pair: (roots.index(pair[0]), pair[1]))
 
 
 def harvest_file(file: Path, mask_names: bool = False) -> list[Function]:

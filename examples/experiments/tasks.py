@@ -154,15 +154,15 @@ def _code_task(source: Source, roots: list[Path], store: Path) -> Task:
 
 
 def _locked_roots() -> list[Path]:
-    """The standard library and the packages that the lock file names."""
-    roots = [Path(sysconfig.get_paths()["stdlib"])]
+    """The standard library, then the packages that the lock file names."""
+    packages: set[Path] = set()
     for line in LOCK.read_text(encoding="utf-8").splitlines():
         if locked := re.match(r"([\w.-]+)==", line):
             distribution = metadata.distribution(locked[1])
             files = distribution.files or []
-            packages = {file.parts[0] for file in files if file.suffix == ".py" and len(file.parts) > 1}
-            roots += [Path(str(distribution.locate_file(package))) for package in sorted(packages - {".."})]
-    return [root for root in roots if root.is_dir()]
+            names = {file.parts[0] for file in files if file.suffix == ".py" and len(file.parts) > 1} - {".."}
+            packages |= {Path(str(distribution.locate_file(name))) for name in names}
+    return [Path(sysconfig.get_paths()["stdlib"]), *sorted(root for root in packages if root.is_dir())]
 
 
 def _beir_task(folder: Path) -> Task:
