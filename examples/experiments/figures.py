@@ -42,68 +42,68 @@ def _bound(draw: Callable[..., Figure], *arguments: Any) -> Callable[[Theme], Fi
 
 
 def _curves(theme: Theme, comparison: Comparison, found: Results, budget: str) -> Figure:
-    figure, (axes,) = canvas(height=5.2)
+    figure, (axes,) = canvas(width=8.4, height=5.0)
+    most = comparison.budgets[budget]
     ends: list[tuple[float, float, str, str]] = []
     for line in lines(comparison, budget, found):
         method = line.method
         if method.name not in comparison.picture:
             continue
-        points = [_points(curve, budget) for curve in curve_of(comparison, method, found, budget)]
-        shortest = min(map(len, points))
+        runs = [_points(curve, budget, most) for curve in curve_of(comparison, method, found, budget)]
+        shortest = min(map(len, runs))
         if shortest == 0:
             continue
-        mean = np.mean([run[:shortest] for run in points], axis=0)
-        color = _color(theme, method.loss, method.name, comparison.baseline)
-        axes.plot(
-            mean[:, 0], mean[:, 1], color=color, alpha=0.9, linestyle="--" if method.loss == "exhaustive" else "-"
-        )
+        mean = np.mean([run[:shortest] for run in runs], axis=0)
+        color = _color(theme, method.loss, method.name)
+        axes.plot(mean[:, 0], mean[:, 1], color=color, linestyle="--" if method.loss == "exhaustive" else "-")
         ends.append((mean[-1, 0], mean[-1, 1], method.label, color))
     axes.set_xscale("log")
-    _label_ends(axes, ends)
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    _label_ends(axes, ends, most)
     axes.set_xlabel({"steps": "steps", "documents": "documents encoded"}[budget])
-    axes.set_title("MRR@10, validation queries")
+    axes.set_title("MRR@10, validation queries", pad=16)
     return figure
 
 
-def _points(curve: list[dict[str, Any]], budget: str) -> list[tuple[float, float]]:
-    return [(point[budget], point["validation"]["mrr@10"]) for point in curve]
+def _points(curve: list[dict[str, Any]], budget: str, most: float) -> list[tuple[float, float]]:
+    return [(point[budget], point["validation"]["mrr@10"]) for point in curve if point[budget] <= most]
 
 
-def _color(theme: Theme, loss: str, name: str, baseline: str) -> str:
+def _color(theme: Theme, loss: str, name: str) -> str:
     if loss == "cache":
         return theme.accent if "port" in name else theme.ours
     return theme.ink if loss == "exhaustive" else theme.other
 
 
-def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names right of the lines, moved apart; there is room for them inside the axes."""
-    left, right = axes.get_xlim()
+def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], most: float) -> None:
+    """Names right of the lines, moved apart; there is room for them inside the axes, but no scale."""
+    left, _ = axes.get_xlim()
     low, high = axes.get_ylim()
-    last = max(x for x, *_ in ends)
     height = low - (high - low)
     for _, y, label, color in sorted(ends, key=lambda end: end[1]):
-        height = max(y, height + (high - low) * 0.055)
-        place: Any = {"textcoords": "offset points", "xytext": (8, 0), "va": "center", "fontsize": 13}
-        axes.annotate(label, (last, height), color=color, **place).set_in_layout(False)
-    axes.set_xlim(left, right * (right / left) ** 0.8)
+        height = max(y, height + (high - low) * 0.06)
+        place: Any = {"textcoords": "offset points", "xytext": (6, 0), "va": "center", "fontsize": 14}
+        axes.annotate(label, (most, height), color=color, **place).set_in_layout(False)
+    axes.set_xlim(left, most * (most / left) ** 0.75)
     axes.set_ylim(low, max(high, height))
+    ticks = [tick for tick in 10.0 ** np.arange(1, 9) if left <= tick <= most]
+    axes.xaxis.set_major_locator(FixedLocator(ticks or [most]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
 def _bias_and_noise(theme: Theme, study: GradientStudy, stops: list[dict[str, Any]]) -> Figure:
-    figure, (axes,) = canvas(height=6.4)
+    figure, (axes,) = canvas(width=8.4, height=6.4)
     stop = stops[-1]
     methods = sorted(study.methods, key=lambda method: -_error(stop["methods"][method.name]))
     for place, method in enumerate(methods):
         row = stop["methods"][method.name]
-        color = _color(theme, method.loss, method.name, "")
+        color = _color(theme, method.loss, method.name)
         axes.barh(place + 0.2, row["bias"], color=color, height=0.38)
         axes.barh(place - 0.2, row["noise"], color=color, height=0.38, alpha=0.45)
     axes.set_yticks(range(len(methods)), [method.label for method in methods], fontsize=13)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("of the exact gradient: bias (full), noise (faint)")
-    axes.set_title(f"Gradient error after {stop['step']:,} steps")
+    axes.set_xlabel("bias (dark) and noise (light)")
+    axes.set_title(f"Error of a gradient, step {stop['step']:,}")
     return figure
 
 
