@@ -80,8 +80,8 @@ class Comparison:
     budgets: dict[str, float]
     settings: tuple[Setting, ...]
     seeds: int
-    baseline: str
-    """The method that the others are compared with, seed by seed."""
+    against: tuple[str, ...]
+    """The methods that all are compared with, seed by seed; a gap that is closed begins at the first."""
     picture: tuple[str, ...]
     """The methods that its pictures show."""
 
@@ -184,7 +184,7 @@ def _comparison(
         budgets={budget: given[budget] for budget in BUDGETS if budget in given},
         settings=tuple(Setting(rate, scale) for rate in given["rates"] for scale in given["scales"]),
         seeds=given["seeds"],
-        baseline=given["baseline"],
+        against=tuple(given["against"]),
         picture=tuple(given.get("picture", given["methods"])),
     )
 

@@ -21,14 +21,13 @@ class Line(NamedTuple):
     method: Method
     mrr: Interval
     recall: Interval
-    difference: Interval
-    """To the baseline in MRR@10, seed by seed."""
+    differences: list[Interval]
+    """In MRR@10 to each of the methods that all are compared with, seed by seed."""
     gap_closed: Interval | None
-    """The difference over that of the exhaustive softmax; None without one."""
+    """The first difference over that of the exhaustive softmax; None without one."""
     steps: float
     documents: float
     seconds: float
-    rate: float
 
 
 def lines(comparison: Comparison, budget: str, found: Results) -> list[Line]:
@@ -39,26 +38,24 @@ def lines(comparison: Comparison, budget: str, found: Results) -> list[Line]:
         if budget in comparison.budgets_of(method)
     }
     scores = {name: [row["test"]["mrr@10"] for row in rows] for name, rows in at.items()}
-    baseline = scores[comparison.baseline]
     limits = [scores[method.name] for method in comparison.methods if method.loss == "exhaustive" and method.name in at]
-    gap = [limit - base for limit, base in zip(limits[0], baseline, strict=True)] if limits else None
+    gap = _paired(limits[0], scores[comparison.against[0]]) if limits else None
     made: list[Line] = []
     for method in comparison.methods:
         if method.name not in at:
             continue
         rows = at[method.name]
-        differences = [score - base for score, base in zip(scores[method.name], baseline, strict=True)]
+        differences = [_paired(scores[method.name], scores[other]) for other in comparison.against]
         made.append(
             Line(
                 method=method,
                 mrr=mean_of(scores[method.name]),
                 recall=mean_of([row["test"]["recall@10"] for row in rows]),
-                difference=mean_of(differences),
-                gap_closed=None if gap is None else ratio_of(differences, gap),
+                differences=[mean_of(values) for values in differences],
+                gap_closed=None if gap is None else ratio_of(differences[0], gap),
                 steps=mean_of([row["steps"] for row in rows]).mean,
                 documents=mean_of([row["documents"] for row in rows]).mean,
                 seconds=mean_of([row["seconds"] for row in rows]).mean,
-                rate=comparison.chosen(method, found)[budget].rate,
             )
         )
     return made
@@ -68,14 +65,16 @@ def table(comparison: Comparison, budget: str, found: Results) -> str:
     """Markdown."""
     made = lines(comparison, budget, found)
     has_limit = made[0].gap_closed is not None
-    head = ["", "MRR@10", f"against {_label(comparison, comparison.baseline)}"]
+    head = ["", "MRR@10", *(f"against {_label(comparison, other)}" for other in comparison.against)]
     head += ["gap closed"] if has_limit else []
     rows = [[*head, "Recall@10", "steps", "documents encoded", "seconds"]]
     for line in made:
-        is_baseline = line.method.name == comparison.baseline
-        cells = [line.method.label, _interval(line.mrr), "" if is_baseline else _interval(line.difference, sign="+")]
+        cells = [line.method.label, _interval(line.mrr)]
+        for other, difference in zip(comparison.against, line.differences, strict=True):
+            cells.append("" if other == line.method.name else _interval(difference, sign="+"))
         if has_limit:
-            cells.append("" if is_baseline or line.gap_closed is None else _percent(line.gap_closed))
+            is_start = line.method.name == comparison.against[0]
+            cells.append("" if is_start or line.gap_closed is None else _percent(line.gap_closed))
         cells += [f"{line.recall.mean:.3f}", f"{line.steps:,.0f}", f"{line.documents:,.0f}", f"{line.seconds:.1f}"]
         rows.append(cells)
     return _markdown(rows)
@@ -112,6 +111,10 @@ def _at(comparison: Comparison, method: Method, budget: str, found: Results) -> 
 
 def _label(comparison: Comparison, name: str) -> str:
     return next(method.label for method in comparison.methods if method.name == name)
+
+
+def _paired(scores: list[float], others: list[float]) -> list[float]:
+    return [score - other for score, other in zip(scores, others, strict=True)]
 
 
 def _interval(value: Interval, sign: str = "") -> str:

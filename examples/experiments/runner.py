@@ -72,9 +72,9 @@ def _run(
     with progress, (out / "results.jsonl").open("a", encoding="utf-8") as file:
         for done in as_completed([pool.submit(_run_one, asked, out) for asked in missing]):
             asked, result = done.result()
-            file.write(json.dumps({"key": asked.key, "asked": asdict(asked), "result": result}) + "\n")
+            found[asked.key] = _rounded(result)
+            file.write(json.dumps({"key": asked.key, "asked": asdict(asked), "result": found[asked.key]}) + "\n")
             file.flush()
-            found[asked.key] = result
             progress.update()
 
 
@@ -82,6 +82,15 @@ def _run_one(asked: Trial | GradientStudy, out: Path) -> tuple[Trial | GradientS
     task = _load(asked.source, out)
     result = run_trial(asked, task) if isinstance(asked, Trial) else run_gradients(asked, task)
     return asked, {"corpus": task.key, **result}
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits, so that lines can be read and a file of them published."""
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_rounded(inner) for inner in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 @contextmanager
