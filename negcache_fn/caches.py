@@ -119,7 +119,7 @@ def take_drawn(
         >>> queries = torch.randn(5, 4)
         >>> draw = merge_draws(sample_gumbel(left, queries), sample_gumbel(right, queries))
         >>> take_drawn([left, right], draw).shape
-        torch.Size([5, 3])
+        torch.Size([20, 3])
     """
     check_draw("draw", draw)
     sources = draw.cutoff.shape[1]
@@ -149,7 +149,7 @@ def refreshes(draw: Draw, embeddings: Tensor) -> list[tuple[Tensor, Tensor]]:
         >>> left, right = (init_cache(8, 4, torch.zeros(1, 3), seed=seed) for seed in (0, 1))
         >>> right = update(right, torch.ones(2, 3), torch.randn(2, 4))
         >>> queries = torch.randn(3, 4)
-        >>> draw = merge_draws(sample_gumbel(left, queries), sample_gumbel(right, queries))
+        >>> draw = merge_draws(*(sample_gumbel(state, queries, num_samples=1) for state in (left, right)))
         >>> [slots.max() >= 0 for slots, _ in refreshes(draw, torch.ones(3, 4))]
         [tensor(False), tensor(True)]
     """

@@ -27,7 +27,7 @@ class StepOptions(TypedDict, total=False):
     """The options of `step` that stay the same from one step to the next."""
 
     score_transform: ScoreTransform | None
-    num_samples: int
+    num_samples: int | None
     replacement: bool
     num_draws: int | None
     top_k: int | None

@@ -23,9 +23,10 @@ from negcache_fn.scoring import check_search, score_matrix, softmax_dtype
 from negcache_fn.state import scalar, stored
 from negcache_fn.streaming import ScoreTransform, full_precision
 
-__all__ = ["Draw", "check_draw", "check_draws", "draw_negatives", "sample_gumbel"]
+__all__ = ["Draw", "check_draw", "check_draws", "draw_negatives", "sample_gumbel", "samples_of"]
 
 _INFINITY = float("inf")
+_SAMPLES = 4
 
 
 class Draw(NamedTuple):
@@ -68,7 +69,7 @@ def sample_gumbel(
     state: TensorDictBase,
     queries: Tensor,
     *,
-    num_samples: int = 1,
+    num_samples: int | None = None,
     replacement: bool = True,
     num_draws: int | None = None,
     scale: float | Tensor = 1.0,
@@ -89,7 +90,7 @@ def sample_gumbel(
     Args:
         state: the cache.
         queries: [B, D] floating.
-        num_samples: k, draws per query.
+        num_samples: k, draws per query. None: 4, or 1 with `num_draws`.
         replacement: whether a query may draw a document more than once.
         num_draws: M, a divisor of B: of each B / M consecutive queries one draws, chosen at random. The others use its
             draws (`loss` with `share_draws=True`). None: every query draws.
@@ -127,6 +128,7 @@ def sample_gumbel(
 
     Reference: Lindgren et al., NeurIPS 2021, section 3 and algorithm 1; Kool et al., ICML 2019, section 3.
     """
+    num_samples = samples_of(num_samples, num_draws)
     ranks = distribute(group)
     with ranks.checking():
         check_placement(placement, ranks)
@@ -205,6 +207,13 @@ def draw_negatives(
         # What is excluded for all is not among the draws, and needs no mention beside what is for each.
         excluded = exclusions.for_each if exclusions.for_each.shape[1] > 0 else of_all.for_all[None]
         return _describe(state, chosen, num_samples, shards, exclusions.max_score, excluded, also)
+
+
+def samples_of(num_samples: int | None, num_draws: int | None) -> int:
+    """k, where it is not said: what retrieved best for the documents it encodes, in docs/evidence.md."""
+    if num_samples is not None:
+        return num_samples
+    return _SAMPLES if num_draws is None else 1
 
 
 def check_draws(

@@ -36,7 +36,7 @@ from negcache_fn.objective import (
     loss_terms,
     reduce_loss,
 )
-from negcache_fn.sampling import Draw, check_draws, draw_negatives
+from negcache_fn.sampling import Draw, check_draws, draw_negatives, samples_of
 from negcache_fn.scoring import Similarity, softmax_dtype
 from negcache_fn.state import as_features, feature_leaves, live, lowest, scalar, stored, stored_features
 from negcache_fn.streaming import ScoreTransform, full_precision
@@ -64,7 +64,7 @@ def step(
     *,
     scale: float | Tensor = 1.0,
     score_transform: ScoreTransform | None = None,
-    num_samples: int = 1,
+    num_samples: int | None = None,
     replacement: bool = True,
     num_draws: int | None = None,
     top_k: int | None = None,
@@ -98,7 +98,7 @@ def step(
         encode: the document encoder: features of R documents, nested as `documents`, to [R, D].
         scale: number or 0-d tensor, learnable.
         score_transform: elementwise function of the scaled inner products.
-        num_samples: k, draws per query.
+        num_samples: k, draws per query. None: 4, or 1 with `num_draws` (why 4: docs/evidence.md).
         replacement: whether a query may draw a document more than once, see `sample_gumbel`.
         num_draws: M, a divisor of B: that many of the queries draw, once each, for all (of each rank's queries).
         top_k: restricts each query's softmax to its `top_k` highest cached scores.
@@ -184,7 +184,7 @@ def step_(
     *,
     scale: float | Tensor = 1.0,
     score_transform: ScoreTransform | None = None,
-    num_samples: int = 1,
+    num_samples: int | None = None,
     replacement: bool = True,
     num_draws: int | None = None,
     top_k: int | None = None,
@@ -210,6 +210,7 @@ def step_(
         >>> step_(state, torch.randn(2, 4), torch.randn(2, 3), torch.nn.Linear(3, 4)).state is state
         True
     """
+    num_samples = samples_of(num_samples, num_draws)
     ranks = distribute(group)
     with ranks.checking():
         check_placement(placement, ranks)

@@ -183,7 +183,7 @@ def test_wrong_arguments_are_named() -> None:
     other = make_state(unit(7, 4, 0), features={"name": torch.zeros(7)})
     with pytest.raises(ValueError, match=r"states\[1\] has features .*expected those of states\[0\]"):
         negcache_fn.take_drawn([states[0], other], draw)
-    with pytest.raises(ValueError, match=r"embeddings has shape \(2, 4\); expected \[3, 4\]"):
+    with pytest.raises(ValueError, match=r"embeddings has shape \(2, 4\); expected \[12, 4\]"):
         negcache_fn.refreshes(draw, unit(2, 4, 0))
     with pytest.raises(TypeError, match="draw is a tuple; expected a Draw"):
         negcache_fn.take_drawn(states, (1, 2))  # pyright: ignore[reportArgumentType]

@@ -63,7 +63,7 @@ def good(function: str, state: TensorDictBase) -> dict[str, Any]:
         "loss": {"queries": queries, "documents": documents, "negatives": unit(4, DIM, 4), "draw": sampled(state)},
         "exact_loss": {"state": state, "queries": queries, "documents": documents},
         "update": {"state": state, "features": batch, "embeddings": embeddings},
-        "step": {"state": state, "queries": queries, "documents": batch, "encode": encode},
+        "step": {"state": state, "queries": queries, "documents": batch, "encode": encode, "num_samples": 1},
         "top_negatives": {"state": state, "queries": queries, "n": 2},
         "stalest": {"state": state, "n": 2},
         "occupancy": {"state": state},

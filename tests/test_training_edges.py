@@ -65,6 +65,7 @@ def test_some_queries_can_draw_nothing() -> None:
         batch,
         tower,
         ids=torch.tensor([5, 6]),
+        num_samples=1,
         in_batch=False,
         mask=torch.zeros(2, dtype=torch.bool),
     )
@@ -119,6 +120,7 @@ def test_masked_rows_are_not_counted_as_non_finite() -> None:
         queries_of(2),
         batch,
         lambda features: tower(features) + torch.tensor([[0.0], [0.0], [math.nan]] + [[0.0]] * 2),
+        num_samples=1,
         in_batch=False,
         mask=torch.tensor([True, True, False]),
     )
@@ -206,6 +208,6 @@ def test_shorter_documents_are_padded_before_the_encoder() -> None:
     tower = Tower()
     long = torch.randint(1, 50, (2, 4), generator=torch.Generator().manual_seed(0))
     state = negcache_fn.update(state, long, tower(long))
-    out = negcache_fn.step(state, queries_of(2), long[:, :2], tower.counted)
+    out = negcache_fn.step(state, queries_of(2), long[:, :2], tower.counted, num_samples=1)
     assert tower.calls == [(Tensor, 4)]
     assert out.state["items", "features"][2:].tolist() == [[*row, 0, 0] for row in long[:, :2].tolist()]

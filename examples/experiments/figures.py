@@ -20,10 +20,10 @@ __all__ = ["draw_comparison", "draw_gradients"]
 
 
 def draw_comparison(comparison: Comparison, found: Results, folder: Path) -> list[Path]:
-    """One picture a budget: validation MRR@10 as the budget is used up."""
+    """One picture a budget, time left out: validation MRR@10 as it is used up; none where no method is to be shown."""
     written: list[Path] = []
     for budget in comparison.budgets:
-        if budget != "seconds":
+        if budget != "seconds" and comparison.picture:
             written += save(f"evidence_{comparison.name}_{budget}", _bound(_curves, comparison, found, budget), folder)
     return written
 

@@ -121,7 +121,7 @@ def nested(sample: Sampler, state: TensorDictBase, queries: Tensor, **options: A
         draw = sample(state, queries, num_samples=k, replacement=False, **options)
         assert torch.equal(draw.slot, longest.slot[:, :k])
         assert torch.equal(torch.cat([draw.perturbed, draw.threshold], 1), ranked[:, : k + 1])
-    assert torch.equal(longest.slot[:, :1], sample(state, queries, **options).slot)
+    assert torch.equal(longest.slot[:, :1], sample(state, queries, num_samples=1, **options).slot)
 
 
 def merged_law(

@@ -41,7 +41,8 @@ needs_port = pytest.mark.skipif(
 
 B, C, D, F = 3, 12, 4, 5
 BETA = 3.0
-PORTS_ESTIMATOR: dict[str, Any] = {"in_batch": False, "share_draws": False, "staleness_correction": "none"}
+PORTS_LOSS: dict[str, Any] = {"in_batch": False, "share_draws": False, "staleness_correction": "none"}
+PORTS_ESTIMATOR = PORTS_LOSS | {"num_samples": 1}
 STANDARD_ERRORS = 6.5  # of 24 means or more: a two-sided t test, at most 1.3e-6 for each number compared
 
 
@@ -448,7 +449,7 @@ def test_top_k_must_divide_the_capacity_there(port: Any) -> None:
         classification_loss(port, top_k=5)(
             problem.encode, problem.queries, problem.encode(problem.positives), {"cache": problem.cache(port)}
         )
-    assert negcache_fn.sample_gumbel(problem.state(), problem.queries, top_k=5).slot.shape == (B, 1)
+    assert negcache_fn.sample_gumbel(problem.state(), problem.queries, num_samples=1, top_k=5).slot.shape == (B, 1)
 
 
 @needs_port
@@ -499,16 +500,16 @@ def test_max_score_retrieval(port: Any) -> None:
     state, right = problem.state(), problem.encode(problem.positives)
     best = port.retrieval_fns.MaxScoreRetrievalFn()(negcache_fn.score(state, problem.queries))
     assert torch.equal(best, negcache_fn.top_negatives(state, problem.queries, 1)[1])
-    draw = negcache_fn.sample_gumbel(state, problem.queries, scale=BETA, top_k=1)
+    draw = negcache_fn.sample_gumbel(state, problem.queries, num_samples=1, scale=BETA, top_k=1)
     assert torch.equal(best, draw.slot)
     loss = classification_loss(port)
     loss._retrieval_fn = port.retrieval_fns.MaxScoreRetrievalFn()
     theirs = loss(problem.encode, problem.queries, right, {"cache": problem.cache(port)})
     negatives = problem.encode(problem.cached[best[:, 0]])
-    ours = negcache_fn.loss(problem.queries, right, negatives, draw, scale=BETA, **PORTS_ESTIMATOR)
+    ours = negcache_fn.loss(problem.queries, right, negatives, draw, scale=BETA, **PORTS_LOSS)
     assert ours < theirs.interpretable_loss  # against one document, not against all
     draw = draw._replace(log_normalizer=negcache_fn.sample_gumbel(state, problem.queries, scale=BETA).log_normalizer)
-    ours = negcache_fn.loss(problem.queries, right, negatives, draw, scale=BETA, **PORTS_ESTIMATOR)
+    ours = negcache_fn.loss(problem.queries, right, negatives, draw, scale=BETA, **PORTS_LOSS)
     close(gradients(ours, problem.leaves()), gradients(theirs.training_loss, problem.leaves()))
 
 
@@ -757,13 +758,13 @@ def test_several_caches(port: Any) -> None:
     handler.cache = caches
 
     draw = negcache_fn.merge_draws(
-        *(negcache_fn.sample_gumbel(state, problem.queries, scale=BETA) for state in states.values())
+        *(negcache_fn.sample_gumbel(state, problem.queries, num_samples=1, scale=BETA) for state in states.values())
     )
     assert draw.source.unique().numel() == 2  # both are drawn from
     loss._retrieval_fn.slots = draw.slot + draw.source * sizes["body"]
     right = problem.encode(problem.positives)
     negatives = problem.encode(negcache_fn.take_drawn(list(states.values()), draw))
-    value = negcache_fn.loss(problem.queries, right, negatives, draw, scale=BETA, **PORTS_ESTIMATOR)
+    value = negcache_fn.loss(problem.queries, right, negatives, draw, scale=BETA, **PORTS_LOSS)
     theirs = loss(problem.encode, problem.queries, right, caches)
     close(value, theirs.interpretable_loss)
     close(gradients(value, problem.leaves()), gradients(theirs.training_loss, problem.leaves()))
