@@ -10,7 +10,7 @@ from examples.experiments.grid import Comparison, Grid
 from examples.experiments.report import budget_text, gradient_table, table
 from examples.experiments.runner import Results, final_trials
 
-__all__ = ["write_report"]
+__all__ = ["tables", "write_report"]
 
 
 def write_report(grid: Grid, found: Results, out: Path, page: Path | None) -> str:
@@ -19,21 +19,31 @@ def write_report(grid: Grid, found: Results, out: Path, page: Path | None) -> st
     What has not been run to the end is left out.
     """
     images = out if page is None else page.parent / "images"
-    made: dict[str, str] = {}
+    made = tables(grid, found)
     for comparison in grid.comparisons:
-        if _is_complete(comparison, found):
-            tables = [f"{budget_text(comparison, b)}:\n\n{table(comparison, b, found)}" for b in comparison.budgets]
-            made[comparison.name] = "\n\n".join(tables)
+        if comparison.name in made:
             draw_comparison(comparison, found, images)
     for study in grid.gradients:
         if study.key in found:
-            made[f"gradients_{study.name}"] = gradient_table(study, found)
             draw_gradients(study, found, images)
     text = "\n\n".join(f"## {name}\n\n{markdown}" for name, markdown in made.items())
     (out / "tables.md").write_text(text + "\n", encoding="utf-8")
     if page is not None:
         fill_page(page, made)
     return text
+
+
+def tables(grid: Grid, found: Results) -> dict[str, str]:
+    """Markdown by the name of the comparison or study, of those that have been run to the end."""
+    made: dict[str, str] = {}
+    for comparison in grid.comparisons:
+        if _is_complete(comparison, found):
+            of_budgets = [f"{budget_text(comparison, b)}:\n\n{table(comparison, b, found)}" for b in comparison.budgets]
+            made[comparison.name] = "\n\n".join(of_budgets)
+    for study in grid.gradients:
+        if study.key in found:
+            made[f"gradients_{study.name}"] = gradient_table(study, found)
+    return made
 
 
 def _is_complete(comparison: Comparison, found: Results) -> bool:

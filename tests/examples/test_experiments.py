@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,20 @@ from scipy import stats
 
 import negcache_fn
 from examples.code_search.features import rows_of
-from examples.experiments.__main__ import main
+from examples.experiments.__main__ import GRID, main
 from examples.experiments.encoders import DualEncoder
 from examples.experiments.gradients import run_gradients
 from examples.experiments.grid import Setting, Trial, read_grid
 from examples.experiments.methods import CacheLearner, Method, exhaustive_loss, in_batch_loss, learner
+from examples.experiments.page import tables
 from examples.experiments.report import lines
 from examples.experiments.runner import read_results
 from examples.experiments.statistics import mean_of, ratio_of
 from examples.experiments.tasks import MINED, Source, Task, load_task
 from examples.experiments.trial import encode_documents, evaluate, run_trial
 
+PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
+PUBLISHED = GRID.parent / "published"
 REDUCED = """
 [tasks.tiny]
 data = "{data}"
@@ -349,6 +353,18 @@ def test_empty_split_is_named(tmp_path: Path) -> None:
     (tmp_path / "module.py").write_text("def f(x):\n    return x\n")
     with pytest.raises(ValueError, match="split has no queries"):
         load_task(Source("x", str(tmp_path)), tmp_path / "store")
+
+
+def test_page_shows_the_published_results() -> None:
+    """Tables and pictures of the page are those that the command makes of the runs that are kept beside it."""
+    grid, found, text = read_grid(GRID), read_results(PUBLISHED), PAGE.read_text(encoding="utf-8")
+    made = tables(grid, found)
+    assert {"methods", "options", "gradients_light"} <= made.keys()
+    for name, markdown in made.items():
+        between = text.split(f"<!-- begin {name} -->")[1].split(f"<!-- end {name} -->")[0]
+        assert between.strip() == markdown, name
+    for image in re.findall(r"images/(evidence_\w+\.svg)", text):
+        assert (PAGE.parent / "images" / image).is_file()
 
 
 def test_no_results_yet(tmp_path: Path) -> None:
