@@ -175,6 +175,8 @@ def _comparison(
     name: str, given: dict[str, Any], sources: dict[str, Source], methods: dict[str, Method], beir: Path | None
 ) -> Comparison:
     used = _named(name, given, methods)
+    if missing := set(given["against"]) - set(given["methods"]):
+        raise ValueError(f"{name} is against {sorted(missing)}; expected some of its methods {given['methods']}")
     return Comparison(
         name=name,
         title=given["title"],
