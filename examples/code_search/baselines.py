@@ -10,7 +10,7 @@ from examples.code_search.corpus import Bags, Corpus
 from examples.code_search.evaluate import summarize
 from examples.code_search.tokens import VOCABULARY_SIZE
 
-__all__ = ["tfidf"]
+__all__ = ["matrix", "tfidf"]
 
 _QUERIES_AT_ONCE = 256
 
@@ -21,9 +21,9 @@ def tfidf(corpus: Corpus, split: str) -> dict[str, float]:
     It is given every token of a document, not only those that fit the encoder's width.
     """
     transformer = TfidfTransformer(sublinear_tf=True)
-    documents = transformer.fit_transform(_matrix(corpus.documents)).T.tocsr()
+    documents = transformer.fit_transform(matrix(corpus.documents)).T.tocsr()
     rows = corpus.queries_of(split)
-    queries = transformer.transform(_matrix(corpus.queries)[rows])
+    queries = transformer.transform(matrix(corpus.queries)[rows])
     positives = corpus.query_document[rows]
     ranks: list[np.ndarray] = []
     for start in range(0, len(rows), _QUERIES_AT_ONCE):
@@ -33,5 +33,6 @@ def tfidf(corpus: Corpus, split: str) -> dict[str, float]:
     return summarize(np.concatenate(ranks))
 
 
-def _matrix(bags: Bags) -> csr_matrix:
+def matrix(bags: Bags) -> csr_matrix:
+    """[rows, VOCABULARY_SIZE] the counts of the bags."""
     return csr_matrix((bags.counts.astype(np.float32), bags.tokens, bags.starts), (len(bags), VOCABULARY_SIZE))

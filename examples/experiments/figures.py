@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,18 @@ def draw_comparison(comparison: Comparison, found: Results, folder: Path) -> lis
     written: list[Path] = []
     for budget in comparison.budgets:
         if budget != "seconds" and comparison.picture:
-            written += save(f"evidence_{comparison.name}_{budget}", _bound(_curves, comparison, found, budget), folder)
+            draw = partial(_curves, comparison=comparison, found=found, budget=budget)
+            written += save(f"evidence_{comparison.name}_{budget}", draw, folder)
     return written
 
 
 def draw_gradients(study: GradientStudy, found: Results, folder: Path) -> list[Path]:
-    """Bias against noise at the last but one stop, and drift on the way."""
+    """Bias and noise at the last stop, and drift on the way."""
     stops = found[study.key]["stops"]
     return [
         *save(f"evidence_gradients_{study.name}", lambda theme: _bias_and_noise(theme, study, stops), folder),
         *save(f"evidence_drift_{study.name}", lambda theme: _drift(theme, stops), folder),
     ]
-
-
-def _bound(draw: Callable[..., Figure], *arguments: Any) -> Callable[[Theme], Figure]:
-    return lambda theme: draw(theme, *arguments)
 
 
 def _curves(theme: Theme, comparison: Comparison, found: Results, budget: str) -> Figure:

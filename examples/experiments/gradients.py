@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from examples.code_search.evaluate import encode_corpus
 from examples.code_search.features import rows_of
 from examples.experiments.encoders import DualEncoder, optimizers
 from examples.experiments.grid import GradientStudy
 from examples.experiments.methods import CacheLearner, Learner, exhaustive_loss, learner
 from examples.experiments.tasks import Batch, Task
-from examples.experiments.trial import encode_documents, train_step
+from examples.experiments.trial import train_step
 
 __all__ = ["run_gradients"]
 
@@ -114,5 +115,5 @@ def _taken(model: DualEncoder) -> Tensor:
 def _drift(training: CacheLearner) -> float:
     """Mean ``|fresh - stale|^2 / |fresh|^2`` over the whole cache."""
     items = training.state["items"]
-    fresh = encode_documents(training.model, dict(items["features"].items()))
+    fresh = encode_corpus(training.model, dict(items["features"].items()))
     return float(((fresh - items["embedding"]).square().sum(1) / fresh.square().sum(1)).mean())

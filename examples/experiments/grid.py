@@ -11,7 +11,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import tomllib
 
@@ -22,8 +22,6 @@ from examples.experiments.tasks import Source
 __all__ = ["BUDGETS", "Comparison", "GradientStudy", "Grid", "Setting", "Trial", "hashed", "read_grid"]
 
 BUDGETS = ("steps", "documents", "seconds")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,6 @@ class Comparison:
     """Methods side by side."""
 
     name: str
-    title: str
     source: Source
     encoder: str
     methods: tuple[Method, ...]
@@ -179,7 +176,6 @@ def _comparison(
         raise ValueError(f"{name} is against {sorted(missing)}; expected some of its methods {given['methods']}")
     return Comparison(
         name=name,
-        title=given["title"],
         source=_source(given, sources, beir),
         encoder=given["encoder"],
         methods=used,
@@ -221,8 +217,8 @@ def _source(given: dict[str, Any], sources: dict[str, Source], beir: Path | None
     return sources[given["task"]] if beir is None else Source(beir.name, str(beir.resolve()))
 
 
-def _made(kind: type[T], given: dict[str, Any]) -> T:
-    unknown = set(given) - {field.name for field in fields(kind)}  # type: ignore[arg-type]
+def _made(kind: Any, given: dict[str, Any]) -> Any:
+    unknown = set(given) - {field.name for field in fields(kind)}
     if unknown:
         raise ValueError(f"{given['name']} has the keys {sorted(unknown)}, which a {kind.__name__} has not")
     return kind(**given)

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfTransformer
 from torch import Tensor
 
+from examples.code_search.baselines import matrix
 from examples.code_search.corpus import SPLITS, Bags, load_or_harvest
 from examples.code_search.features import DOCUMENT_WIDTH, QUERY_WIDTH, inverse_document_frequency, padded, rows_of
-from examples.code_search.tokens import VOCABULARY_SIZE, token_ids
+from examples.code_search.tokens import token_ids
 from examples.msmarco.formats import Collection, read_judgements, read_texts
 
 __all__ = ["Batch", "Pairs", "Source", "Task", "load_task"]
@@ -111,8 +111,8 @@ class Task:
     def mined(self) -> NDArray[np.int64]:
         """[train queries, MINED]: the training documents most like each query by tf-idf that do not answer it."""
         transformer = TfidfTransformer(sublinear_tf=True)
-        documents = transformer.fit_transform(_matrix(self.document_bags)[self.train_documents]).T.tocsr()
-        queries = transformer.transform(_matrix(self.query_bags))
+        documents = transformer.fit_transform(matrix(self.document_bags)[self.train_documents]).T.tocsr()
+        queries = transformer.transform(matrix(self.query_bags))
         train = self.splits["train"]
         found = np.empty((len(train.queries), MINED), np.int64)
         for start in range(0, len(train.queries), _QUERIES_AT_ONCE):
@@ -234,7 +234,3 @@ def _picked(bags: Bags, rows: NDArray[np.int64]) -> Bags:
     within = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
     taken = np.repeat(bags.starts[rows], lengths) + within
     return Bags(starts, bags.tokens[taken], bags.counts[taken])
-
-
-def _matrix(bags: Bags) -> csr_matrix:
-    return csr_matrix((bags.counts.astype(np.float32), bags.tokens, bags.starts), (len(bags), VOCABULARY_SIZE))

@@ -9,19 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.code_search.evaluate import summarize
+from examples.code_search.evaluate import encode_corpus, summarize
 from examples.code_search.features import rows_of
 from examples.experiments.encoders import DualEncoder, optimizers
 from examples.experiments.grid import Trial
 from examples.experiments.methods import Learner, learner
 from examples.experiments.tasks import Batch, Pairs, Task
 
-__all__ = ["encode_documents", "evaluate", "run_trial", "train_step"]
+__all__ = ["evaluate", "run_trial", "train_step"]
 
 _FIRST_POINT = 50
 _GROWTH = 2
 _CURVE_QUERIES = 2000
-_ROWS_AT_ONCE = 4096
 _QUERIES_AT_ONCE = 512
 _SMOOTHING = 0.95
 
@@ -80,7 +79,7 @@ def evaluate(model: DualEncoder, task: Task, pairs: Pairs, *, at_most: int | Non
     rows = np.arange(len(pairs.queries))
     if at_most is not None and len(rows) > at_most:
         rows = np.random.default_rng(0).choice(rows, at_most, replace=False)
-    documents = encode_documents(model, task.documents)
+    documents = encode_corpus(model, task.documents)
     ranks: list[Tensor] = []
     for start in range(0, len(rows), _QUERIES_AT_ONCE):
         part = rows[start : start + _QUERIES_AT_ONCE]
@@ -89,12 +88,3 @@ def evaluate(model: DualEncoder, task: Task, pairs: Pairs, *, at_most: int | Non
         best = scores.gather(1, answers.clamp(min=0)).masked_fill(answers < 0, -torch.inf).amax(1, keepdim=True)
         ranks.append((scores >= best).sum(1))
     return summarize(torch.cat(ranks).numpy())
-
-
-@torch.no_grad()
-def encode_documents(model: DualEncoder, documents: dict[str, Tensor]) -> Tensor:
-    """[N, dim], a part at a time."""
-    starts = range(0, len(documents["tokens"]), _ROWS_AT_ONCE)
-    return torch.cat(
-        [model.encode_documents(rows_of(documents, slice(start, start + _ROWS_AT_ONCE))) for start in starts]
-    )

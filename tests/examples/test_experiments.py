@@ -15,6 +15,7 @@ import torch
 from scipy import stats
 
 import negcache_fn
+from examples.code_search.evaluate import encode_corpus
 from examples.code_search.features import rows_of
 from examples.experiments.__main__ import GRID, main
 from examples.experiments.encoders import DualEncoder
@@ -26,7 +27,7 @@ from examples.experiments.report import lines
 from examples.experiments.runner import read_results
 from examples.experiments.statistics import mean_of, ratio_of
 from examples.experiments.tasks import MINED, Source, Task, load_task
-from examples.experiments.trial import encode_documents, evaluate, run_trial
+from examples.experiments.trial import evaluate, run_trial
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 PUBLISHED = GRID.parent / "published"
@@ -51,7 +52,6 @@ batch = 8
 num_samples = 2
 
 [comparisons.reduced]
-title = "Reduced"
 task = "tiny"
 encoder = "light"
 methods = ["exhaustive", "in_batch", "cache"]
@@ -242,7 +242,7 @@ def test_losses_agree_with_the_library(task: Task, model: DualEncoder) -> None:
 
 def test_evaluation_ranks_among_all_documents(task: Task, model: DualEncoder) -> None:
     pairs = task.splits["test"]
-    documents = encode_documents(model, task.documents)
+    documents = encode_corpus(model, task.documents)
     queries = model.encode_queries(rows_of(task.queries, pairs.queries)).detach()
     reciprocal = []
     for query, positive in zip(queries, pairs.positives[:, 0], strict=True):
