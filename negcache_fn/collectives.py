@@ -69,7 +69,7 @@ class Ranks(NamedTuple):
     name: str | None  # of the group; None: this process is alone
     rank: int
     size: int
-    last: list[Tensor]  # what came with the last message
+    last: dict[bool, Tensor]  # of what came with the last message with a gradient, and with the last one without
 
     def gather(self, values: Tensor) -> Tensor:
         """[n, ...] -> [size * n, ...]: the values of all ranks, in their order. Differentiable."""
@@ -81,7 +81,7 @@ class Ranks(NamedTuple):
         """`gather` of each, in one message and without gradient."""
         if self.name is None:
             return list(values)
-        sent = [self._in_turn(values[0]), *values[1:]]
+        sent = [self._in_turn(values[0].detach()), *values[1:]]
         received = cast("list[Tensor]", _all_gather_packed_op(sent, self.name, self.size))
         self._came(received[0])
         return received
@@ -96,7 +96,7 @@ class Ranks(NamedTuple):
         """`exchange` of each, in one message and without gradient."""
         if self.name is None:
             return list(values)
-        sent = [self._in_turn(values[0]), *values[1:]]
+        sent = [self._in_turn(values[0].detach()), *values[1:]]
         received = cast("list[Tensor]", _all_to_all_packed_op(sent, self.name, self.size))
         self._came(received[0])
         return received
@@ -112,18 +112,20 @@ class Ranks(NamedTuple):
     def _reduce(self, values: Tensor, operation: str) -> Tensor:
         if self.name is None:
             return values
-        return self._came(cast(Tensor, _all_reduce_op(self._in_turn(values), operation, self.name)))
+        return self._came(cast(Tensor, _all_reduce_op(self._in_turn(values.detach()), operation, self.name)))
 
     def _in_turn(self, values: Tensor) -> Tensor:
-        """The values, which are sent after the last message has come.
+        """The values, which are sent after the last message has come; their gradients the other way round.
 
         Where messages do not depend on each other, a compiler may order them otherwise on each rank, and they meet the
         wrong ones.
         """
-        return after(values, self.last[0]) if self.last else values
+        for last in self.last.values():
+            values = after(values, last)
+        return values
 
     def _came(self, values: Tensor) -> Tensor:
-        self.last[:] = [values]
+        self.last[values.requires_grad] = values.flatten()[:1]  # one number has to wait for as long as all
         return values
 
     def by_rank(self, values: Tensor) -> Tensor:
@@ -151,7 +153,7 @@ class Shards(NamedTuple):
     capacity: int | Tensor  # of all
 
 
-ALONE = Ranks(None, 0, 1, [])
+ALONE = Ranks(None, 0, 1, {})
 
 
 def in_one_place(capacity: int) -> Shards:
@@ -168,7 +170,7 @@ def distribute(group: Any) -> Ranks:
             f"group is a {type(group).__name__}; expected a torch.distributed process group, such as "
             f"torch.distributed.group.WORLD after init_process_group(...), on a rank that is in it"
         )
-    return Ranks(str(group.group_name), group.rank(), group.size(), [])
+    return Ranks(str(group.group_name), group.rank(), group.size(), {})
 
 
 def check_placement(placement: Any, ranks: Ranks) -> None:

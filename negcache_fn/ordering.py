@@ -9,8 +9,13 @@ __all__ = ["after"]
 
 
 def after(tensor: Tensor, other: Tensor) -> Tensor:
-    """`tensor`, for what a compiler must not start before `other` is there. Differentiable in `tensor`."""
-    return cast(Tensor, _after_op(tensor, other.detach())) if torch.compiler.is_compiling() else tensor
+    """`tensor`, for what a compiler must not start before `other` is there.
+
+    Differentiable: in the backward pass, `other` has no gradient before that of `tensor` is there.
+    """
+    if not torch.compiler.is_compiling():
+        return tensor
+    return cast(Tensor, _after_op(tensor, other if tensor.requires_grad else other.detach()))
 
 
 @torch.library.custom_op("negcache_fn::after", mutates_args=())
@@ -23,8 +28,23 @@ def _(tensor: Tensor, other: Tensor) -> Tensor:
     return torch.empty_like(tensor)
 
 
-def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return gradient, None
+@torch.library.custom_op("negcache_fn::zeros_after", mutates_args=())
+def _zeros_after_op(like: Tensor, other: Tensor) -> Tensor:
+    return torch.zeros_like(like)
 
 
-_after_op.register_autograd(_gradient)
+@_zeros_after_op.register_fake
+def _(like: Tensor, other: Tensor) -> Tensor:
+    return torch.empty_like(like)
+
+
+def _keep_other(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+    (other,) = ctx.saved_tensors
+    return gradient, cast(Tensor, _zeros_after_op(other, gradient)) if ctx.needs_input_grad[1] else None
+
+
+_after_op.register_autograd(_gradient, setup_context=_keep_other)
