@@ -31,18 +31,19 @@ def encode_corpus(model: DualEncoder, documents: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def ranks_of(queries: Tensor, documents: Tensor, positives: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[Q] rank of each query's positive among all documents, 1 the best; of equal scores the positive comes last.
+    """[Q] rank of each query's best positive among all documents, 1 the first; of equal scores the positive comes last.
 
     Args:
         queries: [Q, dim] embeddings.
         documents: [N, dim] embeddings.
-        positives: [Q] row of the document that each query describes.
+        positives: [Q, A] rows of the documents that answer each query; -1 where there are fewer than A.
     """
     ranks: list[Tensor] = []
     for start in range(0, len(queries), _QUERIES_AT_ONCE):
         scores = queries[start : start + _QUERIES_AT_ONCE] @ documents.T
-        positive = torch.from_numpy(positives[start : start + _QUERIES_AT_ONCE]).unsqueeze(1)
-        ranks.append((scores >= scores.gather(1, positive)).sum(1))
+        answers = torch.from_numpy(positives[start : start + _QUERIES_AT_ONCE])
+        best = scores.gather(1, answers.clamp(min=0)).masked_fill(answers < 0, -torch.inf).amax(1, keepdim=True)
+        ranks.append((scores >= best).sum(1))
     return torch.cat(ranks).numpy()
 
 
@@ -61,4 +62,4 @@ def evaluate(
     """MRR@10 and Recall@10 of the queries over all documents."""
     with torch.no_grad():
         encoded = model.encode_queries(queries)
-    return summarize(ranks_of(encoded, encode_corpus(model, documents), positives))
+    return summarize(ranks_of(encoded, encode_corpus(model, documents), positives[:, None]))

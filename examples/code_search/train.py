@@ -98,7 +98,7 @@ def _sizes(data: Data, options: Options) -> dict[str, Any]:
 def _test(run: Run) -> dict[str, float]:
     queries, positives = run.data.held_out("test")
     documents = encode_corpus(run.model, run.data.documents)
-    found = summarize(ranks_of(run.model.encode_queries(queries), documents, positives))
+    found = summarize(ranks_of(run.model.encode_queries(queries), documents, positives[:, None]))
     return {**found, "training_seconds": run.seconds}
 
 

@@ -47,6 +47,8 @@ class Trial:
     """Training stops when the last of them is used up."""
     test_at: tuple[str, ...]
     """The budgets at whose end the test queries are asked; the validation queries are at all."""
+    decay: bool = False
+    """Whether learning rates fall linearly, to nothing where the (one) budget is used up."""
 
     @property
     def key(self) -> str:
@@ -76,6 +78,8 @@ class Comparison:
     methods: tuple[Method, ...]
     budgets: dict[str, float]
     settings: tuple[Setting, ...]
+    decay: bool
+    """Whether learning rates fall to nothing; each budget has trials of its own then."""
     seeds: int
     against: tuple[str, ...]
     """The methods that all are compared with, seed by seed; a gap that is closed begins at the first."""
@@ -86,36 +90,58 @@ class Comparison:
         """Every setting of every method; with one setting there is nothing to tune."""
         if len(self.settings) == 1:
             return []
-        return [self._trial(method, setting, 0, ()) for method in self.methods for setting in self.settings]
+        return [
+            self._trial(method, setting, 0, budgets)
+            for method in self.methods
+            for setting in self.settings
+            for budgets in self._together(self.budgets_of(method))
+        ]
 
     def chosen(self, method: Method, found: dict[str, dict[str, Any]]) -> dict[str, Setting]:
         """The setting of best validation MRR@10 at each budget that the method was tuned for."""
         if len(self.settings) == 1:
             return dict.fromkeys(self.budgets_of(method), self.settings[0])
-        results = {setting: found[self._trial(method, setting, 0, ()).key]["at"] for setting in self.settings}
-        return {
-            budget: max(self.settings, key=lambda setting: results[setting][budget]["validation"]["mrr@10"])
-            for budget in self.budgets_of(method)
-        }
+        chosen: dict[str, Setting] = {}
+        for budgets in self._together(self.budgets_of(method)):
+            at = {setting: found[self._trial(method, setting, 0, budgets).key]["at"] for setting in self.settings}
+            for budget in budgets:
+                chosen[budget] = max(self.settings, key=lambda setting: at[setting][budget]["validation"]["mrr@10"])
+        return chosen
 
     def final(self, method: Method, found: dict[str, dict[str, Any]]) -> dict[tuple[str, int], Trial]:
         """By budget and seed: the trials whose test figures count. Equal settings share a trial."""
         chosen = self.chosen(method, found)
         trials: dict[tuple[str, int], Trial] = {}
-        for budget, setting in chosen.items():
-            together = tuple(name for name, other in chosen.items() if other == setting)
-            for seed in range(self.seeds):
-                trials[budget, seed] = self._trial(method, setting, seed, together)
+        for setting in self.settings:
+            for budgets in self._together([budget for budget, other in chosen.items() if other == setting]):
+                for seed in range(self.seeds):
+                    trial = self._trial(method, setting, seed, budgets, tested=True)
+                    trials.update({(budget, seed): trial for budget in budgets})
         return trials
 
     def budgets_of(self, method: Method) -> list[str]:
         """All; the exhaustive softmax, the limit at equal steps, would use up the others before it began."""
         return ["steps"] if method.loss == "exhaustive" else list(self.budgets)
 
-    def _trial(self, method: Method, setting: Setting, seed: int, test_at: tuple[str, ...]) -> Trial:
-        wanted = test_at or tuple(self.budgets_of(method))
-        budgets = {name: self.budgets[name] for name in wanted}
-        return Trial(self.source, self.encoder, method, setting, seed, budgets, test_at)
+    def _together(self, budgets: list[str]) -> list[tuple[str, ...]]:
+        """The budgets that one trial can serve."""
+        if self.decay:
+            return [(budget,) for budget in budgets]
+        return [tuple(budgets)] if budgets else []
+
+    def _trial(
+        self, method: Method, setting: Setting, seed: int, budgets: tuple[str, ...], *, tested: bool = False
+    ) -> Trial:
+        return Trial(
+            source=self.source,
+            encoder=self.encoder,
+            method=method,
+            setting=setting,
+            seed=seed,
+            budgets={name: self.budgets[name] for name in budgets},
+            test_at=budgets if tested else (),
+            decay=self.decay,
+        )
 
 
 @dataclass(frozen=True)
@@ -181,6 +207,7 @@ def _comparison(
         methods=used,
         budgets={budget: given[budget] for budget in BUDGETS if budget in given},
         settings=tuple(Setting(rate, scale) for rate in given["rates"] for scale in given["scales"]),
+        decay=given.get("decay", False),
         seeds=given["seeds"],
         against=tuple(given["against"]),
         picture=tuple(given.get("picture", given["methods"])),

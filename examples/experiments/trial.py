@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.code_search.evaluate import encode_corpus, summarize
+from examples.code_search.evaluate import encode_corpus, ranks_of, summarize
 from examples.code_search.features import rows_of
 from examples.experiments.encoders import DualEncoder, optimizers
 from examples.experiments.grid import Trial
@@ -38,6 +38,11 @@ def run_trial(trial: Trial, task: Task) -> dict[str, Any]:
     used = {"steps": 0, "documents": float(learning.documents_encoded), "seconds": time.thread_time() - started}
     at: dict[str, Any] = {}
     curve: list[dict[str, Any]] = []
+
+    def rate_left(_: int) -> float:
+        return 1 - sum(used[budget] / most for budget, most in trial.budgets.items()) if trial.decay else 1.0
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(part, rate_left) for part in optimizer]
     smoothed: dict[str, float] = {}
     next_point = float(_FIRST_POINT)
     while True:
@@ -57,6 +62,8 @@ def run_trial(trial: Trial, task: Task) -> dict[str, Any]:
         used["seconds"] += time.thread_time() - started
         used["steps"] += 1
         used["documents"] = float(learning.documents_encoded)
+        for schedule in schedules:
+            schedule.step()
         for name, value in metrics.items():
             before = smoothed.get(name, value.item())
             smoothed[name] = _SMOOTHING * before + (1 - _SMOOTHING) * value.item()
@@ -79,12 +86,9 @@ def evaluate(model: DualEncoder, task: Task, pairs: Pairs, *, at_most: int | Non
     rows = np.arange(len(pairs.queries))
     if at_most is not None and len(rows) > at_most:
         rows = np.random.default_rng(0).choice(rows, at_most, replace=False)
+    queries = [
+        model.encode_queries(rows_of(task.queries, pairs.queries[rows[start : start + _QUERIES_AT_ONCE]]))
+        for start in range(0, len(rows), _QUERIES_AT_ONCE)
+    ]
     documents = encode_corpus(model, task.documents)
-    ranks: list[Tensor] = []
-    for start in range(0, len(rows), _QUERIES_AT_ONCE):
-        part = rows[start : start + _QUERIES_AT_ONCE]
-        scores = model.encode_queries(rows_of(task.queries, pairs.queries[part])) @ documents.T
-        answers = torch.from_numpy(pairs.positives[part])
-        best = scores.gather(1, answers.clamp(min=0)).masked_fill(answers < 0, -torch.inf).amax(1, keepdim=True)
-        ranks.append((scores >= best).sum(1))
-    return summarize(torch.cat(ranks).numpy())
+    return summarize(ranks_of(torch.cat(queries), documents, pairs.positives[rows]))

@@ -184,8 +184,9 @@ def test_features_keep_the_heaviest_tokens(installation: Path, tmp_path: Path) -
 def test_ranks_and_their_summary_by_hand() -> None:
     documents = torch.eye(3)
     queries = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [1.0, 1.0, 0.0]])
-    ranks = ranks_of(queries, documents, np.array([0, 2, 0]))
+    ranks = ranks_of(queries, documents, np.array([[0], [2], [0]]))
     assert ranks.tolist() == [1, 3, 2]  # equal scores count against
+    assert ranks_of(queries, documents, np.array([[2, 1], [2, -1], [-1, 2]])).tolist() == [2, 3, 3]  # the best counts
     assert summarize(np.array([1, 2, 10, 11])) == {"mrr@10": pytest.approx(1.6 / 4), "recall@10": 0.75}
 
 
