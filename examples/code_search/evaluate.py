@@ -10,7 +10,7 @@ from torch import Tensor
 from examples.code_search.features import rows_of
 from examples.code_search.model import DualEncoder
 
-__all__ = ["CUTOFF", "encode_corpus", "evaluate", "ranks_of", "summarize"]
+__all__ = ["CUTOFF", "best_ranks", "encode_corpus", "evaluate", "ranks_of", "summarize"]
 
 CUTOFF = 10
 _ROWS_AT_ONCE = 4096
@@ -31,20 +31,28 @@ def encode_corpus(model: DualEncoder, documents: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def ranks_of(queries: Tensor, documents: Tensor, positives: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[Q] rank of each query's best positive among all documents, 1 the first; of equal scores the positive comes last.
+    """[Q] rank of each query's best positive among all documents: `best_ranks` of the dot products.
 
     Args:
         queries: [Q, dim] embeddings.
         documents: [N, dim] embeddings.
+        positives: [Q, A] as there.
+    """
+    starts = range(0, len(queries), _QUERIES_AT_ONCE)
+    parts = [slice(start, start + _QUERIES_AT_ONCE) for start in starts]
+    return np.concatenate([best_ranks(queries[part] @ documents.T, positives[part]) for part in parts])
+
+
+def best_ranks(scores: Tensor, positives: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[Q] rank of each query's best positive, 1 the first; of equal scores the positive comes last.
+
+    Args:
+        scores: [Q, N].
         positives: [Q, A] rows of the documents that answer each query; -1 where there are fewer than A.
     """
-    ranks: list[Tensor] = []
-    for start in range(0, len(queries), _QUERIES_AT_ONCE):
-        scores = queries[start : start + _QUERIES_AT_ONCE] @ documents.T
-        answers = torch.from_numpy(positives[start : start + _QUERIES_AT_ONCE])
-        best = scores.gather(1, answers.clamp(min=0)).masked_fill(answers < 0, -torch.inf).amax(1, keepdim=True)
-        ranks.append((scores >= best).sum(1))
-    return torch.cat(ranks).numpy()
+    answers = torch.from_numpy(positives)
+    best = scores.gather(1, answers.clamp(min=0)).masked_fill(answers < 0, -torch.inf).amax(1, keepdim=True)
+    return (scores >= best).sum(1).numpy()
 
 
 def summarize(ranks: NDArray[np.int64]) -> dict[str, float]:

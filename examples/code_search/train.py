@@ -47,7 +47,7 @@ def train(
         return
     print(f"{sizes['functions']:,} functions, {sizes['queries']} queries in {time.perf_counter() - started:.0f} s")
 
-    lexical = {split: tfidf(data.corpus, split) for split in ("validation", "test")}
+    lexical = {split: _lexical(data, split) for split in ("validation", "test")}
     results: dict[str, dict[str, Any]] = {"tf-idf": lexical["test"]}
     histories: dict[str, list[dict[str, float]]] = {}
     for method in METHODS:
@@ -72,7 +72,7 @@ def _train_together(data: Data, out: Path, steps: int, options: Options, workers
     run = Run(method, options, data, out / method.name, workers)
     run.train(steps)
     if workers.leads:
-        results = {"tf-idf": tfidf(data.corpus, "test"), method.label: _test(run)}
+        results = {"tf-idf": _lexical(data, "test"), method.label: _test(run)}
         (out / "summary.json").write_text(
             json.dumps({"steps": steps, "workers": workers.count, "test": results}, indent=2)
         )
@@ -92,6 +92,12 @@ def _sizes(data: Data, options: Options) -> dict[str, Any]:
     if not queries["validation"] or not queries["test"]:
         raise ValueError(f"there are {queries} queries: give more code (--root), so that every split has some")
     return {"functions": len(corpus.documents), "queries": queries}
+
+
+def _lexical(data: Data, split: str) -> dict[str, float]:
+    corpus = data.corpus
+    rows = corpus.queries_of(split)
+    return tfidf(corpus.documents, corpus.queries, rows, corpus.query_document[rows, None])
 
 
 @torch.no_grad()

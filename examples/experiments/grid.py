@@ -19,7 +19,7 @@ from examples.experiments.encoders import ENCODERS
 from examples.experiments.methods import Method
 from examples.experiments.tasks import Source
 
-__all__ = ["BUDGETS", "Comparison", "GradientStudy", "Grid", "Setting", "Trial", "hashed", "read_grid"]
+__all__ = ["BUDGETS", "Comparison", "GradientStudy", "Grid", "Lexical", "Setting", "Trial", "hashed", "read_grid"]
 
 BUDGETS = ("steps", "documents", "seconds")
 
@@ -56,6 +56,18 @@ class Trial:
         return hashed(asdict(self))
 
 
+@dataclass(frozen=True)
+class Lexical:
+    """Search by tf-idf, where nothing is learnt."""
+
+    source: Source
+
+    @property
+    def key(self) -> str:
+        """The same for the same source."""
+        return hashed(asdict(self))
+
+
 def hashed(described: dict[str, Any]) -> str:
     """A key for what is described: the same under other names."""
     text = json.dumps(_without_names(described), sort_keys=True)
@@ -85,6 +97,11 @@ class Comparison:
     """The methods that all are compared with, seed by seed; a gap that is closed begins at the first."""
     picture: tuple[str, ...]
     """The methods that its pictures show."""
+
+    @property
+    def lexical(self) -> Lexical:
+        """What all have to beat."""
+        return Lexical(self.source)
 
     def tuning(self) -> list[Trial]:
         """Every setting of every method; with one setting there is nothing to tune."""

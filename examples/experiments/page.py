@@ -7,7 +7,7 @@ from pathlib import Path
 from examples.benchmarks.report import fill_page
 from examples.experiments.figures import draw_comparison, draw_gradients
 from examples.experiments.grid import Comparison, Grid
-from examples.experiments.report import budget_text, gradient_table, table
+from examples.experiments.report import budget_text, gradient_table, lexical_text, table
 from examples.experiments.runner import Results, final_trials
 
 __all__ = ["tables", "write_report"]
@@ -39,7 +39,7 @@ def tables(grid: Grid, found: Results) -> dict[str, str]:
     for comparison in grid.comparisons:
         if _is_complete(comparison, found):
             of_budgets = [f"{budget_text(comparison, b)}:\n\n{table(comparison, b, found)}" for b in comparison.budgets]
-            made[comparison.name] = "\n\n".join(of_budgets)
+            made[comparison.name] = "\n\n".join([*of_budgets, lexical_text(comparison, found)])
     for study in grid.gradients:
         if study.key in found:
             made[f"gradients_{study.name}"] = gradient_table(study, found)
@@ -47,6 +47,6 @@ def tables(grid: Grid, found: Results) -> dict[str, str]:
 
 
 def _is_complete(comparison: Comparison, found: Results) -> bool:
-    if any(trial.key not in found for trial in comparison.tuning()):
+    if any(asked.key not in found for asked in (comparison.lexical, *comparison.tuning())):
         return False
     return all(trial.key in found for trial in final_trials(comparison, found))

@@ -10,7 +10,7 @@ from examples.experiments.methods import Method
 from examples.experiments.runner import Results
 from examples.experiments.statistics import Interval, mean_of, ratio_of
 
-__all__ = ["Line", "budget_text", "curve_of", "gradient_table", "lines", "table"]
+__all__ = ["Line", "budget_text", "curve_of", "gradient_table", "lexical_text", "lines", "table"]
 
 _TITLES = {"steps": "equal steps", "documents": "equal documents encoded", "seconds": "equal time"}
 
@@ -96,6 +96,12 @@ def gradient_table(study: GradientStudy, found: Results) -> str:
 def budget_text(comparison: Comparison, budget: str) -> str:
     """ "at equal steps (1,000)"."""
     return f"At {_TITLES[budget]} ({comparison.budgets[budget]:,.0f})"
+
+
+def lexical_text(comparison: Comparison, found: Results) -> str:
+    """What tf-idf finds."""
+    test = found[comparison.lexical.key]["test"]
+    return f"Search by TF-IDF, where nothing is learnt: MRR@10 {test['mrr@10']:.4f}, Recall@10 {test['recall@10']:.3f}."
 
 
 def curve_of(comparison: Comparison, method: Method, found: Results, budget: str) -> list[list[dict[str, Any]]]:

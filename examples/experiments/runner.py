@@ -16,14 +16,16 @@ from typing import Any
 from tqdm import tqdm
 
 from examples.experiments.gradients import run_gradients
-from examples.experiments.grid import Comparison, GradientStudy, Grid, Trial
+from examples.experiments.grid import Comparison, GradientStudy, Grid, Lexical, Trial
 from examples.experiments.tasks import Source, Task, load_task
-from examples.experiments.trial import run_trial
+from examples.experiments.trial import run_lexical, run_trial
 
 __all__ = ["Results", "final_trials", "read_results", "run_grid"]
 
 Results = dict[str, dict[str, Any]]
-"""What `run_trial` gave, by the key of the trial."""
+"""What `run_trial` gave, by the key of the trial; so for what else is asked."""
+
+_Asked = Trial | GradientStudy | Lexical
 
 
 def run_grid(grid: Grid, out: Path, *, jobs: int) -> Results:
@@ -38,6 +40,7 @@ def run_grid(grid: Grid, out: Path, *, jobs: int) -> Results:
     with _processes(jobs) as pool:
         for comparison in grid.comparisons:
             corpus = _load(comparison.source, out).key  # kept there before all processes ask for it
+            _run(pool, [comparison.lexical], out, found, corpus, f"{comparison.name}: tf-idf")
             _run(pool, comparison.tuning(), out, found, corpus, f"{comparison.name}: tuning")
             _run(pool, final_trials(comparison, found), out, found, corpus, comparison.name)
         for study in grid.gradients:
@@ -63,9 +66,7 @@ def read_results(out: Path) -> Results:
     return {row["key"]: row["result"] for row in map(json.loads, whole.splitlines())}
 
 
-def _run(
-    pool: Executor, wanted: Sequence[Trial | GradientStudy], out: Path, found: Results, corpus: str, name: str
-) -> None:
+def _run(pool: Executor, wanted: Sequence[_Asked], out: Path, found: Results, corpus: str, name: str) -> None:
     """Runs what is not found, or was found on another corpus."""
     missing = [asked for asked in wanted if found.get(asked.key, {}).get("corpus") != corpus]
     progress = tqdm(total=len(wanted), initial=len(wanted) - len(missing), desc=name, unit="run", dynamic_ncols=True)
@@ -78,9 +79,15 @@ def _run(
             progress.update()
 
 
-def _run_one(asked: Trial | GradientStudy, out: Path) -> tuple[Trial | GradientStudy, dict[str, Any]]:
+def _run_one(asked: _Asked, out: Path) -> tuple[_Asked, dict[str, Any]]:
     task = _load(asked.source, out)
-    result = run_trial(asked, task) if isinstance(asked, Trial) else run_gradients(asked, task)
+    match asked:
+        case Trial():
+            result = run_trial(asked, task)
+        case GradientStudy():
+            result = run_gradients(asked, task)
+        case Lexical():
+            result = run_lexical(task)
     return asked, {"corpus": task.key, **result}
 
 

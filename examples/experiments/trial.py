@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from examples.code_search.baselines import tfidf
 from examples.code_search.evaluate import encode_corpus, ranks_of, summarize
 from examples.code_search.features import rows_of
 from examples.experiments.encoders import DualEncoder, optimizers
@@ -16,7 +17,7 @@ from examples.experiments.grid import Trial
 from examples.experiments.methods import Learner, learner
 from examples.experiments.tasks import Batch, Pairs, Task
 
-__all__ = ["evaluate", "run_trial", "train_step"]
+__all__ = ["evaluate", "run_lexical", "run_trial", "train_step"]
 
 _FIRST_POINT = 50
 _GROWTH = 2
@@ -68,6 +69,12 @@ def run_trial(trial: Trial, task: Task) -> dict[str, Any]:
             before = smoothed.get(name, value.item())
             smoothed[name] = _SMOOTHING * before + (1 - _SMOOTHING) * value.item()
     return {"at": at, "curve": curve, "scale": model.scale.item()}
+
+
+def run_lexical(task: Task) -> dict[str, Any]:
+    """What tf-idf finds for the ``test`` queries."""
+    pairs = task.splits["test"]
+    return {"test": tfidf(task.document_bags, task.query_bags, pairs.queries, pairs.positives)}
 
 
 def train_step(learning: Learner, batch: Batch, optimizer: list[torch.optim.Optimizer]) -> dict[str, Tensor]:

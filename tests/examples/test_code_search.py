@@ -1,6 +1,7 @@
 """The code search example on a small made-up installation: it trains, resumes exactly, and searches."""
 
 import json
+import math
 import shutil
 import signal
 import threading
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from examples.code_search.__main__ import main
+from examples.code_search.baselines import tfidf
 from examples.code_search.checkpoint import interruptions_deferred, load
-from examples.code_search.corpus import SPLITS, load_or_harvest
+from examples.code_search.corpus import SPLITS, Bags, load_or_harvest
 from examples.code_search.evaluate import ranks_of, summarize
 from examples.code_search.features import inverse_document_frequency, padded
 from examples.code_search.harvest import harvest_file
@@ -188,6 +190,38 @@ def test_ranks_and_their_summary_by_hand() -> None:
     assert ranks.tolist() == [1, 3, 2]  # equal scores count against
     assert ranks_of(queries, documents, np.array([[2, 1], [2, -1], [-1, 2]])).tolist() == [2, 3, 3]  # the best counts
     assert summarize(np.array([1, 2, 10, 11])) == {"mrr@10": pytest.approx(1.6 / 4), "recall@10": 0.75}
+
+
+def test_tfidf_is_the_cosine_of_weighted_counts() -> None:
+    """Weight (1 + ln count) (1 + ln((1 + N) / (1 + documents with the word))), rank by rank."""
+    generator = np.random.default_rng(0)
+
+    def bag() -> dict[int, int]:
+        words = generator.permutation(12)[: generator.integers(2, 7)]
+        return {word: int(generator.integers(1, 5)) for word in words.tolist()}
+
+    documents, queries = [bag() for _ in range(30)], [bag() for _ in range(6)]
+    positives = np.array([[3, 5], [7, -1], [1, 2], [20, -1], [9, -1]])
+    rows = np.array([4, 0, 2, 5, 1])
+
+    def weighted(counts: dict[int, int]) -> dict[int, float]:
+        weights = {
+            word: (1 + math.log(count)) * (1 + math.log(31 / (1 + sum(word in other for other in documents))))
+            for word, count in counts.items()
+        }
+        length = math.hypot(*weights.values())
+        return {word: weight / length for word, weight in weights.items()}
+
+    reciprocal = []
+    for row, answers in zip(rows, positives, strict=True):
+        query = weighted(queries[row])
+        scores = [sum(query.get(word, 0) * weight for word, weight in weighted(each).items()) for each in documents]
+        best = max(scores[answer] for answer in answers if answer >= 0)
+        rank = sum(score >= best - 1e-6 for score in scores)
+        reciprocal.append(1 / rank if rank <= 10 else 0.0)
+    found = tfidf(Bags.of(documents), Bags.of(queries), rows, positives)
+    assert found["mrr@10"] == pytest.approx(np.mean(reciprocal), abs=1e-9)
+    assert 0.1 < found["mrr@10"] < 0.9
 
 
 def test_in_batch_loss_counts_a_repeated_document_once() -> None:

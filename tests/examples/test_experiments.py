@@ -121,6 +121,7 @@ def test_reduced_grid_from_an_empty_folder(
         for budget, point in row["result"]["at"].items()
     ), "trials that tune never ask the test queries"
     assert "| exhaustive |" in printed
+    assert "Search by TF-IDF, where nothing is learnt: MRR@10 " in printed
     assert "| against in-batch | against cache | gap closed |" in printed
     assert all(line in page.read_text(encoding="utf-8") for line in printed.splitlines() if line.startswith("|"))
     images = {file.name for file in (page.parent / "images").iterdir()}
