@@ -212,5 +212,5 @@ class _AverageGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        ranks = ctx.ranks._replace(last={})  # what came in the forward pass is no concern here
+        ranks = ctx.ranks.afresh()  # what came in the forward pass is no concern here
         return ranks.total(gradients[0]) / ranks.size, None

@@ -254,7 +254,7 @@ def _save_for_backward(
 
 
 def _cache_logsumexp_gradient(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    saved = cast("tuple[Tensor | None, ...]", ctx.saved_tensors)  # pyright: ignore[reportAttributeAccessIssue]
+    saved = cast("tuple[Tensor | None, ...]", ctx.saved_tensors)  # pyright: ignore[reportAttributeAccessIssue] - undeclared
     return cast(Tensor, _cache_logsumexp_backward_op(gradient.contiguous(), *saved)), None, None, None, None
 
 

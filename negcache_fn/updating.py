@@ -213,7 +213,7 @@ def storable(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_refresh(refresh: tuple[Tensor, Tensor], cached: Tensor) -> None:
-    if not isinstance(refresh, tuple) or len(refresh) != 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(refresh, tuple) or len(refresh) != 2:  # pyright: ignore[reportUnnecessaryIsInstance] - who calls may not check types
         raise TypeError(f"refresh is {type(refresh).__name__}; expected a pair (slots, embeddings)")
     slots, embeddings = refresh
     check_slots("refresh[0]", slots, cached.device)

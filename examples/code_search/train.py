@@ -8,13 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from examples.code_search import checkpoint
 from examples.code_search.baselines import tfidf
 from examples.code_search.corpus import SPLITS, load_or_harvest
 from examples.code_search.data import Data
-from examples.code_search.evaluate import encode_corpus, ranks_of, summarize
+from examples.code_search.evaluate import evaluate
 from examples.code_search.methods import METHODS
 from examples.code_search.plots import draw
 from examples.code_search.run import Options, Run
@@ -100,11 +98,9 @@ def _lexical(data: Data, split: str) -> dict[str, float]:
     return tfidf(corpus.documents, corpus.queries, rows, corpus.query_document[rows, None])
 
 
-@torch.no_grad()
 def _test(run: Run) -> dict[str, float]:
     queries, positives = run.data.held_out("test")
-    documents = encode_corpus(run.model, run.data.documents)
-    found = summarize(ranks_of(run.model.encode_queries(queries), documents, positives[:, None]))
+    found = evaluate(run.model, queries, positives, run.data.documents)
     return {**found, "training_seconds": run.seconds}
 
 

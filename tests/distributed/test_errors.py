@@ -138,7 +138,7 @@ def test_mistakes_are_told_on_every_rank(tmp_path: Path) -> None:
 def test_group_and_placement_are_checked() -> None:
     state = whole_cache(torch.float32)
     with pytest.raises(TypeError, match=r"group is a str; expected a torch\.distributed process group"):
-        negcache_fn.sample_gumbel(state, torch.ones(2, DIM), group="gloo")  # pyright: ignore[reportArgumentType]
+        negcache_fn.sample_gumbel(state, torch.ones(2, DIM), group="gloo")
     with pytest.raises(ValueError, match="placement is 'replicated' without a group"):
         negcache_fn.sample_gumbel(state, torch.ones(2, DIM), placement="replicated")
     with pytest.raises(ValueError, match="in_batch is 'global' without a group"):
