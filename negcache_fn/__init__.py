@@ -1,29 +1,34 @@
 """Negative cache for training retrieval models: pure functions on an explicit state."""
 
-from negcache_fn.caches import merge_draws, refreshes, take_drawn
-from negcache_fn.chunking import chunked
-from negcache_fn.export import hard_negatives, training_rows
-from negcache_fn.false_negatives import FalseNegatives
-from negcache_fn.features import pad_features
-from negcache_fn.filling import prefill, reset, resize
+from negcache_fn._cache.fill import prefill, reset, resize
+from negcache_fn._cache.offload import memory_mapped, offload_features
+from negcache_fn._cache.pad import pad_features
+from negcache_fn._cache.reembed import reembed, reembed_
+from negcache_fn._cache.select import stalest
+from negcache_fn._cache.state import init_cache, occupancy, take
+from negcache_fn._cache.update import update, update_
+from negcache_fn._cache.validate import validate
+from negcache_fn._draws.merge import merge_draws, split_refresh, take_drawn
+from negcache_fn._draws.sample import Draw, sample_gumbel
+from negcache_fn._encoders.chunked import chunked
+from negcache_fn._encoders.finite import require_finite
+from negcache_fn._loss.cross_entropy import loss
+from negcache_fn._loss.exact import exact_loss
+from negcache_fn._monitor.ages import age_histogram
+from negcache_fn._options import StepOptions
+from negcache_fn._scores.definition import score
+from negcache_fn._scores.exclude import FalseNegatives
+from negcache_fn._scores.hardest import top_negatives
+from negcache_fn._step import StepOutput, step, step_
+from negcache_fn.dataset_rows import hard_negatives, training_rows
 from negcache_fn.frequency import init_frequency, log_frequency, observe
-from negcache_fn.freshness import reembed, reembed_
-from negcache_fn.guards import require_finite, validate
-from negcache_fn.mining import top_negatives
-from negcache_fn.monitoring import age_histogram
-from negcache_fn.objective import exact_loss, loss
-from negcache_fn.sampling import Draw, sample_gumbel
-from negcache_fn.scoring import score
-from negcache_fn.state import init_cache, occupancy, stalest, take
-from negcache_fn.storage import memory_mapped, offload_features
-from negcache_fn.training import StepOutput, step, step_
-from negcache_fn.updating import update, update_
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Draw",
     "FalseNegatives",
+    "StepOptions",
     "StepOutput",
     "age_histogram",
     "chunked",
@@ -42,12 +47,12 @@ __all__ = [
     "prefill",
     "reembed",
     "reembed_",
-    "refreshes",
     "require_finite",
     "reset",
     "resize",
     "sample_gumbel",
     "score",
+    "split_refresh",
     "stalest",
     "step",
     "step_",

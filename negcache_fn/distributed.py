@@ -25,10 +25,11 @@ from torch.distributed.checkpoint.state_dict_saver import save  # pyright: ignor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from negcache_fn.checks import check_size, check_state
-from negcache_fn.collectives import SHARD_MULTIPLE, Ranks, agree, distribute
-from negcache_fn.features import map_features
-from negcache_fn.state import stored, with_items
+from negcache_fn._cache.state import check_state, stored, with_items
+from negcache_fn._checks import check_size
+from negcache_fn._features import map_features
+from negcache_fn._ranks.agree import check_ranks_agree
+from negcache_fn._ranks.group import SHARD_MULTIPLE, Ranks, ranks_of
 
 __all__ = [
     "average_gradients",
@@ -60,7 +61,7 @@ def local_capacity(capacity: int, group: dist.ProcessGroup | None = None) -> int
         >>> local_capacity(7168)
         7168
     """
-    ranks = distribute(group)
+    ranks = ranks_of(group)
     check_size("capacity", capacity)
     if capacity % SHARD_MULTIPLE:
         raise ValueError(
@@ -90,7 +91,7 @@ def shard(state: TensorDictBase, group: dist.ProcessGroup) -> TensorDictBase:
         ValueError: as `local_capacity`.
     """
     check_state(state)
-    capacity, ranks = stored(state, "embedding").shape[0], distribute(group)
+    capacity, ranks = stored(state, "embedding").shape[0], ranks_of(group)
     rows = local_capacity(capacity, group)
     first = _chunk(capacity, ranks) * ranks.rank
 
@@ -111,8 +112,8 @@ def unshard(state: TensorDictBase, group: dist.ProcessGroup) -> TensorDictBase:
         ValueError: on every rank, if the parts are not those of one cache.
     """
     check_state(state)
-    ranks, rows = distribute(group), stored(state, "embedding").shape[0]
-    embedding, shards = agree(ranks, stored(state, "embedding"), rows, placement="sharded", options="unshard")
+    ranks, rows = ranks_of(group), stored(state, "embedding").shape[0]
+    embedding, shards = check_ranks_agree(ranks, stored(state, "embedding"), rows, function="unshard")
     chunk, capacity = int(shards.chunk), int(shards.capacity)
 
     def whole(leaf: Tensor) -> Tensor:
@@ -146,8 +147,8 @@ def checkpointable(state: TensorDictBase, group: dist.ProcessGroup | None = None
         torch.Size([1, 1024, 4])
     """
     check_state(state)
-    ranks, rows = distribute(group), stored(state, "embedding").shape[0]
-    _, shards = agree(ranks, stored(state, "embedding"), rows, placement="sharded", options="checkpoint")
+    ranks, rows = ranks_of(group), stored(state, "embedding").shape[0]
+    _, shards = check_ranks_agree(ranks, stored(state, "embedding"), rows, function="checkpointable")
     capacity = int(shards.capacity)
     if capacity % SHARD_MULTIPLE:
         raise ValueError(
@@ -190,7 +191,7 @@ def save_checkpoint(
     """
     check_size("step", step, least=0)
     check_size("keep", keep)
-    ranks, path = distribute(group), Path(folder) / f"step-{step}"
+    ranks, path = ranks_of(group), Path(folder) / f"step-{step}"
     partial = path.with_name(path.name + ".partial")
     if ranks.rank == 0:
         for left in Path(folder).glob("*.partial"):
@@ -240,10 +241,10 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup) ->
         parameters: the same on every rank, in the same order; one without a gradient counts as 0.
         group: the ranks.
     """
-    ranks = distribute(group)
+    ranks = ranks_of(group)
     for parameter in parameters:
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        parameter.grad = ranks.total(gradient) / ranks.size
+        parameter.grad = ranks.all_sum(gradient) / ranks.size
 
 
 def _chunk(capacity: int, ranks: Ranks) -> int:

@@ -28,10 +28,11 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from negcache_fn.checks import check_rows, check_size, check_slots
-from negcache_fn.collectives import agree, distribute
+from negcache_fn._cache.state import lock, scalar
+from negcache_fn._checks import check_rows, check_size, check_slots
+from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
+from negcache_fn._ranks.group import ranks_of
 from negcache_fn.random import philox
-from negcache_fn.state import lock, scalar
 
 __all__ = ["init_frequency", "log_frequency", "observe"]
 
@@ -107,8 +108,8 @@ def observe(
 
     Reference: Yi et al., RecSys 2019, algorithm 3 and equation 6.
     """
-    ranks = distribute(group)
-    with ranks.checking():
+    ranks = ranks_of(group)
+    with checking_arguments(ranks):
         _check_frequency(frequency)
         _check_ids(frequency, ids)
         _check_rate(rate)
@@ -116,14 +117,14 @@ def observe(
             check_rows("mask", mask, torch.bool, ids.shape[0], ids.device)
     ids = ids if mask is None else torch.where(mask, ids, -1)
     hashes, buckets = _table(frequency, "interval").shape
-    column, _ = agree(
+    column, _ = check_ranks_agree(
         ranks,
         ids[:, None],
-        buckets,
-        placement="replicated",
-        options=f"observe rate={rate} hashes={hashes}",
+        0,
+        function="observe",
         seed_and_step=(torch.zeros_like(ids[0]), scalar(frequency, "step")),
-        documents=ids.shape[0],
+        numbers={"documents": ids.shape[0], "buckets": buckets, "hashes": hashes},
+        choices={"rate": rate},
     )
     ids = ranks.gather(column.squeeze(1))
     # Rows that are not observed repeat one that is; if there is none, all write back what they read.

@@ -1,8 +1,8 @@
 """Pictures of a cache: its life over a training, and the ages of what is in it now.
 
 They need matplotlib (`pip install negcache-fn[plots]`), which is imported when one is drawn. A picture is a
-`matplotlib.figure.Figure` of its own: `pyplot` and its settings are left alone, `figure.savefig("life.png")` writes it,
-and a notebook shows it.
+`matplotlib.figure.Figure` of its own: `pyplot` and its settings are left alone, `figure.savefig("metrics.png")` writes
+it, and a notebook shows it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn.checks import check_size, check_state
-from negcache_fn.monitoring import bin_width, count_ages
-from negcache_fn.state import scalar, stored
+from negcache_fn._cache.state import check_state, scalar, stored
+from negcache_fn._checks import check_size
+from negcache_fn._monitor.ages import bin_width, count_ages
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["ages", "life"]
+__all__ = ["ages", "metrics"]
 
 _INK, _GRID, _SPINE = "#30363d", "#e6e9ec", "#b8bec5"
 _COLORS = ("#1668b8", "#c98500")
@@ -48,7 +48,7 @@ _PANELS = (
 )
 
 
-def life(history: Sequence[Mapping[str, float | Tensor]], *, steps: Sequence[int] | None = None) -> "Figure":
+def metrics(history: Sequence[Mapping[str, float | Tensor]], *, steps: Sequence[int] | None = None) -> "Figure":
     """A cache's life: each known metric over the steps, one small picture each.
 
     Args:
@@ -64,7 +64,8 @@ def life(history: Sequence[Mapping[str, float | Tensor]], *, steps: Sequence[int
         ImportError: matplotlib is not there.
 
     Examples:
-        >>> figure = life([{"exact_loss": 2.0, "occupancy": torch.tensor(0.5)}, {"exact_loss": 1.5, "occupancy": 1.0}])
+        >>> history = [{"exact_loss": 2.0, "occupancy": torch.tensor(0.5)}, {"exact_loss": 1.5, "occupancy": 1.0}]
+        >>> figure = metrics(history)
         >>> [axes.get_title(loc="left") for axes in figure.axes]
         ['Exact loss', 'Occupancy']
     """

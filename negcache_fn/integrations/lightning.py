@@ -21,9 +21,9 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from negcache_fn._cache.state import stored
 from negcache_fn.distributed import local_capacity
 from negcache_fn.nn import NegativeCacheLoss
-from negcache_fn.state import stored
 
 __all__ = ["NegativeCacheCallback"]
 
@@ -83,7 +83,7 @@ class NegativeCacheCallback(Callback):
         if not self.save or trainer.world_size == 1:
             return
         for path, loss in self._losses.items():
-            group = _group(loss)
+            group = loss.group
             if group is None and len(set(capacities := _capacities(stored(loss.state, "embedding"), _all_ranks()))) > 1:
                 raise ValueError(
                     f"the caches of {path} have {capacities} slots on the ranks; expected the same on every rank, or "
@@ -94,7 +94,7 @@ class NegativeCacheCallback(Callback):
                     f"group of {path} has {group.size()} of {trainer.world_size} ranks; expected all, or none and a "
                     f"cache for each rank, or save=False"
                 )
-            if type(trainer.strategy).save_checkpoint is not Strategy.save_checkpoint and not _replicated(loss):
+            if type(trainer.strategy).save_checkpoint is not Strategy.save_checkpoint and not loss.options.replicated:
                 raise ValueError(
                     f"strategy is {type(trainer.strategy).__name__}, and the cache of {path} is not the same on all "
                     f"ranks; expected a strategy whose checkpoints rank 0 writes, such as 'ddp', or save=False"
@@ -118,11 +118,11 @@ class NegativeCacheCallback(Callback):
         """Puts the caches of the other ranks into rank 0's checkpoint; runs on all ranks."""
         if not self.save or trainer.world_size == 1:
             return
-        losses = {path: loss for path, loss in _losses(pl_module).items() if not _replicated(loss)}
+        losses = {path: loss for path, loss in _losses(pl_module).items() if not loss.options.replicated}
         device = trainer.strategy.root_device
         checkpoint[_OTHERS] = {}
         for path, loss in losses.items():
-            group = _group(loss)
+            group = loss.group
             parts = _on_rank_0(loss.cache.state_dict(), group, device)
             if group is None:
                 checkpoint[_OTHERS][path] = parts[1:]
@@ -150,20 +150,12 @@ def _losses(module: nn.Module) -> dict[str, NegativeCacheLoss]:
     return {path: child for path, child in named if isinstance(child, NegativeCacheLoss)}
 
 
-def _group(loss: NegativeCacheLoss) -> dist.ProcessGroup | None:
-    return loss.options.values.get("group")
-
-
-def _replicated(loss: NegativeCacheLoss) -> bool:
-    return loss.options.values.get("placement") == "replicated"
-
-
 def _take_parts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """A hook of `load_state_dict`: whole caches that are sharded here become this rank's parts."""
     for path, loss in _losses(module).items():
-        group, start = _group(loss), f"{prefix}{path}.cache."
+        group, start = loss.group, f"{prefix}{path}.cache."
         embedding: Tensor | None = state_dict.get(f"{start}items/embedding")
-        if group is None or group.size() == 1 or _replicated(loss) or embedding is None:
+        if group is None or group.size() == 1 or loss.options.replicated or embedding is None:
             continue
         capacity = embedding.shape[0]
         rows = local_capacity(capacity, group)

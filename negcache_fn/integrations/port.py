@@ -29,11 +29,11 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from negcache_fn.checks import check_choice, check_rows
-from negcache_fn.features import rows_where
-from negcache_fn.guards import validate
-from negcache_fn.ids import first_of_each
-from negcache_fn.state import live, lock, scalar
+from negcache_fn._cache.ids import first_of_each
+from negcache_fn._cache.state import assemble_state, live, scalar
+from negcache_fn._cache.validate import validate
+from negcache_fn._checks import check_choice, check_rows
+from negcache_fn._features import rows_where
 
 __all__ = ["EMPTY", "convert_cache", "convert_caches", "main"]
 
@@ -99,18 +99,15 @@ def convert_cache(
         def kept(leaf: Tensor) -> Tensor:
             return rows_where(alive.to(leaf.device), leaf.detach(), torch.zeros_like(leaf))
 
-        items = TensorDict(
-            {
-                "embedding": kept(embedding),
-                "features": TensorDict({key: kept(leaf) for key, leaf in features.items()}, [capacity]),
-                "id": torch.where(alive, ids, -1),
-                "embedded_at": written_at,
-                "log_weight": torch.zeros(capacity, device=device),
-                "inserted_at": written_at.clone(),
-            },
-            batch_size=[capacity],
+        state = assemble_state(
+            kept(embedding),
+            TensorDict({key: kept(leaf) for key, leaf in features.items()}, [capacity]),
+            step,
+            torch.full_like(step, seed),
+            id=torch.where(alive, ids, -1),
+            embedded_at=written_at,
+            inserted_at=written_at.clone(),
         )
-    state = lock(TensorDict({"items": items, "step": step, "seed": torch.full_like(step, seed)}, batch_size=[]))
     validate(state)
     return state
 

@@ -12,10 +12,10 @@ from tensordict import TensorDictBase
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from negcache_fn.collectives import distribute
+from negcache_fn._cache.state import lock
+from negcache_fn._ranks.group import ranks_of
 from negcache_fn.distributed import shard
 from negcache_fn.integrations.sentence_transformers.loss import NegativeCacheLoss, all_ranks
-from negcache_fn.state import lock
 
 __all__ = ["NegativeCacheCallback"]
 
@@ -80,7 +80,7 @@ class NegativeCacheCallback(TrainerCallback):
         """Puts this rank's caches into the checkpoint."""
         folder = _checkpoint(args, state)
         folder.mkdir(parents=True, exist_ok=True)
-        ranks = distribute(all_ranks())
+        ranks = ranks_of(all_ranks())
         saved = {
             name: {"state": loss.state, "scaling": loss.scaling.state_dict()} for name, loss in self.losses.items()
         }
@@ -111,7 +111,7 @@ class NegativeCacheCallback(TrainerCallback):
         self._restore(found, args.device)
 
     def _restore(self, found: dict[int, Path], device: torch.device) -> None:
-        ranks = distribute(all_ranks())
+        ranks = ranks_of(all_ranks())
         for name, loss in self.losses.items():
             group = loss.group
             if group is not None and len(found) != ranks.size:

@@ -1,6 +1,7 @@
 """The cache as a loss of sentence-transformers: `MultipleNegativesRankingLoss`, and the negatives of a cache."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any, cast
 
@@ -11,23 +12,21 @@ from sentence_transformers.util import cos_sim, dot_score  # pyright: ignore[rep
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from typing_extensions import Unpack
 
-from negcache_fn.cache_module import Cache
-from negcache_fn.checks import check_choice, check_size
-from negcache_fn.chunking import chunked
-from negcache_fn.collectives import SHARD_MULTIPLE
+from negcache_fn._cache.state import init_cache
+from negcache_fn._checks import check_choice, check_size
+from negcache_fn._encoders.chunked import chunked
+from negcache_fn._options import StepOptions
+from negcache_fn._ranks.group import SHARD_MULTIPLE
+from negcache_fn._step import check_options, step_
 from negcache_fn.distributed import local_capacity
 from negcache_fn.integrations.sentence_transformers.matryoshka import Truncated, dimensions, is_decorated, normalized
 from negcache_fn.integrations.sentence_transformers.texts import Rows, Texts, content_ids
-from negcache_fn.nn import Scale, StepOptions, check_options
-from negcache_fn.state import init_cache
-from negcache_fn.training import step_
+from negcache_fn.nn import Cache, Scale
 
 __all__ = ["NegativeCacheLoss", "all_ranks"]
 
 _DOCUMENT_IDS = ("tokens", "labels")
-_DECIDED_HERE = ("in_batch", "reduction", "group", "placement")
 
 
 class NegativeCacheLoss(nn.Module):
@@ -55,11 +54,10 @@ class NegativeCacheLoss(nn.Module):
             each positive, or [B, n] for all n documents of each row.
         embedding_dtype: of the cached embeddings.
         seed: of the draws.
-        **options: of `negcache_fn.step`: `num_samples`, `replacement`, `num_draws`, `top_k`, `score_transform`,
-            `share_draws`, `staleness_correction`, `refresh_stalest`, `evict`.
+        options: of `negcache_fn.step`, except for `in_batch`, `reduction` and `placement`, which the loss decides.
 
     Raises:
-        ValueError, TypeError: what does not fit, named.
+        ValueError, TypeError: an argument that does not fit, named.
 
     Reference: Lindgren et al., NeurIPS 2021.
     """
@@ -82,12 +80,15 @@ class NegativeCacheLoss(nn.Module):
         document_ids: str = "tokens",
         embedding_dtype: torch.dtype = torch.float32,
         seed: int = 0,
-        **options: Unpack[StepOptions],
+        options: StepOptions = StepOptions(),
     ) -> None:
         super().__init__()
         check_options(options)
-        if decided := options.keys() & set(_DECIDED_HERE):
-            raise TypeError(f"options are {sorted(decided)}; expected others, as the loss sets those itself")
+        if options.decided_by_adapters != StepOptions().decided_by_adapters:
+            raise ValueError(
+                f"options is {options!r}; expected in_batch, reduction and placement as they are by default, as the "
+                f"loss decides them"
+            )
         if similarity_fct not in (cos_sim, dot_score):
             raise ValueError(f"similarity_fct is {similarity_fct!r}; expected cos_sim or dot_score")
         check_choice("document_ids", document_ids, _DOCUMENT_IDS)
@@ -152,7 +153,7 @@ class NegativeCacheLoss(nn.Module):
             "cache_size": self.cache_size,
             "mini_batch_size": self.mini_batch_size,
             "document_ids": self.document_ids,
-            **self.options,
+            **asdict(self.options),
         }
 
     @property
@@ -170,17 +171,12 @@ class NegativeCacheLoss(nn.Module):
 
     def _step(self, queries: Tensor, documents: Rows, ids: Tensor) -> Tensor:
         state, rows = cast(TensorDictBase, self.state), documents["input_ids"].shape[0]
-        common: dict[str, Any] = {
-            "scale": self.scaling(all_ranks()),
-            "ids": ids,
-            "in_batch": True if self.group is None else "global",
-            "group": self.group,
-            **self.options,
-        }
+        scale = self.scaling(all_ranks())
+        options = self.options if self.group is None else self.options.with_batch_of_all_ranks()
         weight, fewer = dimensions(self.calculate_loss, queries.shape[1])
         normal = is_decorated(self.calculate_loss) or self.similarity_fct is cos_sim
         unit: Callable[[Tensor], Tensor] = normalized if normal else _same
-        truncated = [Truncated(state, queries, size, common) for size, _ in fewer]
+        truncated = [Truncated(state, queries, size, ids, scale, options, self.group) for size, _ in fewer]
         embedded: list[Tensor] = []
 
         def encode(features: Rows) -> Tensor:
@@ -192,7 +188,7 @@ class NegativeCacheLoss(nn.Module):
             embedded.extend([split[0][:rows], *split[1:]])
             return unit(split[0])
 
-        out = step_(state, unit(queries), documents, encode, **common)
+        out = step_(state, unit(queries), documents, encode, options=options, scale=scale, ids=ids, group=self.group)
         self.metrics = out.metrics
         total = weight * out.loss
         for part, (_, its_weight), negatives in zip(truncated, fewer, embedded[1:], strict=True):

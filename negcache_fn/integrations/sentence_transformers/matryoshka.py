@@ -9,20 +9,19 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from negcache_fn._cache.state import take, with_items
+from negcache_fn._draws.sample import Draw, sample_gumbel
+from negcache_fn._loss.cross_entropy import loss
+from negcache_fn._options import StepOptions
 from negcache_fn.integrations.sentence_transformers.texts import Rows
-from negcache_fn.objective import loss
-from negcache_fn.sampling import Draw, sample_gumbel
-from negcache_fn.state import take, with_items
 
 __all__ = ["Truncated", "dimensions", "is_decorated", "normalized"]
-
-_TO_DRAW = ("scale", "num_samples", "replacement", "num_draws", "score_transform", "top_k", "group")
-_OF_LOSS = ("scale", "ids", "in_batch", "score_transform", "share_draws", "staleness_correction", "group")
 
 
 def is_decorated(calculate_loss: Any) -> bool:
@@ -53,15 +52,30 @@ class Truncated:
         state: the cache.
         queries: [B, D] embeddings.
         size: how many dimensions.
+        ids: [N] of the documents in the batch.
+        scale: of the inner products.
         options: of the step.
+        group: of the ranks that share the cache.
     """
 
     draw: Draw
     features: Rows  # of the drawn documents
 
-    def __init__(self, state: TensorDictBase, queries: Tensor, size: int, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        state: TensorDictBase,
+        queries: Tensor,
+        size: int,
+        ids: Tensor,
+        scale: float | Tensor,
+        options: StepOptions,
+        group: dist.ProcessGroup | None,
+    ) -> None:
         self.size = size
+        self.ids = ids
+        self.scale = scale
         self.options = options
+        self.group = group
         items = cast(TensorDictBase, state["items"])
         leaves = dict(cast("Iterable[tuple[str, Any]]", items.items()))
         leaves["embedding"] = self._first(leaves["embedding"])
@@ -69,16 +83,21 @@ class Truncated:
             self.draw = sample_gumbel(
                 with_items(state, TensorDict(leaves, batch_size=items.batch_size)),
                 self._first(queries),
-                exclude_ids=options["ids"],
-                **_some(options, _TO_DRAW),
+                exclude_ids=ids,
+                scale=scale,
+                group=group,
+                **options.of_draws(),
             )
-            drawn = take(state, self.draw.slot.flatten(), group=options["group"])
+            drawn = take(state, self.draw.slot.flatten(), group=group)
         self.features = dict(cast("Iterable[tuple[str, Tensor]]", cast(TensorDictBase, drawn).items()))
 
     def loss(self, queries: Tensor, documents: Tensor, negatives: Tensor) -> Tensor:
         """[]: of embeddings [B, D], [N, D] and those of the draws."""
-        first = (self._first(embeddings) for embeddings in (queries, documents, negatives))
-        return cast(Tensor, cast(Any, loss)(*first, self.draw, **_some(self.options, _OF_LOSS)))
+        queries, documents, negatives = map(self._first, (queries, documents, negatives))
+        options = self.options.of_loss()
+        return loss(
+            queries, documents, negatives, self.draw, ids=self.ids, scale=self.scale, group=self.group, **options
+        )
 
     def _first(self, embeddings: Tensor) -> Tensor:
         return normalized(embeddings[:, : self.size])
@@ -87,7 +106,3 @@ class Truncated:
 def normalized(embeddings: Tensor) -> Tensor:
     """[N, D] of length 1."""
     return normalize(embeddings, dim=-1)
-
-
-def _some(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    return {name: options[name] for name in names if name in options}

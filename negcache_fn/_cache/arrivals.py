@@ -1,0 +1,78 @@
+"""The documents that come into the cache at a step, from this rank or from all."""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from negcache_fn._cache.evict import check_priorities
+from negcache_fn._checks import check_rows
+from negcache_fn._features import Features, leaves, nested_as
+from negcache_fn._ranks.group import Ranks, positives_first
+
+__all__ = ["Arrivals", "check_facts"]
+
+
+class Arrivals(NamedTuple):
+    """The documents that come in."""
+
+    features: Features
+    embeddings: Tensor  # [N, D]
+    ids: Tensor  # [N]
+    log_weights: Tensor  # [N]
+    cacheable: Tensor  # [N]
+
+    @classmethod
+    def of(
+        cls,
+        features: Features,
+        embeddings: Tensor,
+        ids: Tensor | None,
+        log_weights: Tensor | None,
+        cacheable: Tensor | None,
+    ) -> "Arrivals":
+        """With the defaults of what is not given: anonymous, a log-weight of 0, cacheable."""
+        rows, device = embeddings.shape[0], embeddings.device
+        ids = torch.full((rows,), -1, device=device) if ids is None else ids
+        log_weights = torch.zeros(rows, device=device) if log_weights is None else log_weights
+        cacheable = torch.ones(rows, dtype=torch.bool, device=device) if cacheable is None else cacheable
+        return cls(features, embeddings, ids, log_weights, cacheable)
+
+    def gathered(self, positives: int, ranks: Ranks, *, differentiable: bool) -> "Arrivals":
+        """Those of all ranks: the first rows, the positives of queries, of each, then the others.
+
+        With a gradient for the embeddings where the loss uses them, at the price of a message.
+        """
+        if ranks.name is None:
+            return self
+        parts = [leaf for _, leaf in leaves(cast(Features, self.features))]
+        parts = [*parts, self.ids, self.log_weights, self.cacheable]
+        if differentiable:
+            *found, ids, log_weights, cacheable = ranks.gather_all(*parts)
+            embeddings = ranks.gather(self.embeddings)
+        else:
+            *found, ids, log_weights, cacheable, embeddings = ranks.gather_all(*parts, self.embeddings)
+        features = nested_as(cast(Features, self.features), [positives_first(rows, positives, ranks) for rows in found])
+        rest = (positives_first(rows, positives, ranks) for rows in (embeddings, ids, log_weights, cacheable))
+        return Arrivals(features, *rest)
+
+
+def check_facts(
+    rows: int,
+    cached: Tensor,
+    ids: Tensor | None,
+    log_weights: Tensor | None,
+    cacheable: Tensor | None,
+    priorities: Tensor | None,
+) -> None:
+    """Raises unless what is said of a batch's documents, and of the slots, has their shapes."""
+    facts: tuple[tuple[str, Any, torch.dtype | None], ...] = (
+        ("ids", ids, torch.int64),
+        ("log_weights", log_weights, None),
+        ("cacheable", cacheable, torch.bool),
+    )
+    for name, values, dtype in facts:
+        if values is not None:
+            check_rows(name, values, dtype, rows, cached.device)
+    if priorities is not None:
+        check_priorities(priorities, cached)

@@ -1,0 +1,61 @@
+"""Document ids: where the cache has them, and which rows of a batch share one. -1 is anonymous and equals nothing."""
+
+from typing import cast
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from negcache_fn._cache.select import segments
+from negcache_fn._cache.state import live, stored
+from negcache_fn._kernels import dispatch
+
+__all__ = ["find_slots", "first_of_each", "last_of_each", "without"]
+
+
+def find_slots(state: TensorDictBase, ids: Tensor) -> Tensor:
+    """The live slot of each id in this part of the cache, -1 where it is not there; the shape of `ids`."""
+    found = cast(Tensor, _find_slots_op(ids.flatten(), stored(state, "id"), stored(state, "embedded_at")))
+    return found.view(ids.shape)
+
+
+def without(state: TensorDictBase, ids: Tensor) -> Tensor:
+    """[C] bool: the live slots that have none of the `ids` [P]."""
+    slots, capacity = find_slots(state, ids), stored(state, "id").shape[0]
+    kept = torch.cat([live(state), torch.zeros(1, dtype=torch.bool, device=slots.device)])
+    return kept.scatter(0, torch.where(slots >= 0, slots, capacity), False)[:capacity]
+
+
+def last_of_each(ids: Tensor) -> Tensor:
+    """[M] bool: whether no later row has the same id."""
+    rows = torch.arange(ids.shape[0], device=ids.device)
+    keys = torch.where(ids < 0, -1 - rows, ids)
+    ordered, order = keys.sort(stable=True)
+    last = torch.ones_like(ordered, dtype=torch.bool)
+    last[:-1] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(last).scatter_(0, order, last)
+
+
+def first_of_each(ids: Tensor) -> Tensor:
+    """[M] bool: whether no earlier row has the same id."""
+    return last_of_each(ids.flip(0)).flip(0)
+
+
+@torch.library.custom_op("negcache_fn::find_slots", mutates_args=())
+def _find_slots_op(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
+    if (slots := dispatch.find_slots(ids, cached, embedded_at)) is not None:
+        return slots
+    # The few ids are sorted, not the cache.
+    ordered = ids.sort().values
+    found = torch.full_like(ordered, -1)
+    for start, stop in segments(cached.shape[0]):
+        known = cached[start:stop].masked_fill(embedded_at[start:stop] < 0, -1)
+        place = torch.searchsorted(ordered, known).clamp(max=ordered.shape[0] - 1)
+        slots = torch.arange(start, stop, device=ids.device).masked_fill((ordered[place] != known) | (known < 0), -1)
+        found.scatter_reduce_(0, place, slots, "amax")
+    return found[torch.searchsorted(ordered, ids)].masked_fill(ids < 0, -1)
+
+
+@_find_slots_op.register_fake
+def _(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
+    return torch.empty_like(ids)

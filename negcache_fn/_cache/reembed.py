@@ -1,0 +1,81 @@
+"""Freshness: every cached document embedded again, by the encoder as it is now.
+
+A step renews what it draws and, with `refresh_stalest`, the oldest. This renews all, between steps: after a phase of a
+large learning rate, or where another encoder takes over.
+
+The state's `step` stays, and with it the noise of the next one. Then ages are right: what a step embeds is one update
+of the encoder old at the next one, and has age 1 there; what is embedded after that update, between the two, has age 0.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from negcache_fn._cache.state import check_state, live, scalar, stored, take
+from negcache_fn._cache.update import copy_state
+from negcache_fn._checks import check_embeddings, check_encoder, check_size
+from negcache_fn._codec import encode as encode_rows
+from negcache_fn._codec import storable
+
+__all__ = ["reembed", "reembed_"]
+
+
+def reembed(state: TensorDictBase, encode: Callable[[Any], Tensor], *, batch_size: int = 1024) -> TensorDictBase:
+    """The cache with all embeddings computed again, without gradient.
+
+    Naive equivalent: `embedding[slot] = encode(take(state, slot))` and `embedded_at[slot] = step` for every live slot.
+    A row that is not finite (as stored) stays as it was, with its age. Put the encoder into evaluation mode if its
+    dropout should not be in what is cached. It is not for compiled steps: its sizes depend on the occupancy.
+
+    Args:
+        state: the cache, C slots. Each rank re-embeds its part of a sharded one: nothing is sent, and parts may have
+            different numbers of documents, so `encode` must not communicate either (the module inside
+            DistributedDataParallel, not the wrapper). For a replicated one it must give the same on every rank.
+        encode: the document encoder: features of R documents, as `take` gives them, to [R, D].
+        batch_size: documents per call, in the order of slots; the last call has what remains. Empty slots have none.
+
+    Returns:
+        The new state; its `step` is that of the given one, and so are features, ids, weights and `inserted_at`.
+
+    Raises:
+        ValueError, TypeError: an `encode` that cannot be called or gives another shape; a `batch_size` that is no
+            positive integer.
+
+    Examples:
+        >>> encoder = torch.nn.Linear(3, 4)
+        >>> state = update(init_cache(8, 4, torch.zeros(1, 3)), torch.ones(2, 3), torch.zeros(2, 4))
+        >>> state = reembed(state, encoder)
+        >>> bool((state["items", "embedding"][:2] == encoder(torch.ones(2, 3))).all())
+        True
+    """
+    return reembed_(copy_state(state), encode, batch_size=batch_size)
+
+
+def reembed_(state: TensorDictBase, encode: Callable[[Any], Tensor], *, batch_size: int = 1024) -> TensorDictBase:
+    """`reembed` in place: writes embeddings and their age into `state`, which it returns, and copies nothing.
+
+    Arguments and errors as there. If `encode` raises, the batches before are written.
+
+    Examples:
+        >>> state = update(init_cache(8, 4, torch.zeros(1, 3)), torch.ones(2, 3), torch.zeros(2, 4))
+        >>> reembed_(state, torch.nn.Linear(3, 4), batch_size=1) is state
+        True
+    """
+    check_state(state)
+    check_encoder(encode)
+    check_size("batch_size", batch_size)
+    cached, embedded_at = stored(state, "embedding"), stored(state, "embedded_at")
+    with torch.no_grad():  # what is cached is a constant
+        documents = live(state).nonzero().flatten()
+        for start in range(0, documents.shape[0], batch_size):
+            slots = documents[start : start + batch_size]
+            embeddings = encode(take(state, slots))
+            check_embeddings("the output of encode", embeddings, cached, of="the cache", rows=slots.shape[0])
+            finite = storable(embeddings, cached.dtype)
+            slots, embeddings = slots[finite], embeddings[finite]
+            cached.index_copy_(0, slots, encode_rows(embeddings, cached.dtype))
+            embedded_at.index_copy_(0, slots, scalar(state, "step").expand_as(slots))
+    return state

@@ -1,0 +1,76 @@
+"""Selecting slots by a key, such as the step of their embedding, without a sort of the whole cache."""
+
+from typing import cast
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torch.nn.functional import pad
+
+from negcache_fn._cache.state import check_state, live, stored
+from negcache_fn._checks import check_size
+from negcache_fn._kernels import dispatch
+from negcache_fn._ranks.group import Shards, unsharded
+
+__all__ = ["lowest_slots", "segments", "stalest"]
+
+_SEGMENT = 2**19  # slots; a multiple of the 4096 whose groups share a Philox call in sampling
+
+
+def stalest(state: TensorDictBase, n: int) -> Tensor:
+    """Slots of the `n` oldest embeddings, oldest first, ties by slot.
+
+    Args:
+        state: the cache.
+        n: how many, at most the capacity.
+
+    Returns:
+        [n] int64; -1 where fewer than `n` slots are live.
+
+    Raises:
+        ValueError: `n` not in 1 ... C.
+
+    Examples:
+        >>> stalest(init_cache(8, 4, torch.zeros(1, 3)), 2)
+        tensor([-1, -1])
+    """
+    check_state(state)
+    embedded_at = stored(state, "embedded_at")
+    check_size("n", n, most=embedded_at.shape[0])
+    return lowest_slots(embedded_at, n, skip=~live(state), shards=unsharded(embedded_at.shape[0]))
+
+
+def segments(capacity: int) -> list[tuple[int, int]]:
+    """First and last slot (exclusive) of the stretches in which what needs memory for every slot is done."""
+    return [(start, min(start + _SEGMENT, capacity)) for start in range(0, capacity, _SEGMENT)]
+
+
+def lowest_slots(key: Tensor, n: int, *, skip: Tensor, shards: Shards) -> Tensor:
+    """[n] slots of the smallest `key` [C], ascending, ties by slot, without those to skip [C]; -1 if too few."""
+    slots = cast(Tensor, _lowest_slots_op(key, skip, n))
+    if shards.ranks.name is None:
+        return slots
+    # Distinct integers in the order of (key, slot).
+    last = torch.iinfo(torch.int64).max
+    ranked = key[slots.clamp(min=0)] * shards.capacity + slots + shards.first
+    best = shards.ranks.gather(torch.where(slots >= 0, ranked, last)).topk(n, largest=False, sorted=True).values
+    return torch.where(best == last, -1, best % shards.capacity)
+
+
+@torch.library.custom_op("negcache_fn::lowest_slots", mutates_args=())
+def _lowest_slots_op(key: Tensor, skip: Tensor, n: int) -> Tensor:
+    if (found := dispatch.lowest_slots(key, skip, n)) is not None:
+        return found
+    capacity, last = key.shape[0], torch.iinfo(torch.int64).max
+    best = key.new_empty(0)
+    for start, stop in segments(capacity):
+        # Distinct integers in the order of (key, slot): their top-k is deterministic.
+        ranked = key[start:stop] * capacity + torch.arange(start, stop, device=key.device)
+        best = torch.cat([best, ranked.masked_fill(skip[start:stop], last)])
+        best = best.topk(min(n, best.shape[0]), largest=False, sorted=True).values
+    return pad(torch.where(best == last, -1, best % capacity), (0, n - best.shape[0]), value=-1)
+
+
+@_lowest_slots_op.register_fake
+def _(key: Tensor, skip: Tensor, n: int) -> Tensor:
+    return key.new_empty(n)

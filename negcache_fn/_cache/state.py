@@ -1,0 +1,264 @@
+"""The cache as a value: a locked TensorDict of plain tensors, and the views derived from it.
+
+Schema (C slots, D dimensions); the invariants hold in every state that this package returns:
+
+| key                 | shape    | dtype    | meaning and invariant                                                 |
+| ------------------- | -------- | -------- | --------------------------------------------------------------------- |
+| `items.embedding`   | [C, D]   | floating | stale embedding; finite                                               |
+| `items.features`    | [C, ...] | as given | what the document encoder takes: a nested TensorDict, or one tensor   |
+| `items.id`          | [C]      | int64    | document id; -1: anonymous; ids >= 0 of live slots are unique         |
+| `items.embedded_at` | [C]      | int64    | step of the embedding; -1: empty slot                                 |
+| `items.log_weight`  | [C]      | float32  | added to the document's score; below +inf, never NaN                  |
+| `items.inserted_at` | [C]      | int64    | step at which the document came in; -1 exactly where `embedded_at` is |
+| `step`              | []       | int64    | number of updates so far                                              |
+| `seed`              | []       | int64    | key of the noise                                                      |
+
+A slot is *live* when `embedded_at >= 0`. The structure is locked; only functions with a trailing underscore write to
+the storage of a state.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from negcache_fn._checks import check_size, check_slots
+from negcache_fn._codec import check_storage
+from negcache_fn._features import Features, as_stored, check_example, leaves, map_features, nested_as
+from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
+from negcache_fn._ranks.group import fetch_rows, ranks_of, unsharded
+
+__all__ = [
+    "COLUMNS",
+    "Column",
+    "as_features",
+    "assemble_state",
+    "check_state",
+    "feature_leaves",
+    "init_cache",
+    "live",
+    "lock",
+    "occupancy",
+    "scalar",
+    "stored",
+    "stored_features",
+    "take",
+    "with_items",
+]
+
+
+class Column(NamedTuple):
+    """A number of every slot."""
+
+    dtype: torch.dtype
+    empty: float  # the value in an empty slot
+    arriving: Literal["ids", "log_weights", "now"]  # the value of a document that comes in; "now": the step
+
+
+# The only place that lists them: `init_cache`, `update`, `reset`, `resize`, `validate` and the checks read it.
+COLUMNS = {
+    "id": Column(torch.int64, -1, "ids"),
+    "embedded_at": Column(torch.int64, -1, "now"),
+    "log_weight": Column(torch.float32, 0.0, "log_weights"),
+    "inserted_at": Column(torch.int64, -1, "now"),
+}
+_ORIGIN = "as made by negcache_fn.init_cache(...); is it of another version?"
+
+
+def init_cache(
+    capacity: int,
+    embedding_dim: int,
+    features: Features,
+    *,
+    embedding_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> TensorDictBase:
+    """An empty cache of `capacity` slots.
+
+    Args:
+        capacity: number of slots, C.
+        embedding_dim: D.
+        features: an example batch of what the document encoder takes: a tensor, or a (nested) mapping of tensors, each
+            [rows, ...]. Only the shapes past the first dimension and the dtypes are used. Make variable-width
+            features (token ids) as wide as they can get: narrower ones are padded with zeros on the right.
+        embedding_dtype: storage of the embeddings: float32, bfloat16, float16 or float64. Scores are accumulated in
+            float32 or wider whatever it is.
+        seed: key of the noise. Caches whose draws are merged need different seeds.
+        device: where the state lives; the device of the features by default.
+
+    Returns:
+        The state, a locked TensorDict (see the module's schema).
+
+    Raises:
+        ValueError: non-positive sizes; a feature without a row dimension; features on several devices.
+        TypeError: a feature that is not a tensor; an embedding dtype that cannot be stored.
+
+    Examples:
+        >>> documents = {"input_ids": torch.zeros(1, 32, dtype=torch.int64)}
+        >>> state = init_cache(1024, 16, documents)
+        >>> state["items", "embedding"].shape, state["items", "features", "input_ids"].shape
+        (torch.Size([1024, 16]), torch.Size([1024, 32]))
+    """
+    check_size("capacity", capacity)
+    check_size("embedding_dim", embedding_dim)
+    check_storage("embedding_dtype", embedding_dtype)
+    example_device = check_example(features)
+    device = example_device if device is None else torch.device(device)
+
+    def empty(leaf: Tensor) -> Tensor:
+        return torch.zeros((capacity, *leaf.shape[1:]), dtype=leaf.dtype, device=device)
+
+    embedding = torch.zeros(capacity, embedding_dim, dtype=embedding_dtype, device=device)
+    step = torch.zeros((), dtype=torch.int64, device=device)
+    return assemble_state(embedding, map_features(empty, as_stored(features)), step, torch.full_like(step, seed))
+
+
+def assemble_state(
+    embedding: Tensor, features: Tensor | TensorDictBase, step: Tensor, seed: Tensor, **columns: Tensor
+) -> TensorDictBase:
+    """A locked state of these tensors; a column that is not given is that of empty slots."""
+    capacity, device = embedding.shape[0], embedding.device
+    items: dict[str, Any] = {"embedding": embedding, "features": features}
+    for name, column in COLUMNS.items():
+        given = columns.get(name)
+        empty = column.empty
+        items[name] = torch.full((capacity,), empty, dtype=column.dtype, device=device) if given is None else given
+    return lock(TensorDict({"items": TensorDict(items, [capacity]), "step": step, "seed": seed}, []))
+
+
+def check_state(state: Any) -> None:
+    """Raises unless `state` has the structure that `init_cache` gives."""
+    if not isinstance(state, TensorDictBase):
+        raise TypeError(f"state is a {type(state).__name__}; expected a TensorDict made by negcache_fn.init_cache(...)")
+    keys = _keys(state)
+    if keys != {"items", "step", "seed"}:
+        raise ValueError(f"state has keys {sorted(keys)}; expected ['items', 'seed', 'step'], {_ORIGIN}")
+    items = cast(TensorDictBase, state["items"])
+    item_keys = _keys(items)
+    expected = {"embedding", "features", *COLUMNS}
+    if item_keys != expected:
+        raise ValueError(f"state['items'] has keys {sorted(item_keys)}; expected {sorted(expected)}, {_ORIGIN}")
+    embedding = cast(Tensor, items["embedding"])
+    if embedding.ndim != 2 or not embedding.dtype.is_floating_point:
+        raise ValueError(
+            f"state['items', 'embedding'] has shape {tuple(embedding.shape)} and dtype {embedding.dtype}; "
+            f"expected [C, D] floating, {_ORIGIN}"
+        )
+    for name, column in COLUMNS.items():
+        _check_number(f"state['items', {name!r}]", cast(Tensor, items[name]), embedding.shape[:1], column.dtype)
+    for name in ("step", "seed"):
+        _check_number(f"state[{name!r}]", cast(Tensor, state[name]), torch.Size(()), torch.int64)
+
+
+def take(
+    state: TensorDictBase, slots: Tensor, *, group: torch.distributed.ProcessGroup | None = None
+) -> Tensor | TensorDictBase:
+    """The features at `slots`.
+
+    Args:
+        state: the cache.
+        slots: int64 of any shape. Negative slots ("nothing drawn") read slot 0.
+        group: of the ranks over which the cache is sharded; slots are then numbers of all its slots.
+
+    Returns:
+        The features, nested as in the state, each leaf [*slots.shape, ...].
+
+    Raises:
+        TypeError: slots that are not int64.
+
+    Examples:
+        >>> state = init_cache(8, 4, {"input_ids": torch.zeros(1, 3, dtype=torch.int64)})
+        >>> take(state, torch.tensor([[0, 5]]))["input_ids"].shape
+        torch.Size([1, 2, 3])
+    """
+    ranks = ranks_of(group)
+    with checking_arguments(ranks):
+        check_state(state)
+        check_slots("slots", slots, stored(state, "embedding").device)
+    shards = unsharded(stored(state, "embedding").shape[0])
+    if group is not None:
+        flat, shards = check_ranks_agree(
+            ranks, slots.reshape(-1, 1), stored(state, "id").shape[0], function="take", numbers={"slots": slots.numel()}
+        )
+        slots = flat.view(slots.shape)
+    rows = fetch_rows(feature_leaves(state), slots.flatten(), shards)
+    return as_features(state, [leaf.view(slots.shape + leaf.shape[1:]) for leaf in rows])
+
+
+def feature_leaves(state: TensorDictBase) -> list[Tensor]:
+    """The tensors of the features, [C, ...] each."""
+    return [leaf for _, leaf in leaves(stored_features(state))]
+
+
+def as_features(state: TensorDictBase, rows: list[Tensor]) -> Tensor | TensorDictBase:
+    """Rows of each of `feature_leaves`, nested as they are."""
+    return nested_as(stored_features(state), rows)
+
+
+def occupancy(state: TensorDictBase) -> Tensor:
+    """Share of live slots: `(embedded_at >= 0).mean()`, [] float32.
+
+    Examples:
+        >>> occupancy(init_cache(8, 4, torch.zeros(1, 3)))
+        tensor(0.)
+    """
+    check_state(state)
+    return live(state).sum() / stored(state, "embedded_at").shape[0]
+
+
+def stored(state: TensorDictBase, name: str) -> Tensor:
+    """The tensor `name` of the items, [C, ...]."""
+    return cast(Tensor, state["items", name])
+
+
+def scalar(state: TensorDictBase, name: str) -> Tensor:
+    """The 0-d tensor "step" or "seed"."""
+    return cast(Tensor, state[name])
+
+
+def stored_features(state: TensorDictBase) -> Tensor | TensorDictBase:
+    """The features of the items, nested as they were given."""
+    return cast("Tensor | TensorDictBase", state["items", "features"])
+
+
+def live(state: TensorDictBase) -> Tensor:
+    """[C] bool, True where a slot holds a document."""
+    return stored(state, "embedded_at") >= 0
+
+
+def with_items(state: TensorDictBase, items: TensorDict) -> TensorDictBase:
+    """A state of other items that goes on where `state` is: its `step` and `seed`, locked like it."""
+    scalars = {name: scalar(state, name).clone() for name in ("step", "seed")}
+    new = TensorDict({"items": items, **scalars}, batch_size=[])
+    return lock(new) if state.is_locked else new
+
+
+def lock(state: TensorDict) -> TensorDict:
+    """Locks the structure of a state.
+
+    Inside a compiled graph `lock_` warns, because the parent references that it registers do not exist there; and a
+    state must leave a compiled step with the flag that it came with, else the next call recompiles. So there the flag
+    alone is set.
+    """
+    if not torch.compiler.is_compiling():
+        return state.lock_()
+    for child in state.values():
+        if isinstance(child, TensorDict):
+            lock(child)
+    state._is_locked = True  # pyright: ignore[reportPrivateUsage] - TensorDict has no public way inside a graph
+    return state
+
+
+def _keys(state: TensorDictBase) -> set[str]:
+    return set(cast("Iterable[str]", state.keys()))
+
+
+def _check_number(name: str, value: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+    if value.shape != shape or value.dtype != dtype:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; expected {tuple(shape)} and {dtype}, "
+            f"{_ORIGIN}"
+        )

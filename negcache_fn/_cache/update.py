@@ -1,0 +1,236 @@
+"""Writing: the next state of the cache.
+
+`update_` writes into the state it is given and `update` into a copy; they are otherwise the same. Shapes are fixed
+whatever the data, so that both compile: a row that must not be written repeats the write of one that must.
+"""
+
+from typing import cast
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from negcache_fn._cache.arrivals import Arrivals, check_facts
+from negcache_fn._cache.evict import eviction_key
+from negcache_fn._cache.ids import find_slots, last_of_each
+from negcache_fn._cache.select import lowest_slots
+from negcache_fn._cache.state import COLUMNS, check_state, lock, scalar, stored, stored_features
+from negcache_fn._checks import check_embeddings, check_slots
+from negcache_fn._codec import encode, storable
+from negcache_fn._features import Features, fit_to_slots, map_features, moved
+from negcache_fn._options import Eviction, Placement, StepOptions
+from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
+from negcache_fn._ranks.group import Shards, ranks_of
+
+__all__ = ["copy_state", "update", "update_", "write_"]
+
+
+def update(
+    state: TensorDictBase,
+    features: Features,
+    embeddings: Tensor,
+    *,
+    ids: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    cacheable: Tensor | None = None,
+    refresh: tuple[Tensor, Tensor] | None = None,
+    evict: Eviction = "lru",
+    priorities: Tensor | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
+    placement: Placement = "sharded",
+) -> TensorDictBase:
+    """The cache after one step: re-embeds `refresh`, then puts in the documents of a batch.
+
+    A document whose id is cached replaces that one. The others take, in order, empty slots first and then those that
+    `evict` names, ties by slot. Of several rows with one id the last counts. Rows with a non-finite embedding (as
+    stored), or a log-weight that is NaN or +inf, never enter: they are left out like those with `cacheable=False`.
+
+    Args:
+        state: the cache, C slots.
+        features: of N <= C documents, nested as in the cache; narrower leaves are padded with zeros on the right.
+        embeddings: [N, D] floating; stored without gradient, in the cache's dtype.
+        ids: [N] int64, -1 where anonymous; all anonymous by default.
+        log_weights: [N] floating, added to the documents' scores from now on; 0 by default.
+        cacheable: [N] bool, False for rows to leave out.
+        refresh: slots [R] int64 and their fresh embeddings [R, D]; negative and empty slots are ignored, and of
+            several rows for one slot the last counts. The documents' age is that of their embedding from then on.
+        evict: "lru" (oldest embedding) or "fifo" (oldest insertion).
+        priorities: instead of `evict`, the priority of every slot here, [C] floating or int64: the lowest leave first.
+            NaN counts as -inf; floats are rounded to float32, integers beyond 32 bits count as the nearest within. If
+            the cache is replicated, the same on every rank.
+        group: of ranks that share a cache: the documents of all come in, in the order of ranks, and slots are numbers
+            of all its slots.
+        placement: "sharded": each rank has a part of the cache; "replicated": each has the whole.
+
+    Returns:
+        The new state, its `step` one further. The given one is untouched.
+
+    Raises:
+        ValueError, TypeError: features unlike those of the cache; N > C; shapes, dtypes or devices that do not fit; an
+            unknown `evict`; priorities of another shape, dtype or device. Nothing has been written then.
+
+    Examples:
+        >>> state = init_cache(8, 4, {"input_ids": torch.zeros(1, 5, dtype=torch.int64)})
+        >>> state = update(state, {"input_ids": torch.ones(2, 3, dtype=torch.int64)}, torch.randn(2, 4))
+        >>> occupancy(state), state["items", "features", "input_ids"][0]
+        (tensor(0.2500), tensor([1, 1, 1, 0, 0]))
+    """
+    return update_(
+        copy_state(state),
+        features,
+        embeddings,
+        ids=ids,
+        log_weights=log_weights,
+        cacheable=cacheable,
+        refresh=refresh,
+        evict=evict,
+        priorities=priorities,
+        group=group,
+        placement=placement,
+    )
+
+
+def update_(
+    state: TensorDictBase,
+    features: Features,
+    embeddings: Tensor,
+    *,
+    ids: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    cacheable: Tensor | None = None,
+    refresh: tuple[Tensor, Tensor] | None = None,
+    evict: Eviction = "lru",
+    priorities: Tensor | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
+    placement: Placement = "sharded",
+) -> TensorDictBase:
+    """`update` in place: writes the rows that change into `state` and returns it. Arguments and errors as there.
+
+    Examples:
+        >>> state = init_cache(8, 4, torch.zeros(1, 3))
+        >>> update_(state, torch.ones(2, 3), torch.randn(2, 4)) is state
+        True
+    """
+    ranks = ranks_of(group)
+    with checking_arguments(ranks):
+        options = StepOptions(evict=evict, placement=placement)
+        options.check_group(ranks.name is None)
+        check_state(state)
+        cached = stored(state, "embedding")
+        check_embeddings("embeddings", embeddings, cached, of="the cache")
+        rows, device = embeddings.shape[0], cached.device
+        most = cached.shape[0] // ranks.size if options.replicated else cached.shape[0]
+        if rows > most:
+            raise ValueError(f"embeddings has {rows} rows; expected at most {most}, the capacity of the cache per rank")
+        features = fit_to_slots(stored_features(state), features, rows, "features", device)
+        check_facts(rows, cached, ids, log_weights, cacheable, priorities)
+        if refresh is not None:
+            _check_refresh(refresh, cached)
+    embeddings, shards = check_ranks_agree(
+        ranks,
+        embeddings,
+        cached.shape[0],
+        function="update",
+        options=options,
+        seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
+        numbers={"documents": rows, "refresh": 0 if refresh is None else refresh[0].shape[0]},
+        choices={"priorities": None if priorities is None else priorities.dtype},
+    )
+    if refresh is not None:
+        slots, fresh = ranks.gather_all(refresh[0], refresh[1].detach())
+        refresh = (slots, fresh)
+    arrivals = Arrivals.of(features, embeddings.detach(), ids, log_weights, cacheable)
+    arrivals = arrivals.gathered(rows, ranks, differentiable=False)
+    return write_(state, arrivals, refresh, shards, options, priorities)
+
+
+def write_(
+    state: TensorDictBase,
+    arrivals: Arrivals,
+    refresh: tuple[Tensor, Tensor] | None,
+    shards: Shards,
+    options: StepOptions,
+    priorities: Tensor | None,
+) -> TensorDictBase:
+    """`update_` with what all ranks bring; each writes what belongs into its slots."""
+    with torch.no_grad():  # what is cached is a constant
+        if refresh is not None:
+            _refresh_(state, *refresh, shards)
+        _insert_(state, arrivals, shards, eviction_key(state, options, priorities))
+        scalar(state, "step").add_(1)
+    return state
+
+
+def copy_state(state: TensorDictBase) -> TensorDictBase:
+    """A state that shares no storage with `state`, locked like it."""
+    check_state(state)
+    copy = cast(TensorDict, state.clone())
+    return lock(copy) if state.is_locked else copy
+
+
+def _check_refresh(refresh: tuple[Tensor, Tensor], cached: Tensor) -> None:
+    if not isinstance(refresh, tuple) or len(refresh) != 2:  # pyright: ignore[reportUnnecessaryIsInstance] - who calls may not check types
+        raise TypeError(f"refresh is {type(refresh).__name__}; expected a pair (slots, embeddings)")
+    slots, embeddings = refresh
+    check_slots("refresh[0]", slots, cached.device)
+    if slots.ndim != 1:
+        raise ValueError(f"refresh[0] has shape {tuple(slots.shape)}; expected [rows], a slot each")
+    check_embeddings("refresh[1]", embeddings, cached, rows=slots.shape[0], at_least=0)
+
+
+def _refresh_(state: TensorDictBase, slots: Tensor, embeddings: Tensor, shards: Shards) -> None:
+    cached, embedded_at = stored(state, "embedding"), stored(state, "embedded_at")
+    if slots.shape[0] == 0:
+        return
+    slots = torch.where(slots >= 0, slots - shards.first, -1)
+    inside = (slots >= 0) & (slots < cached.shape[0])
+    wanted = inside & (embedded_at[slots.clamp(0, cached.shape[0] - 1)] >= 0) & storable(embeddings, cached.dtype)
+    target = torch.where(wanted, slots, -1)
+    target = torch.where(last_of_each(target), target, -1)
+    _write_(cached, target, encode(embeddings, cached.dtype))
+    _write_(embedded_at, target, scalar(state, "step").expand_as(target))
+
+
+def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, key: Tensor) -> None:
+    cached, ids = stored(state, "embedding"), arrivals.ids
+    capacity = cached.shape[0]
+    log_weights = arrivals.log_weights.to(stored(state, "log_weight").dtype)  # as stored, it may be infinite
+    wanted = arrivals.cacheable & storable(arrivals.embeddings, cached.dtype) & (log_weights < float("inf"))
+    ids = torch.where(wanted, ids, -1)
+    wanted = wanted & last_of_each(ids)
+    replaced_here = find_slots(state, torch.where(wanted, ids, -1))
+    # Slots that are replaced by id are not for others to take.
+    is_replaced = torch.zeros(capacity + 1, dtype=torch.bool, device=cached.device)
+    is_replaced = is_replaced.scatter(0, torch.where(replaced_here >= 0, replaced_here, capacity), True)[:capacity]
+    evicted = lowest_slots(key, ids.shape[0], skip=is_replaced, shards=shards)
+    replaced = shards.ranks.all_max(torch.where(replaced_here >= 0, replaced_here + shards.first, -1))
+    takes = wanted & (replaced < 0)
+    place = takes.cumsum(0) - 1
+    target = torch.where(takes, evicted[place.clamp(min=0)], torch.where(wanted, replaced, -1))
+    target = target - shards.first
+    target = torch.where((target >= 0) & (target < capacity), target, -1)
+
+    now = scalar(state, "step").expand_as(target)
+
+    def write_rows_(leaf: Tensor, new: Tensor) -> Tensor:
+        return _write_(leaf, target, new)
+
+    map_features(write_rows_, stored_features(state), cast(Features, arrivals.features))
+    _write_(cached, target, encode(arrivals.embeddings, cached.dtype))
+    values = {"ids": arrivals.ids, "log_weights": arrivals.log_weights, "now": now}
+    for name, column in COLUMNS.items():
+        _write_(stored(state, name), target, values[column.arriving])
+
+
+def _write_(stored_rows: Tensor, target: Tensor, values: Tensor) -> Tensor:
+    """Writes `values` [M, ...] into the rows `target` [M], distinct but for -1: nowhere.
+
+    A row that goes nowhere repeats the first one that goes somewhere; if there is none, all rewrite what slot 0 holds.
+    """
+    target, values = moved(target, stored_rows.device), moved(values, stored_rows.device)
+    somewhere = target >= 0
+    source = torch.where(somewhere, torch.arange(target.shape[0], device=target.device), somewhere.int().argmax())
+    slots = target[source].clamp(min=0)
+    new = values[source].to(stored_rows.dtype)
+    new = torch.where(somewhere.any(), new, stored_rows[slots])
+    return stored_rows.index_copy_(0, slots, new)

@@ -1,0 +1,118 @@
+"""Checks at the public boundary. They read metadata only, so they cost nothing and compile away.
+
+Each message names the argument, what was given and what was expected.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "check_choice",
+    "check_embeddings",
+    "check_encoder",
+    "check_flag",
+    "check_ids",
+    "check_rows",
+    "check_scale",
+    "check_size",
+    "check_slots",
+]
+
+
+def check_size(name: str, value: Any, *, least: int = 1, most: int | None = None) -> None:
+    """Raises unless `value` is an integer in `least ... most`."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; expected an integer")
+    if value < least or (most is not None and value > most):
+        bounds = f"at least {least}" if most is None else f"in {least} ... {most}"
+        raise ValueError(f"{name} is {value}; expected {bounds}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises unless `value` is one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; expected True or False")
+
+
+def check_embeddings(
+    name: str, value: Any, like: Tensor, *, of: str = "", rows: int | None = None, at_least: int = 1
+) -> None:
+    """Raises unless `value` is a floating [rows, D] tensor with the D and device of `like` [C, D], the D `of` what."""
+    _check_tensor(name, value)
+    dim = like.shape[-1]
+    if value.ndim != 2 or value.shape[1] != dim or (rows is not None and value.shape[0] != rows):
+        count = "rows" if rows is None else rows
+        whose = f", where {dim} is the D of {of}" if of else ""
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected [{count}, {dim}]{whose}")
+    if value.shape[0] < at_least:
+        raise ValueError(f"{name} has {value.shape[0]} rows; expected at least {at_least}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} has dtype {value.dtype}; expected a floating dtype")
+    _check_device(name, value, like.device)
+
+
+def check_encoder(encode: Any) -> None:
+    """Raises unless `encode` can be called."""
+    if not callable(encode):
+        raise TypeError(f"encode is a {type(encode).__name__}; expected a function of features, such as a module")
+
+
+def check_rows(name: str, value: Any, dtype: torch.dtype | None, rows: int, device: torch.device) -> None:
+    """Raises unless `value` is a [rows] tensor of `dtype` (of any floating dtype where that is None)."""
+    _check_tensor(name, value)
+    if value.shape != (rows,):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected [{rows}], one per document")
+    if dtype is None and not value.dtype.is_floating_point:
+        raise TypeError(f"{name} has dtype {value.dtype}; expected a floating dtype")
+    if dtype is not None and value.dtype != dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}; expected {dtype}")
+    _check_device(name, value, device)
+
+
+def check_ids(name: str, value: Any, queries: Tensor) -> None:
+    """Raises unless `value` is int64, [P] for all queries or [B, P] for each."""
+    _check_tensor(name, value)
+    rows = queries.shape[0]
+    if value.ndim not in (1, 2) or (value.ndim == 2 and value.shape[0] != rows):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected [P] for all queries or [{rows}, P] for each")
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} has dtype {value.dtype}; expected torch.int64")
+    _check_device(name, value, queries.device)
+
+
+def check_slots(name: str, value: Any, device: torch.device) -> None:
+    """Raises unless `value` is an int64 tensor."""
+    _check_tensor(name, value)
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name} has dtype {value.dtype}; expected torch.int64")
+    _check_device(name, value, device)
+
+
+def check_scale(scale: Any, device: torch.device, *, name: str = "scale") -> None:
+    """Raises unless `scale` is a number or a 0-d floating tensor."""
+    if isinstance(scale, Tensor):
+        if scale.ndim != 0:
+            raise ValueError(f"{name} has shape {tuple(scale.shape)}; expected a number or a 0-d tensor")
+        if not scale.dtype.is_floating_point:
+            raise TypeError(f"{name} has dtype {scale.dtype}; expected a number or a 0-d floating tensor")
+        _check_device(name, scale, device)
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} is a {type(scale).__name__}; expected a number or a 0-d tensor")
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor")
+
+
+def _check_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}; expected {device}, the device of the rest")

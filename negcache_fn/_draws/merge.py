@@ -1,0 +1,178 @@
+"""Several caches as one softmax: draws from their union, the documents drawn, and what goes back to each.
+
+A merged draw says of which cache (`draw.source`) each of its slots is. A slot means nothing in another cache, which may
+even be smaller; the functions here keep them apart.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from negcache_fn._cache.state import take
+from negcache_fn._checks import check_embeddings
+from negcache_fn._draws.sample import Draw, check_draw
+from negcache_fn._features import Features, leaves, map_features, rows_where
+
+__all__ = ["merge_draws", "split_refresh", "take_drawn"]
+
+
+def merge_draws(a: Draw, b: Draw) -> Draw:
+    """The draws from the union of two disjoint sets of documents, from the draws of each.
+
+    The larger perturbed values win (of each sample, or without replacement the k largest of both) and the normalisers
+    add. Associative, and commutative but for the numbers in `source`: those of `b` are counted on from those of `a`.
+
+    Args:
+        a: draws for B queries.
+        b: draws for the same queries, exclusions and number of samples, with replacement if those of `a` are, from a
+            cache with another seed (or other slots of the same): equal noise would favour the same places in both.
+
+    Returns:
+        Draws whose `slot` refers to the cache `source`.
+
+    Raises:
+        ValueError: another number of queries, samples or dimensions; one with and one without replacement; draws of
+            some queries only, which are others in each cache.
+
+    Examples:
+        >>> left, right = (init_cache(8, 4, torch.zeros(1, 3), seed=seed) for seed in (0, 1))
+        >>> right = update(right, torch.ones(2, 3), torch.randn(2, 4))
+        >>> queries = torch.randn(5, 4)
+        >>> merge_draws(sample_gumbel(left, queries), sample_gumbel(right, queries)).source.unique()
+        tensor([1])
+    """
+    check_draw("a", a)
+    check_draw("b", b)
+    for name, draw in (("a", a), ("b", b)):
+        if not draw.of_all_queries:
+            queries = draw.log_normalizer.shape[0]
+            raise ValueError(
+                f"{name} has draws of {draw.query.shape[0]} of {queries} queries; expected draws of all, made without "
+                f"num_draws: caches of other seeds choose other queries"
+            )
+    if a.embedding.shape != b.embedding.shape:
+        raise ValueError(
+            f"b has embeddings of shape {tuple(b.embedding.shape)}; "
+            f"expected those of a, [queries, samples, D] = {tuple(a.embedding.shape)}"
+        )
+    if a.distinct != b.distinct:
+        raise ValueError(f"b was drawn {_how(b)} replacement and a {_how(a)}; expected both alike")
+    samples = a.slot.shape[1]
+    perturbed = torch.cat([a.perturbed, b.perturbed], dim=1)
+    if not a.distinct:
+        # The first half of the places are a's: the winner of sample m is at m or samples + m.
+        winner = torch.arange(samples, device=perturbed.device) + samples * (b.perturbed > a.perturbed)
+        threshold = a.threshold
+    else:
+        ordered, places = perturbed.sort(dim=1, descending=True, stable=True)
+        winner = places[:, :samples]
+        threshold = torch.cat([ordered[:, samples : samples + 1], a.threshold, b.threshold], 1).amax(1, keepdim=True)
+
+    def winners(of_a: Tensor, of_b: Tensor) -> Tensor:
+        both = torch.cat([of_a, of_b], dim=1)
+        return both.gather(1, winner.view(*winner.shape, *[1] * (both.ndim - 2)).expand(-1, -1, *both.shape[2:]))
+
+    return Draw(
+        query=a.query,
+        slot=winners(a.slot, b.slot),
+        score=winners(a.score, b.score),
+        perturbed=winners(a.perturbed, b.perturbed),
+        threshold=threshold,
+        log_normalizer=torch.logaddexp(a.log_normalizer, b.log_normalizer),
+        embedding=winners(a.embedding, b.embedding),
+        id=winners(a.id, b.id),
+        log_weight=winners(a.log_weight, b.log_weight),
+        source=winners(a.source, b.source + a.cutoff.shape[1]),
+        cutoff=torch.cat([a.cutoff, b.cutoff], dim=1),
+        max_score=torch.cat([a.max_score, b.max_score], dim=1),
+        exclude_ids=a.exclude_ids,
+    )
+
+
+def take_drawn(
+    states: Sequence[TensorDictBase], draw: Draw, *, group: torch.distributed.ProcessGroup | None = None
+) -> Tensor | TensorDictBase:
+    """The features of the drawn documents, each from the cache that it was drawn from.
+
+    Naive equivalent: `take(states[source], slot)` for every drawn document.
+
+    Args:
+        states: the caches, in the order in which their draws were merged. Their features are nested alike, and of the
+            same shapes and dtypes.
+        draw: the merged draw, [B, k].
+        group: of the ranks over which the caches are sharded.
+
+    Returns:
+        Features of B * k documents, in the order of `draw.slot.flatten()`: what `loss` expects once they are encoded.
+
+    Raises:
+        ValueError, TypeError: another number of caches than were merged; features that differ between the caches.
+
+    Examples:
+        >>> left, right = (init_cache(8, 4, torch.zeros(1, 3), seed=seed) for seed in (0, 1))
+        >>> right = update(right, torch.ones(2, 3), torch.randn(2, 4))
+        >>> queries = torch.randn(5, 4)
+        >>> draw = merge_draws(sample_gumbel(left, queries), sample_gumbel(right, queries))
+        >>> take_drawn([left, right], draw).shape
+        torch.Size([20, 3])
+    """
+    check_draw("draw", draw)
+    sources = draw.cutoff.shape[1]
+    if len(states) != sources:
+        raise ValueError(f"states has {len(states)} caches; expected {sources}, as many as the draw was merged from")
+    found = cast(Features, take(states[0], _slots_of(draw, 0), group=group))
+    for source, state in enumerate(states[1:], start=1):
+        slots = _slots_of(draw, source)
+        found = _replaced(found, cast(Features, take(state, slots, group=group)), slots >= 0, source)
+    return cast("Tensor | TensorDictBase", found)
+
+
+def split_refresh(draw: Draw, embeddings: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What to give as `refresh` to the `update` of each cache.
+
+    Args:
+        draw: the merged draw, [B, k].
+        embeddings: [B * k, D] the fresh embeddings of the drawn documents.
+
+    Returns:
+        For each merged cache its slots [B * k], -1 where the document is of another one, and the embeddings.
+
+    Raises:
+        ValueError, TypeError: embeddings of another shape.
+
+    Examples:
+        >>> left, right = (init_cache(8, 4, torch.zeros(1, 3), seed=seed) for seed in (0, 1))
+        >>> right = update(right, torch.ones(2, 3), torch.randn(2, 4))
+        >>> queries = torch.randn(3, 4)
+        >>> draw = merge_draws(*(sample_gumbel(state, queries, num_samples=1) for state in (left, right)))
+        >>> [slots.max() >= 0 for slots, _ in split_refresh(draw, torch.ones(3, 4))]
+        [tensor(False), tensor(True)]
+    """
+    check_draw("draw", draw)
+    check_embeddings("embeddings", embeddings, draw.embedding, rows=draw.slot.numel())
+    return [(_slots_of(draw, source), embeddings.detach()) for source in range(draw.cutoff.shape[1])]
+
+
+def _how(draw: Draw) -> str:
+    return "without" if draw.distinct else "with"
+
+
+def _slots_of(draw: Draw, source: int) -> Tensor:
+    """[B * k] slots in that cache, -1 for documents of others."""
+    return torch.where(draw.source == source, draw.slot, -1).flatten()
+
+
+def _replaced(found: Features, rows: Features, here: Tensor, source: int) -> Features:
+    """`found`, with the rows of this cache where they are `here` [B * k]."""
+    before, now = dict(leaves(found)), dict(leaves(rows))
+    described = [{name: (leaf.shape[1:], leaf.dtype) for name, leaf in of.items()} for of in (before, now)]
+    if described[0] != described[1]:
+        raise ValueError(f"states[{source}] has features {described[1]}; expected those of states[0]: {described[0]}")
+
+    def replace(old: Tensor, new: Tensor) -> Tensor:
+        return rows_where(here, new, old)
+
+    return map_features(replace, found, rows)

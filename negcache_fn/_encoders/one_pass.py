@@ -1,0 +1,79 @@
+"""What a step encodes, in one call: the documents of the batch, those drawn from the cache, and the stalest ones."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from negcache_fn._cache.select import lowest_slots
+from negcache_fn._cache.state import as_features, feature_leaves, live, stored
+from negcache_fn._checks import check_embeddings
+from negcache_fn._features import Features, map_features, rows_where
+from negcache_fn._ranks.group import Ranks, Shards, fetch_rows
+
+__all__ = ["EncodedAgain", "Encoder", "encode_checked", "encode_in_one_pass", "with_stalest"]
+
+Encoder = Callable[[Any], Tensor]
+
+
+class EncodedAgain(NamedTuple):
+    """The cached documents that a step encodes again: the draws, then the stalest."""
+
+    slots: Tensor  # [M + R]
+    features: list[Tensor]  # their rows of each of `feature_leaves`
+    stalest: Tensor  # [ranks * R] slots of the stalest, for all ranks
+
+
+def with_stalest(
+    state: TensorDictBase, slots: Tensor, drawn: list[Tensor], to_refresh: int, ranks: Ranks, shards: Shards
+) -> EncodedAgain:
+    """The drawn slots [M] with their features, and this rank's part of the stalest."""
+    if not to_refresh:
+        return EncodedAgain(slots, drawn, slots[:0])
+    stalest = lowest_slots(stored(state, "embedded_at"), to_refresh * ranks.size, skip=~live(state), shards=shards)
+    own = ranks.own(stalest)
+    fetched = fetch_rows(feature_leaves(state), own, shards)
+    features = [torch.cat(rows) for rows in zip(drawn, fetched, strict=True)]
+    return EncodedAgain(torch.cat([slots, own]), features, stalest)
+
+
+def encode_in_one_pass(
+    encode: Encoder,
+    features: Features,
+    rows: int,
+    encoded_first: Tensor | None,
+    state: TensorDictBase,
+    again: EncodedAgain,
+) -> Tensor:
+    """[N + M + R, D]: the documents, unless they are encoded already, and those of the cache, in one call."""
+    cached, count = stored(state, "embedding"), again.slots.shape[0]
+    from_cache = _with_stand_ins(features, cast(Features, as_features(state, again.features)), again.slots)
+    if encoded_first is not None:
+        return torch.cat([encoded_first, encode_checked(encode, from_cache, count, cached)])
+    return encode_checked(encode, map_features(_joined, features, from_cache), rows + count, cached)
+
+
+def encode_checked(encode: Encoder, features: Features, rows: int, like: Tensor) -> Tensor:
+    """[rows, D], checked."""
+    embeddings = encode(features)
+    check_embeddings("the output of encode", embeddings, like, of="the cache", rows=rows)
+    return embeddings
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    return torch.cat([first, second])
+
+
+def _with_stand_ins(batch: Features, cached: Features, slots: Tensor) -> Features:
+    """Features of cached documents; where there is no slot, those of a document of the batch.
+
+    A stand-in keeps the shapes fixed, and the zeros of an empty slot away from the encoder; the loss ignores it.
+    """
+
+    def stand_in(of_batch: Tensor, of_cache: Tensor) -> Tensor:
+        rows = of_batch[torch.arange(slots.shape[0], device=slots.device) % of_batch.shape[0]]
+        return rows_where(slots >= 0, of_cache, rows)
+
+    return map_features(stand_in, batch, cached)

@@ -1,0 +1,170 @@
+"""The loss: softmax cross entropy over batch and cache, the cache entering as a single class.
+
+    loss_i = logsumexp(s_positive, [in-batch scores], c_i) - s_positive
+
+`c_i` is the log-sum-exp of query i's scores over the cache (`exact_loss`), or the estimate of it whose gradient comes
+from the drawn documents (`loss`; see `cache_class`).
+
+Source: Lindgren, Reddi, Guo, Kumar, NeurIPS 2021. Proofs: docs/method.md.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from negcache_fn._checks import check_embeddings, check_scale
+from negcache_fn._draws.sample import Draw, check_draw
+from negcache_fn._loss.batch_classes import Classes, batch_classes, batch_scores, check_batch
+from negcache_fn._loss.cache_class import CacheClass, SharedDraws, estimate_cache_logit, gather_draws
+from negcache_fn._options import InBatch, Reduction, ScoreTransform, StalenessCorrection, StepOptions
+from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
+from negcache_fn._ranks.group import ranks_of
+from negcache_fn._scores.definition import Similarity, full_precision, in_dtype
+from negcache_fn._scores.exclude import NO_FALSE_NEGATIVES, FalseNegatives
+
+__all__ = ["Terms", "cross_entropy", "loss", "loss_terms", "reduced"]
+
+
+class Terms(NamedTuple):
+    """The classes of every query's softmax."""
+
+    batch_logits: Tensor  # [B, N], or [B, 1] without in-batch classes; -inf: not a class of this query
+    positive: Tensor  # [B]
+    cache: CacheClass
+
+
+def loss(
+    queries: Tensor,
+    documents: Tensor,
+    negatives: Tensor,
+    draw: Draw,
+    *,
+    scale: float | Tensor = 1.0,
+    score_transform: ScoreTransform | None = None,
+    in_batch: InBatch = True,
+    ids: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
+    share_draws: bool = True,
+    staleness_correction: StalenessCorrection = "self_normalized",
+    reduction: Reduction = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor:
+    """Cross entropy of each query's positive against batch and cache, from the draws' fresh embeddings.
+
+    The cache is one class, with a logit `c_i` (see `docs/method.md`): its value is the log-sum-exp over all of
+    the cache, its gradient that of the drawn documents. Where nothing is stale, the expected gradient is the one of
+    the exact softmax ("none": exactly; "self_normalized": up to O(1/k)).
+
+    Args:
+        queries: [B, D] floating.
+        documents: [N, D] floating, N >= B. Row i < B is the positive of query i; the others are further candidates,
+            and count only with `in_batch`.
+        negatives: [B * k, D] floating, or [M, D] with `num_draws`: the fresh embeddings of the drawn documents, in the
+            order of `draw.slot.flatten()`.
+        draw: what `sample_gumbel` gave for these queries, with the same scale and transform.
+        scale: number or 0-d tensor, learnable.
+        score_transform: elementwise function of the scaled inner products.
+        in_batch: whether all documents are classes of every query; "global": those of all ranks.
+        ids: [N] int64 ids of the documents, -1 where anonymous. A document with the id of a query's positive is no
+            negative of it, and of several documents with one id the first alone is a class. Pass the same ids as
+            `exclude_ids` when drawing (all of them with `in_batch`, else `ids[:B, None]`); `step` does.
+        log_weights: [N] floating, added to the documents' scores (log-Q correction, importance).
+        false_negatives: which documents of the batch are no negatives of a query either; of the cache, the draw knows.
+        share_draws: whether every query uses every draw (multiple importance sampling with the balance heuristic).
+            Must be, where only some of the queries have drawn (`num_draws`).
+        staleness_correction: "none", "self_normalized" or "unnormalized".
+        reduction: "mean", "sum" or "none".
+        group: of ranks that share their draws. The loss is that of this rank's queries; the gradient that arrives in
+            this rank's embeddings is that of the sum of all ranks' losses.
+
+    Returns:
+        [] or, with reduction "none", [B]; float32 or wider. Differentiable in `queries`, `documents`, `negatives` and
+        `scale`. A query without cached documents gets the in-batch loss, or 0 where there is none. One that has some,
+        but whose softmax has none of the draws, gets the cache's log-sum-exp as it is.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, fewer documents than queries, an unknown
+            `staleness_correction` or `reduction`.
+
+    Examples:
+        >>> state = init_cache(8, 4, torch.zeros(1, 3))
+        >>> state = update(state, torch.ones(6, 3), torch.randn(6, 4))
+        >>> queries, documents = torch.randn(2, 4), torch.randn(2, 4)
+        >>> draw = sample_gumbel(state, queries, draws_per_query=3)
+        >>> loss(queries, documents, draw.embedding.flatten(0, 1), draw).shape
+        torch.Size([])
+
+    Reference: Lindgren et al., NeurIPS 2021, equations 5-8; Veach and Guibas, SIGGRAPH 1995, section 3.3.
+    """
+    ranks = ranks_of(group)
+    with checking_arguments(ranks):
+        options = StepOptions(
+            score_transform=score_transform,
+            in_batch=in_batch,
+            share_draws=share_draws,
+            staleness_correction=staleness_correction,
+            reduction=reduction,
+        )
+        options.check_group(ranks.name is None)
+        check_draw("draw", draw)
+        if not (share_draws or draw.of_all_queries):
+            raise ValueError(
+                f"share_draws is {share_draws}, and {draw.query.shape[0]} of {draw.log_normalizer.shape[0]} queries "
+                f"have drawn; expected share_draws=True, as the others have no draws of their own"
+            )
+        check_embeddings("queries", queries, draw.embedding, rows=draw.log_normalizer.shape[0])
+        check_embeddings("negatives", negatives, queries, rows=draw.slot.numel())
+        check_scale(scale, queries.device)
+        check_batch(queries, documents, ids, log_weights, false_negatives)
+    queries, _ = check_ranks_agree(
+        ranks,
+        queries,
+        0,
+        function="loss",
+        options=options,
+        scale=scale,
+        numbers={
+            "queries": queries.shape[0],
+            "documents": documents.shape[0],
+            "draws of a query": draw.slot.shape[1],
+            "queries that draw": draw.slot.shape[0],
+        },
+        choices={"distinct": draw.distinct, "ids": ids is not None, "log_weights": log_weights is not None},
+    )
+    classes = batch_classes(queries.shape[0], documents, ids, log_weights, options, ranks)
+    shared = gather_draws(negatives, draw, ranks) if share_draws else None
+    terms = loss_terms(queries, classes, negatives, draw, shared, scale, false_negatives, options)
+    return reduced(cross_entropy(terms.batch_logits, terms.cache.logit, terms.positive), options)
+
+
+def loss_terms(
+    queries: Tensor,
+    classes: Classes,
+    negatives: Tensor,
+    draw: Draw,
+    shared: SharedDraws | None,
+    scale: float | Tensor,
+    false_negatives: FalseNegatives,
+    options: StepOptions,
+) -> Terms:
+    """The logits that `loss` is made of; `shared` are the draws to share, None if each query uses its own."""
+    queries, scale = in_dtype(queries, scale, draw.log_normalizer.dtype)
+    similarity = Similarity(draw.log_normalizer.dtype, scale, options.score_transform)
+    with full_precision(queries):
+        batch_logits, positive = batch_scores(similarity, queries, classes, options, false_negatives)
+        cache = estimate_cache_logit(similarity, queries, negatives, draw, shared, options)
+    return Terms(batch_logits, positive, cache)
+
+
+def cross_entropy(batch_logits: Tensor, cache_logit: Tensor, positive: Tensor) -> Tensor:
+    """[B]: the loss of each query, the cache being one class."""
+    return torch.cat([batch_logits, cache_logit[:, None]], dim=1).logsumexp(1) - positive
+
+
+def reduced(losses: Tensor, options: StepOptions) -> Tensor:
+    """[B] -> [] by "mean" or "sum"; as it is with "none"."""
+    if options.reduction == "none":
+        return losses
+    return losses.mean() if options.reduction == "mean" else losses.sum()

@@ -1,0 +1,146 @@
+"""The cross entropy over the whole cache, exact and differentiable: what `loss` estimates, as the cache stands.
+
+Source: Lindgren, Reddi, Guo, Kumar, NeurIPS 2021, equation 1.
+"""
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from negcache_fn._cache.state import scalar, stored
+from negcache_fn._checks import check_size
+from negcache_fn._loss.batch_classes import batch_classes, batch_scores, check_batch, known_ids, positive_scores
+from negcache_fn._loss.cross_entropy import cross_entropy, reduced
+from negcache_fn._options import InBatch, Reduction, ScoreTransform, StepOptions
+from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
+from negcache_fn._ranks.group import Shards, fetch_rows, ranks_of
+from negcache_fn._scores.definition import (
+    ScoreMatrix,
+    Similarity,
+    check_search,
+    dtype_of_scores,
+    full_precision,
+    in_dtype,
+    score_matrix,
+)
+from negcache_fn._scores.exclude import NO_FALSE_NEGATIVES, Exclusions, FalseNegatives, needs_positives
+from negcache_fn._scores.hardest import hardest_of_all
+from negcache_fn._scores.stream import cache_logsumexp, logsumexp
+
+__all__ = ["exact_loss"]
+
+_INFINITY = float("inf")
+
+
+def exact_loss(
+    state: TensorDictBase,
+    queries: Tensor,
+    documents: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    score_transform: ScoreTransform | None = None,
+    in_batch: InBatch = True,
+    ids: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
+    top_k: int | None = None,
+    reduction: Reduction = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Tensor:
+    """The same cross entropy without sampling: the whole cache, as embedded in it.
+
+    Naive equivalent: `logsumexp(cat([batch_scores, score(state, queries)], 1), 1) - positive_score`. It streams in both
+    directions: the backward pass recomputes the scores, so neither makes a [B, C] tensor (with `top_k`, [B, top_k, D]).
+
+    Args:
+        state: the cache; cached documents that `ids` names are left out, as in `loss`.
+        queries: [B, D] floating.
+        documents: [N, D] floating, N >= B, as in `loss`.
+        scale: number or 0-d tensor, learnable.
+        score_transform: elementwise function of the scaled inner products.
+        in_batch: as in `loss`.
+        ids: [N] int64, as in `loss`.
+        log_weights: [N] floating, as in `loss`.
+        false_negatives: which documents, of the batch and of the cache, are no negatives of a query.
+        top_k: restricts the cache to each query's `top_k` highest scores.
+        reduction: "mean", "sum" or "none".
+        group: of the ranks over which the cache is sharded; gradients as in `loss`.
+
+    Returns:
+        [] or, with reduction "none", [B]. Differentiable in `queries`, `documents` and `scale`; the cache is constant.
+
+    Raises:
+        ValueError, TypeError: as `loss`; `top_k` not in 1 ... C.
+
+    Examples:
+        >>> state = init_cache(8, 4, torch.zeros(1, 3))
+        >>> exact_loss(state, torch.randn(2, 4), torch.randn(2, 4), in_batch=False)
+        tensor(0.)
+
+    Reference: Lindgren et al., NeurIPS 2021, equation 1.
+    """
+    ranks = ranks_of(group)
+    with checking_arguments(ranks):
+        options = StepOptions(score_transform=score_transform, in_batch=in_batch, top_k=top_k, reduction=reduction)
+        options.check_group(ranks.name is None)
+        check_search(state, queries, scale)
+        check_batch(queries, documents, ids, log_weights, false_negatives)
+        capacity = stored(state, "embedding").shape[0]
+        if top_k is not None:
+            check_size("top_k", top_k, most=capacity if group is None else None)
+    with full_precision(queries):
+        rows = queries.shape[0]
+        queries, shards = check_ranks_agree(
+            ranks,
+            queries,
+            capacity,
+            function="exact_loss",
+            options=options,
+            scale=scale,
+            seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
+            numbers={
+                "queries": rows,
+                "documents": documents.shape[0],
+                "false_negatives.ids": 0 if false_negatives.ids is None else false_negatives.ids.shape[1],
+            },
+            choices={
+                "ids": ids is not None,
+                "log_weights": log_weights is not None,
+                "max_score": false_negatives.max_score is not None,
+            },
+        )
+        queries, scale = in_dtype(queries, scale, dtype_of_scores(state, queries))
+        similarity = Similarity(queries.dtype, scale, score_transform)
+        classes = batch_classes(rows, documents, ids, log_weights, options, ranks)
+        batch_logits, positive = batch_scores(similarity, queries, classes, options, false_negatives)
+        with torch.no_grad():  # a document is a negative or not
+            positives = positive_scores(similarity, queries, documents) if needs_positives(false_negatives) else None
+            known = known_ids(ids, rows, options)
+            exclusions = Exclusions.of(queries, known, false_negatives, similarity.dtype, positives)
+            _, of_all = exclusions.gathered(queries[:0], ranks)
+        # Each shard's part of the sum is made where the shard is, for the queries of all ranks.
+        matrix = score_matrix(state, ranks.gather(queries), similarity, of_all)
+        if top_k is None:
+            cache_logit = _over_all_ranks(cache_logsumexp(matrix), shards)
+        else:
+            cache_logit = _among_hardest(state, queries, similarity, matrix, top_k, shards)
+        return reduced(cross_entropy(batch_logits, cache_logit, positive), options)
+
+
+def _over_all_ranks(normalizers: Tensor, shards: Shards) -> Tensor:
+    """[B] for this rank's queries, from each shard's normalisers [ranks * B] for the queries of all ranks."""
+    ranks = shards.ranks
+    return normalizers if ranks.name is None else logsumexp(ranks.by_rank(ranks.exchange(normalizers)).t())
+
+
+def _among_hardest(
+    state: TensorDictBase, queries: Tensor, similarity: Similarity, matrix: ScoreMatrix, n: int, shards: Shards
+) -> Tensor:
+    """[B] log-sum-exp of each query's `n` highest scores."""
+    with torch.no_grad():  # which ones they are is not differentiable
+        scores, slots = hardest_of_all(matrix, n, shards)
+    columns = [stored(state, "embedding"), stored(state, "log_weight")]
+    embedding, log_weight = fetch_rows(columns, slots.flatten(), shards)
+    rows = queries.shape[0]
+    own = similarity.rowwise(queries, embedding.view(rows, n, -1)) + log_weight.view(rows, n)
+    return logsumexp(torch.where(scores > -_INFINITY, own, -_INFINITY))

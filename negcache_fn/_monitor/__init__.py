@@ -1,0 +1,3 @@
+"""Monitoring: metrics of a step, and ages of what is cached."""
+
+__all__: list[str] = []

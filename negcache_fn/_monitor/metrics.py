@@ -1,0 +1,92 @@
+"""The metrics of a step: numbers to log, each a 0-d tensor without gradient."""
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from negcache_fn._cache.state import live, scalar, stored
+from negcache_fn._codec import storable
+from negcache_fn._draws.sample import Draw
+from negcache_fn._loss.cross_entropy import Terms, cross_entropy
+from negcache_fn._ranks.group import Ranks
+
+__all__ = ["count_not_storable", "step_metrics"]
+
+_INFINITY = float("inf")
+
+
+def step_metrics(
+    state: TensorDictBase,
+    draw: Draw,
+    terms: Terms,
+    fresh: Tensor,
+    drawn_at: Tensor,
+    drawn_by_all: Tensor,
+    not_written: Tensor,
+    ranks: Ranks,
+) -> dict[str, Tensor]:
+    """The metrics of `step`, of the cache before it is written, for all ranks.
+
+    Args:
+        state: the cache.
+        draw: what was drawn for this rank's queries.
+        terms: their classes.
+        fresh: [M, D] the drawn documents, encoded again.
+        drawn_at: [M] the step at which they had been embedded.
+        drawn_by_all: [ranks * M] the slots that all ranks have drawn.
+        not_written: [] number of rows of this rank that are not finite.
+        ranks: of the group.
+
+    Returns:
+        0-d tensors by their names.
+    """
+    exact = cross_entropy(terms.batch_logits, draw.log_normalizer, terms.positive)
+    step, embedded_at, drawn = scalar(state, "step"), stored(state, "embedded_at"), draw.slot >= 0
+    capacity = embedded_at.new_full((), embedded_at.shape[0])
+    documents = live(state).sum()
+    # Empty slots, whose entry is -1, are added back: no tensor of C ages.
+    embedded_at_sum = embedded_at.sum() + capacity - documents
+    fresh = fresh.to(draw.log_normalizer.dtype)
+    difference = fresh - draw.embedding.flatten(0, 1)
+    drift = difference.square().sum(-1) / fresh.square().sum(-1).clamp(min=torch.finfo(fresh.dtype).tiny)
+    log_importance = terms.cache.log_importance
+    sample_size = (2 * log_importance.logsumexp(-1) - (2 * log_importance).logsumexp(-1)).exp()
+    sample_size = sample_size.masked_fill((log_importance == -_INFINITY).all(-1), 0.0)
+    in_order = drawn_by_all.sort().values
+    distinct = (in_order >= 0) & torch.cat([torch.ones_like(drawn[0, :1]), in_order[1:] != in_order[:-1]])
+    draws = (drawn_by_all >= 0).sum()
+    queries = capacity.new_full((), exact.shape[0])
+    ratios = {
+        "exact_loss": (exact.sum(), queries),
+        "positive_probability": ((-exact).exp().sum(), queries),
+        "occupancy": (documents, capacity),
+        "cache_age_steps": (step * documents - embedded_at_sum, documents),
+        "draw_age_steps": _sum_where(step - drawn_at, drawn.flatten()),
+        "drift": _sum_where(drift, drawn.flatten()),
+        "effective_sample_size": _sum_where(sample_size, draw.has_documents),
+        "unique_draws": (distinct.sum(), draws),
+        "masked_pairs": (terms.cache.masked.sum(), draw.has_documents.sum() * draws),
+    }
+    totals = [value for ratio in ratios.values() for value in ratio] + [not_written]
+    if ranks.name is not None:
+        totals = list(ranks.all_sum(torch.stack([value.double() for value in totals])).unbind())
+    dtype = exact.dtype
+    metrics = {
+        name: total.to(dtype) / count.to(dtype).clamp(min=1)
+        for name, total, count in zip(ratios, totals[:-1:2], totals[1::2], strict=True)
+    }
+    metrics["non_finite"] = totals[-1].to(not_written.dtype)
+    return metrics
+
+
+def _sum_where(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and number of the values that count."""
+    return torch.where(where, values, torch.zeros_like(values)).sum(), where.sum()
+
+
+def count_not_storable(state: TensorDictBase, embeddings: Tensor, cacheable: Tensor | None, slots: Tensor) -> Tensor:
+    """[] rows that were to be inserted, or to refresh `slots`, and are not finite as stored."""
+    rows = embeddings.shape[0] - slots.shape[0]
+    to_insert = torch.ones(rows, dtype=torch.bool, device=slots.device) if cacheable is None else cacheable
+    to_write = torch.cat([to_insert, slots >= 0])
+    return (to_write & ~storable(embeddings, stored(state, "embedding").dtype)).sum()

@@ -1,0 +1,214 @@
+"""The options of a step that stay the same during a run, as one frozen value.
+
+Everything that can be checked without a tensor is checked in `StepOptions.__post_init__`, so a wrong option fails where
+it is written. The functions that take some of these options as keywords build a `StepOptions` of them, and below the
+public functions options travel as one argument: adding one touches this file, the code that uses it, and its test.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, get_args
+
+from torch import Tensor
+
+from negcache_fn._checks import check_choice, check_flag, check_size
+
+__all__ = [
+    "Eviction",
+    "InBatch",
+    "Placement",
+    "Reduction",
+    "ScoreTransform",
+    "StalenessCorrection",
+    "StepOptions",
+]
+
+ScoreTransform: TypeAlias = Callable[[Tensor], Tensor]
+InBatch: TypeAlias = bool | Literal["global"]
+StalenessCorrection: TypeAlias = Literal["none", "self_normalized", "unnormalized"]
+Reduction: TypeAlias = Literal["mean", "sum", "none"]
+Eviction: TypeAlias = Literal["lru", "fifo"]
+Placement: TypeAlias = Literal["sharded", "replicated"]
+
+_DRAWS_PER_QUERY = 4  # the best retrieval per encoded document, see docs/evidence.md
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """The options of `step` that are constant during a run.
+
+    Immutable, hashable, and compared by value: a compiled step does not recompile for equal options. Loggers get
+    `dataclasses.asdict(options)`; `dataclasses.replace(options, top_k=64)` gives a changed copy.
+
+    Raises:
+        ValueError, TypeError: an option that is invalid, or that contradicts another one.
+
+    Examples:
+        >>> StepOptions(draws_per_query=2, evict="fifo").draws_per_query
+        2
+        >>> StepOptions(evict="lifo")
+        Traceback (most recent call last):
+        ...
+        ValueError: evict is 'lifo'; expected one of 'lru', 'fifo'
+    """
+
+    draws_per_query: int | None = None
+    """k, the number of documents that each query draws. None: 4, unless `num_draws` is given."""
+
+    replacement: bool = True
+    """Whether a query may draw a document more than once, see `sample_gumbel`."""
+
+    num_draws: int | None = None
+    """M, a divisor of B, instead of `draws_per_query`: the batch draws M documents, one for each of M queries."""
+
+    share_draws: bool = True
+    """Whether every query uses every draw (multiple importance sampling), or only its own."""
+
+    top_k: int | None = None
+    """Restricts each query's softmax to its `top_k` highest cached scores."""
+
+    score_transform: ScoreTransform | None = None
+    """An elementwise function of the scaled inner products. It must be the same on all ranks."""
+
+    in_batch: InBatch = True
+    """Whether all documents of the batch are classes of every query; "global": the documents of all ranks."""
+
+    staleness_correction: StalenessCorrection = "self_normalized"
+    """How the loss accounts for stale embeddings, see `loss`."""
+
+    reduction: Reduction = "mean"
+    """"mean", "sum" or "none": over the queries."""
+
+    evict: Eviction = "lru"
+    """Which documents make room: those of the oldest embedding ("lru"), or those cached first ("fifo")."""
+
+    refresh_stalest: float = 0
+    """How many of the oldest embeddings to compute again in each step, on each rank; a float below 1 is a share of the
+    slots (of each rank)."""
+
+    placement: Placement = "sharded"
+    """With a group: "sharded" if each rank holds a part of the cache, "replicated" if each holds all of it."""
+
+    def __post_init__(self) -> None:
+        for name in ("draws_per_query", "num_draws", "top_k"):
+            if getattr(self, name) is not None:
+                check_size(name, getattr(self, name))
+        check_flag("replacement", self.replacement)
+        check_flag("share_draws", self.share_draws)
+        if self.score_transform is not None and not callable(self.score_transform):
+            kind = type(self.score_transform).__name__
+            raise TypeError(f"score_transform is a {kind}; expected an elementwise function of tensors, or None")
+        if not isinstance(self.in_batch, bool) and self.in_batch != "global":
+            raise ValueError(f"in_batch is {self.in_batch!r}; expected True, False or 'global'")
+        check_choice("staleness_correction", self.staleness_correction, get_args(StalenessCorrection))
+        check_choice("reduction", self.reduction, get_args(Reduction))
+        check_choice("evict", self.evict, get_args(Eviction))
+        check_choice("placement", self.placement, get_args(Placement))
+        self._check_num_draws()
+        if isinstance(self.refresh_stalest, float):
+            if not 0.0 <= self.refresh_stalest < 1.0:
+                raise ValueError(
+                    f"refresh_stalest is {self.refresh_stalest}; expected a number of slots, or a share in 0 ... 1"
+                )
+        else:
+            check_size("refresh_stalest", self.refresh_stalest, least=0)
+
+    def _check_num_draws(self) -> None:
+        if self.num_draws is None:
+            return
+        if self.draws_per_query is not None:
+            raise ValueError(
+                f"num_draws is {self.num_draws} with draws_per_query={self.draws_per_query}; expected one of them"
+            )
+        if not self.replacement:
+            raise ValueError(
+                f"num_draws is {self.num_draws} with replacement=False; expected replacement=True, as a query that "
+                f"draws does so once"
+            )
+        if not self.share_draws:
+            raise ValueError(
+                f"num_draws is {self.num_draws} with share_draws=False; expected share_draws=True, as queries that do "
+                f"not draw use the draws of others"
+            )
+
+    def check_group(self, alone: bool) -> None:
+        """Raises if an option needs a process group and there is none."""
+        for name, value, needs_group in (
+            ("placement", self.placement, self.replicated),
+            ("in_batch", self.in_batch, self.all_ranks_in_batch),
+        ):
+            if alone and needs_group:
+                raise ValueError(f"{name} is {value!r} without a group; expected group= as well")
+
+    @property
+    def samples(self) -> int:
+        """The number of documents that a query draws, if it does."""
+        if self.draws_per_query is not None:
+            return self.draws_per_query
+        return _DRAWS_PER_QUERY if self.num_draws is None else 1
+
+    @property
+    def batch_is_classes(self) -> bool:
+        """Whether the documents of a batch are classes of all its queries."""
+        return bool(self.in_batch)
+
+    @property
+    def all_ranks_in_batch(self) -> bool:
+        """Whether the batch is that of all ranks."""
+        return self.in_batch == "global"
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank holds the whole cache."""
+        return self.placement == "replicated"
+
+    @property
+    def decided_by_adapters(self) -> tuple[InBatch, Reduction, Placement]:
+        """The options that a framework's adapter decides itself, from what the framework says."""
+        return self.in_batch, self.reduction, self.placement
+
+    def of_draws(self) -> dict[str, Any]:
+        """The keywords of `sample_gumbel`."""
+        return _some(self, "draws_per_query", "replacement", "num_draws", "top_k", "score_transform", "placement")
+
+    def of_loss(self) -> dict[str, Any]:
+        """The keywords of `loss`."""
+        return _some(self, "score_transform", "in_batch", "share_draws", "staleness_correction", "reduction")
+
+    def with_batch_of_all_ranks(self) -> "StepOptions":
+        """The same options, for a batch that all ranks share."""
+        return replace(self, in_batch="global")
+
+    def slots_to_refresh(self, capacity: int, most: int) -> int:
+        """How many slots `refresh_stalest` is, of `capacity`; ValueError if it is more than `most`."""
+        slots = self.refresh_stalest
+        if isinstance(slots, float):
+            slots = math.ceil(slots * capacity)
+        check_size("refresh_stalest", slots, least=0, most=most)
+        return slots
+
+    def named_numbers(self) -> dict[str, int]:
+        """The integer options, 0 for None; apart from the others because a compiled step may have symbols here."""
+        numbers: dict[str, Any] = {
+            "draws_per_query": self.samples,
+            "num_draws": self.num_draws,
+            "top_k": self.top_k,
+        }
+        return {name: 0 if value is None else value for name, value in numbers.items()}
+
+    def named_choices(self) -> dict[str, str]:
+        """The other options, except for the transform: two functions of different processes cannot be compared."""
+        return {
+            "replacement": f"{self.replacement}",
+            "share_draws": f"{self.share_draws}",
+            "in_batch": f"{self.in_batch}",
+            "staleness_correction": self.staleness_correction,
+            "reduction": self.reduction,
+            "evict": self.evict,
+            "placement": self.placement,
+        }
+
+
+def _some(options: StepOptions, *names: str) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names}

@@ -1,0 +1,3 @@
+"""Ranks: what the processes of a group send to each other."""
+
+__all__: list[str] = []

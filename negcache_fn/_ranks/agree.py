@@ -1,0 +1,244 @@
+"""What ranks must agree on before anything is sent, and how an error on one rank reaches all of them.
+
+Every function with a `group` checks its arguments inside `checking_arguments` and then calls `check_ranks_agree`. So an
+argument that is invalid on one rank, or that differs between the ranks, is an error on every rank: no rank waits for a
+message that never comes, or takes another message for it.
+"""
+
+import math
+import zlib
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from negcache_fn._options import ScoreTransform, StepOptions
+from negcache_fn._ranks.group import SHARD_MULTIPLE, Ranks, Shards, unsharded
+from negcache_fn._ranks.operators import gather_into, group_named
+
+__all__ = ["check_ranks_agree", "checking_arguments"]
+
+_PROBES = (-30.0, -1.0, -0.1, 0.0, 0.1, 1.0, 30.0)  # scores at which transforms are compared
+_TOLERANCE = 1e-3  # of the transformed: GPUs of different kinds may round differently
+_HEAD = ("failed", "digest", "capacity", "seed", "step")
+_ROW = len(_HEAD) + 1 + len(_PROBES)  # numbers that each rank sends: then the scale, then what the transform makes
+
+
+def checking_arguments(ranks: Ranks) -> AbstractContextManager[None]:
+    """A context for the checks of arguments: an error on one rank is raised on every rank, and no rank waits."""
+    if ranks.name is None or torch.compiler.is_compiling():
+        return nullcontext()
+    return _Announcing(ranks)
+
+
+def check_ranks_agree(
+    ranks: Ranks,
+    tensor: Tensor,
+    capacity: int,
+    *,
+    function: str,
+    options: StepOptions | None = None,
+    scale: float | Tensor = 1.0,
+    seed_and_step: tuple[Tensor, Tensor] | None = None,
+    numbers: dict[str, int] | None = None,
+    choices: dict[str, Any] | None = None,
+) -> tuple[Tensor, Shards]:
+    """Makes sure, before anything else is sent, that all ranks are about to do the same.
+
+    Args:
+        ranks: of the group.
+        tensor: [rows, D], from which all that is sent later derives: the check cannot be reordered behind it.
+        capacity: slots here.
+        function: that was called.
+        options: must be equal; a sharded cache unless they say that it is replicated.
+        scale: must be equal.
+        seed_and_step: of the cache, if there is one.
+        numbers: further integers that must be equal, by name.
+        choices: further constants that must be equal, by name.
+
+    Returns:
+        `tensor`, and where the slots are.
+
+    Raises:
+        ValueError: on every rank, if anything differs, or shards cannot be those of one cache.
+    """
+    if ranks.name is None:
+        return tensor, unsharded(capacity)
+    options = StepOptions() if options is None else options
+    counted = {"embedding_dim": tensor.shape[-1], **options.named_numbers(), **(numbers or {})}
+    chosen = {"function": function, **options.named_choices(), **(choices or {})}
+    marks = tensor.new_zeros(2, dtype=torch.int64) if seed_and_step is None else torch.stack(seed_and_step)
+    tensor, capacities = cast(
+        "tuple[Tensor, Tensor]",
+        _agree_op(
+            tensor,
+            marks,
+            _transformed(options.score_transform, scale, tensor.device),
+            capacity,
+            "\n".join(counted),  # an operator takes no lists of strings
+            list(counted.values()),
+            "\n".join(f"{name}={value}" for name, value in chosen.items()),
+            options.replicated,
+            ranks.name,
+        ),
+    )
+    if options.replicated:
+        return tensor, unsharded(capacity)
+    return tensor, Shards(ranks, capacities[0] * ranks.rank, capacities[0], capacities.sum())
+
+
+def _transformed(transform: ScoreTransform | None, scale: float | Tensor, device: torch.device) -> Tensor:
+    """[1 + probes] float64: the scale, and what the transform makes of some scores."""
+    probes = torch.tensor(_PROBES, device=device)
+    with torch.no_grad():  # compared, not trained
+        if transform is not None:
+            probes = transform(probes)
+        scale = scale.double() if isinstance(scale, Tensor) else torch.full_like(probes[0], scale, dtype=torch.float64)
+        return torch.cat([scale.view(1), probes.double()])
+
+
+class _Announcing:
+    """Tells the other ranks of an error here; they are told in `check_ranks_agree`."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, (ValueError, TypeError)):
+            group = group_named(cast(str, self.ranks.name))
+            _gather_rows(torch.tensor([1] + [0] * (_ROW - 1), device=_device_of(group)), group)
+            _raise_for_all(group, f"{type(error).__name__}: {error}", own=True)
+
+
+@torch.library.custom_op("negcache_fn::agree", mutates_args=())
+def _agree_op(
+    tensor: Tensor,
+    marks: Tensor,
+    transformed: Tensor,
+    capacity: int,
+    names: str,
+    numbers: list[int],
+    texts: str,
+    replicated: bool,
+    name: str,
+) -> tuple[Tensor, Tensor]:
+    group = group_named(name)
+    digest = zlib.crc32(repr((names, numbers, texts)).encode())
+    head = torch.tensor([0, digest, capacity], device=marks.device)
+    rows = _gather_rows(torch.cat([head, marks, transformed.view(torch.int64)]), group)
+    failed, digests, capacities, seeds, steps, *_ = cast("list[list[int]]", rows.t().tolist())
+    if any(failed):
+        _raise_for_all(group, None)
+    if len(set(digests)) > 1:
+        mine = dict(zip(names.split("\n"), map(str, numbers), strict=True))
+        mine |= {text.split("=", 1)[0]: text.split("=", 1)[1] for text in texts.split("\n")}
+        _raise_if_different(_gather_objects(mine, group))
+    _raise_if_different([{"seed": str(seed), "step": str(step)} for seed, step in zip(seeds, steps, strict=True)])
+    _check_transformed(cast("list[list[float]]", rows[:, len(_HEAD) :].contiguous().view(torch.float64).tolist()))
+    _check_capacities(capacities, replicated)
+    return tensor.clone(), rows[:, _HEAD.index("capacity")].clone()
+
+
+@_agree_op.register_fake
+def _(
+    tensor: Tensor,
+    marks: Tensor,
+    transformed: Tensor,
+    capacity: int,
+    names: str,
+    numbers: list[int],
+    texts: str,
+    replicated: bool,
+    name: str,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(tensor), marks.new_empty(dist.get_world_size(group_named(name)))
+
+
+def _identity_gradient(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return gradient, None, None, None, None, None, None, None, None
+
+
+_agree_op.register_autograd(_identity_gradient)
+
+
+def _raise_if_different(of_ranks: list[dict[str, str]]) -> None:
+    """ValueError with everything that differs between the ranks."""
+    names = list(dict.fromkeys(name for known in of_ranks for name in known))
+    told: list[str] = []
+    for name in names:
+        values = [known.get(name, "nothing") for known in of_ranks]
+        if len(set(values)) > 1:
+            hint = " (drop_last=True, or pad the last batch)" if name in ("queries", "documents") else ""
+            told.append(f"{name} differs between the ranks of the group: [{', '.join(values)}]{hint}")
+    if told:
+        raise ValueError(f"{'; '.join(told)}; expected the same on every rank")
+
+
+def _check_transformed(of_ranks: list[list[float]]) -> None:
+    scales = [values[0] for values in of_ranks]
+    if len({repr(scale) for scale in scales}) > 1:
+        raise ValueError(
+            f"scale differs between the ranks of the group: {scales}; expected the same on every rank (of a learnable "
+            f"one, average the gradient: negcache_fn.distributed.average_gradients)"
+        )
+    for probe, *values in zip(_PROBES, *(values[1:] for values in of_ranks), strict=True):
+        if not all(_close(value, values[0]) for value in values):
+            raise ValueError(
+                f"score_transform gives {values} for a score of {probe} on the ranks of the group; expected the same "
+                f"function on every rank"
+            )
+
+
+def _close(value: float, other: float) -> bool:
+    return math.isclose(value, other, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE) or (
+        math.isnan(value) and math.isnan(other)
+    )
+
+
+def _check_capacities(capacities: list[int], replicated: bool) -> None:
+    chunk, last = capacities[0], capacities[-1]
+    if replicated:
+        if len(set(capacities)) > 1:
+            raise ValueError(f"the caches of the ranks have {capacities} slots; expected the same on every rank")
+        return
+    equal = all(part == chunk for part in capacities[:-1]) and last <= chunk
+    if not equal or chunk % SHARD_MULTIPLE or last % SHARD_MULTIPLE:
+        raise ValueError(
+            f"the shards of the ranks have {capacities} slots; expected multiples of {SHARD_MULTIPLE}, the same on "
+            f"every rank but the last, which may have fewer: negcache_fn.distributed.local_capacity(...) gives them"
+        )
+
+
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _gather_rows(row: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[n] -> [ranks, n]."""
+    rows = row.new_empty(group.size() * row.shape[0])
+    gather_into(rows, row, group=group)
+    return rows.view(group.size(), row.shape[0])
+
+
+def _gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _raise_for_all(group: dist.ProcessGroup, error: str | None, *, own: bool = False) -> None:
+    """Raises the errors of other ranks; an error here is already being raised."""
+    errors = cast("list[str | None]", _gather_objects(error, group))
+    if not own:
+        told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None)
+        raise ValueError(f"an argument on another rank of the group is invalid. {told}")

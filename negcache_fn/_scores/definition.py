@@ -1,0 +1,223 @@
+"""The score of a query and a document, defined once: product, transform, log-weight, and what is excluded.
+
+    score[i, j] = transform(scale * queries[i] . embeddings[j]) + log_weight[j]
+
+`Similarity` is the part without the log-weight, for embeddings at hand: the documents of a batch, fresh embeddings of
+drawn documents. `ScoreMatrix` is all of it for a whole cache, never evaluated at once: slots that are empty or excluded
+have score -inf. `stream` reads the matrix by parts. Another similarity changes this file, and the kernels in
+`negcache_fn._kernels` if they are to compute it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torch.nn.functional import pad
+
+from negcache_fn._cache.ids import find_slots, without
+from negcache_fn._cache.state import check_state, live, stored
+from negcache_fn._checks import check_embeddings, check_ids, check_scale
+from negcache_fn._codec import decode, softmax_dtype
+from negcache_fn._kernels.blocks import BLOCK
+from negcache_fn._kernels.dispatch import Problem
+from negcache_fn._options import ScoreTransform
+from negcache_fn._scores.exclude import NO_FALSE_NEGATIVES, Exclusions
+
+__all__ = [
+    "ScoreMatrix",
+    "Similarity",
+    "check_search",
+    "dtype_of_scores",
+    "full_precision",
+    "in_dtype",
+    "score",
+    "score_matrix",
+]
+
+_INFINITY = float("inf")
+
+
+class Similarity(NamedTuple):
+    """`transform(scale * q . d)` in the dtype of the softmax."""
+
+    dtype: torch.dtype
+    scale: float | Tensor
+    transform: ScoreTransform | None
+
+    def pairwise(self, queries: Tensor, documents: Tensor) -> Tensor:
+        """[B, D], [M, D] -> [B, M]: every query with every document."""
+        return self.of_products(self.scaled(queries) @ documents.to(self.dtype).T)
+
+    def rowwise(self, queries: Tensor, documents: Tensor) -> Tensor:
+        """[B, D], [B, k, D] -> [B, k]: each query with its own documents."""
+        return self.of_products((self.scaled(queries)[:, None, :] * documents.to(self.dtype)).sum(-1))
+
+    def scaled(self, queries: Tensor) -> Tensor:
+        """The queries, of which only inner products are left to make."""
+        return queries.to(self.dtype) * self.scale
+
+    def of_products(self, products: Tensor) -> Tensor:
+        """The similarity, from the scaled inner products."""
+        return _transformed(products, self.transform)
+
+
+class ScoreMatrix(NamedTuple):
+    """`scores[i, j] = transform(queries[i] . embeddings[j]) + bias[j]`, unevaluated.
+
+    -inf where `j` is in `excluded[i]`, or the transformed product is above `max_score[i]`.
+    """
+
+    queries: Tensor  # [B, D] float32 or float64, the scale folded in
+    embeddings: Tensor  # [C, D], storage dtype
+    bias: Tensor  # [C], dtype of the queries: log-weight, -inf at empty slots and at those excluded for all queries
+    excluded: Tensor  # [B, P] int64 slots, -1: none; P may be 0
+    max_score: Tensor | None  # [B], dtype of the queries; None: no limit
+    transform: ScoreTransform | None
+
+    @property
+    def problem(self) -> Problem:
+        """The tensors, as kernels and operators take them; they know no transform."""
+        return Problem(*self[:-1])
+
+    def of_rows(self, rows: Tensor) -> "ScoreMatrix":
+        """The rows [M] alone."""
+        limit = None if self.max_score is None else self.max_score[rows]
+        return self._replace(queries=self.queries[rows], excluded=self.excluded[rows], max_score=limit)
+
+    def of_slots(self, start: int, stop: int) -> "ScoreMatrix":
+        """The columns `start ... stop - 1` alone."""
+        return self._replace(
+            embeddings=self.embeddings[start:stop], bias=self.bias[start:stop], excluded=self.excluded - start
+        )
+
+    def similarities(self, products: Tensor) -> Tensor:
+        """The similarities, from inner products of the queries, which are scaled already."""
+        return _transformed(products, self.transform)
+
+    def scores(self) -> Tensor:
+        """[B, C rounded up to whole blocks], -inf past the end: for few columns."""
+        rows = decode(self.embeddings, self.queries.dtype)
+        if self.transform is None and self.max_score is None:
+            scores = torch.addmm(self.bias, self.queries, rows.T)
+        else:
+            products = self.similarities(self.queries @ rows.T)
+            scores = products + self.bias
+            if self.max_score is not None:
+                scores = scores.masked_fill(products > self.max_score[:, None], -_INFINITY)
+        width = scores.shape[1]
+        if width % BLOCK:
+            scores = pad(scores, (0, -width % BLOCK), value=-_INFINITY)
+        if self.excluded.shape[1]:
+            here = (self.excluded >= 0) & (self.excluded < width)
+            ceiling = torch.where(here, -_INFINITY, _INFINITY).to(scores.dtype)
+            scores = scores.scatter_reduce(1, self.excluded.clamp(0, width - 1), ceiling, "amin")
+        return scores
+
+    def pull_back(self, gradient: Tensor) -> Tensor:
+        """[B, D]: the gradient in the queries, from that in the scores [B, C]; without a transform."""
+        return gradient @ decode(self.embeddings, self.queries.dtype)
+
+    def scores_at(self, row: Tensor, slots: Tensor) -> Tensor:
+        """[n, BLOCK]: the scores of the queries `row` [n] in blocks of slots [n, BLOCK], -inf past the end.
+
+        The lowest score of a block is never above `max_score`: a block that was chosen has something to draw, even
+        where rounding here differs from that of the pass that chose it.
+        """
+        capacity = self.embeddings.shape[0]
+        outside = slots >= capacity
+        slots = slots.clamp(max=capacity - 1)
+        rows = decode(self.embeddings[slots], self.queries.dtype)
+        products = self.similarities(torch.bmm(rows, self.queries[row, :, None]).squeeze(-1))
+        outside |= (slots[:, :, None] == self.excluded[row, None, :]).any(-1)
+        scores = (products + self.bias[slots]).masked_fill(outside, -_INFINITY)
+        if self.max_score is not None:
+            lowest = products.masked_fill(scores == -_INFINITY, _INFINITY).amin(-1)
+            limit = torch.maximum(self.max_score[row], lowest)
+            scores = scores.masked_fill(products > limit[:, None], -_INFINITY)
+        return scores
+
+
+def score(
+    state: TensorDictBase,
+    queries: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    score_transform: ScoreTransform | None = None,
+) -> Tensor:
+    """All scores: `transform(scale * queries @ embeddings.T) + log_weight`, -inf at empty slots.
+
+    This is the readable definition; it materialises [B, C] and nothing else in this package calls it.
+
+    Args:
+        state: the cache.
+        queries: [B, D] floating.
+        scale: number or 0-d tensor (inverse temperature, beta).
+        score_transform: elementwise function of the scaled inner products.
+
+    Returns:
+        [B, C], float32 or wider. Differentiable in `queries` and `scale`.
+
+    Raises:
+        ValueError, TypeError: `queries` that are not [B, D] floating on the device of the state; a `scale` that is not
+            a scalar.
+
+    Examples:
+        >>> state = init_cache(8, 4, torch.zeros(1, 3))
+        >>> score(state, torch.ones(2, 4)).shape
+        torch.Size([2, 8])
+    """
+    check_search(state, queries, scale)
+    with full_precision(queries):
+        matrix = score_matrix(state, queries, Similarity(dtype_of_scores(state, queries), scale, score_transform))
+        products = matrix.queries @ decode(matrix.embeddings, matrix.queries.dtype).T
+        return matrix.similarities(products) + matrix.bias
+
+
+def check_search(
+    state: TensorDictBase, queries: Tensor, scale: float | Tensor, exclude_ids: Tensor | None = None
+) -> None:
+    """The checks that all functions share that score queries against the cache."""
+    check_state(state)
+    check_embeddings("queries", queries, stored(state, "embedding"), of="the cache")
+    check_scale(scale, queries.device)
+    if exclude_ids is not None:
+        check_ids("exclude_ids", exclude_ids, queries)
+
+
+def score_matrix(
+    state: TensorDictBase, queries: Tensor, similarity: Similarity, exclusions: Exclusions | None = None
+) -> ScoreMatrix:
+    """The scores of `queries`, which `check_search` has seen, against the cache."""
+    if exclusions is None:
+        exclusions = Exclusions.of(queries, None, NO_FALSE_NEGATIVES, similarity.dtype)
+    kept = without(state, exclusions.for_all) if exclusions.for_all.shape[0] > 0 else live(state)
+    excluded = find_slots(state, exclusions.for_each) if exclusions.for_each.shape[1] > 0 else exclusions.for_each
+    bias = stored(state, "log_weight").to(similarity.dtype).masked_fill(~kept, -_INFINITY)
+    return ScoreMatrix(
+        similarity.scaled(queries),
+        stored(state, "embedding"),
+        bias,
+        excluded,
+        exclusions.max_score,
+        similarity.transform,
+    )
+
+
+def dtype_of_scores(state: TensorDictBase, queries: Tensor) -> torch.dtype:
+    """Float32 or wider, from the dtypes of the queries and the cache."""
+    return softmax_dtype(queries.dtype, stored(state, "embedding").dtype)
+
+
+def in_dtype(queries: Tensor, scale: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, float | Tensor]:
+    """Both in the dtype of the softmax, for all their uses: the gradients are added up in it, and rounded once."""
+    return queries.to(dtype), scale.to(dtype) if isinstance(scale, Tensor) else scale
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """A context without autocast: scores are accumulated in float32 or wider whatever surrounds the call."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def _transformed(products: Tensor, transform: ScoreTransform | None) -> Tensor:
+    return products if transform is None else transform(products)

@@ -1,0 +1,152 @@
+"""False negatives: documents that a query's softmax leaves out.
+
+`FalseNegatives` is how a user names them, the same for drawing, loss and mining; `Exclusions` is how a search of the
+cache takes them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from negcache_fn._checks import check_ids, check_scale
+from negcache_fn._ranks.group import Ranks
+
+__all__ = [
+    "NO_FALSE_NEGATIVES",
+    "Exclusions",
+    "FalseNegatives",
+    "check_false_negatives",
+    "max_score_of",
+    "needs_positives",
+]
+
+
+class FalseNegatives(NamedTuple):
+    """Documents that are no negatives of a query although they are not its positive.
+
+    They are left out of its softmax: of the cache's part (they are not drawn, not in the normaliser, and have no weight
+    when another query draws them) and, with in-batch classes, of the batch's.
+
+    Examples:
+        >>> state = update(init_cache(8, 4, torch.zeros(1, 3)), torch.ones(3, 3), torch.eye(4)[:3], ids=torch.arange(3))
+        >>> queries = torch.ones(2, 4)
+        >>> also_positive = FalseNegatives(ids=torch.tensor([[0, 2], [1, -1]]))
+        >>> top_negatives(state, queries, 2, false_negatives=also_positive)[1]
+        tensor([[ 1, -1],
+                [ 0,  2]])
+        >>> FalseNegatives(max_score=lambda positive: positive + 2.0).max_score(torch.tensor([1.0]))
+        tensor([3.])
+
+    Reference: the limit on the score after Solatorio, "GISTEmbed", 2024, section 3.
+    """
+
+    ids: Tensor | None = None
+    """[B, P] int64: all that is positive for each query, -1 where there are fewer."""
+
+    max_score: float | Tensor | Callable[[Tensor], Tensor] | None = None
+    """Documents of a higher score are no negatives. A number or [B], in units of the scores (scaled and transformed,
+    without log-weights), or a function that gives it for the scores [B] of the positives, such as `lambda positive:
+    positive + 1.0`. It goes by the scores as they are: stale ones in the cache, fresh ones in the batch. No gradient.
+    (-inf leaves a query no negative; given to `sample_gumbel` alone, it shuts the query out of that cache.)"""
+
+
+NO_FALSE_NEGATIVES = FalseNegatives()
+
+
+class Exclusions(NamedTuple):
+    """What is not to be found in the cache."""
+
+    for_all: Tensor  # [P] int64 ids; P may be 0
+    for_each: Tensor  # [B, P] int64 ids; P may be 0
+    max_score: Tensor | None  # [B]
+
+    @classmethod
+    def of(
+        cls,
+        queries: Tensor,
+        exclude_ids: Tensor | None,
+        false_negatives: FalseNegatives,
+        dtype: torch.dtype,
+        positives: Tensor | None = None,
+    ) -> "Exclusions":
+        """From checked arguments; `dtype` and `positives` as in `max_score_of`."""
+        nothing = torch.empty(0, dtype=torch.int64, device=queries.device)
+        each = [ids for ids in (exclude_ids, false_negatives.ids) if ids is not None and ids.ndim == 2]
+        for_each = torch.cat(each, 1) if each else nothing.expand(queries.shape[0], 0)
+        for_all = nothing if exclude_ids is None or exclude_ids.ndim == 2 else exclude_ids
+        return cls(for_all, for_each, max_score_of(false_negatives, queries, dtype, positives))
+
+    def gathered(self, queries: Tensor, ranks: Ranks) -> tuple[Tensor, "Exclusions"]:
+        """The queries (any rows of them) and the exclusions of all ranks, in one message."""
+        limit = [] if self.max_score is None else [self.max_score]
+        gathered, for_all, for_each, *limits = ranks.gather_all(queries, self.for_all, self.for_each, *limit)
+        return gathered, Exclusions(for_all, for_each, limits[0] if limits else None)
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """How many ids there are, which must be the same on all ranks."""
+        return {"exclude_ids": self.for_all.shape[0], "exclude_ids for each query": self.for_each.shape[1]}
+
+    @property
+    def choices(self) -> dict[str, bool]:
+        """Whether there is a limit, which must be the same on all ranks."""
+        return {"max_score": self.max_score is not None}
+
+
+def check_false_negatives(value: Any, queries: Tensor, *, knows_positives: bool) -> None:
+    """Raises unless `value` is a `FalseNegatives` that fits the queries [B, D]."""
+    if not isinstance(value, FalseNegatives):
+        raise TypeError(
+            f"false_negatives is a {type(value).__name__}; expected negcache_fn.FalseNegatives(ids=..., max_score=...)"
+        )
+    rows = queries.shape[0]
+    if value.ids is not None:
+        check_ids("false_negatives.ids", value.ids, queries)
+        if value.ids.ndim != 2:
+            raise ValueError(f"false_negatives.ids has shape {tuple(value.ids.shape)}; expected [{rows}, P]")
+    limit = value.max_score
+    if isinstance(limit, Tensor) and limit.ndim == 1:
+        if limit.shape[0] != rows or not limit.dtype.is_floating_point or limit.device != queries.device:
+            raise ValueError(
+                f"false_negatives.max_score has shape {tuple(limit.shape)}, dtype {limit.dtype} and is on "
+                f"{limit.device}; expected a number or [{rows}] floating on {queries.device}"
+            )
+    elif callable(limit):
+        if not knows_positives:
+            raise TypeError(
+                "false_negatives.max_score is a function of the positives' scores, which are not known here; "
+                f"expected a number or its values [{rows}]"
+            )
+    elif limit is not None:
+        check_scale(limit, queries.device, name="false_negatives.max_score")
+
+
+def needs_positives(false_negatives: FalseNegatives) -> bool:
+    """Whether the limit depends on the positives' scores."""
+    return callable(false_negatives.max_score)
+
+
+def max_score_of(
+    false_negatives: FalseNegatives, like: Tensor, dtype: torch.dtype, positives: Tensor | None = None
+) -> Tensor | None:
+    """[B] the limit in `dtype`, from the positives' scores [B] where it depends on them; None: there is none.
+
+    `like` [B, ...] has its rows and device.
+    """
+    limit = false_negatives.max_score
+    if limit is None:
+        return None
+    if callable(limit):
+        assert positives is not None  # checked at the boundary
+        given: Any = limit(positives.detach())  # whatever a user's function gives
+        if not isinstance(given, Tensor) or given.shape != positives.shape:
+            found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise ValueError(
+                f"false_negatives.max_score gave {found} for the positives' scores; expected [{positives.shape[0]}]"
+            )
+        limit = given
+    if isinstance(limit, Tensor):
+        return limit.detach().to(dtype).expand(like.shape[0])
+    return torch.full((like.shape[0],), limit, dtype=dtype, device=like.device)

@@ -1,0 +1,273 @@
+"""The assembly: one training step made of the pure functions."""
+
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from negcache_fn._cache.arrivals import Arrivals, check_facts
+from negcache_fn._cache.state import check_state, feature_leaves, scalar, stored, stored_features
+from negcache_fn._cache.update import copy_state, write_
+from negcache_fn._checks import check_embeddings, check_encoder, check_scale
+from negcache_fn._draws.sample import Draw, check_draws, draw_negatives
+from negcache_fn._encoders.one_pass import Encoder, encode_checked, encode_in_one_pass, with_stalest
+from negcache_fn._features import Features, fit_to_slots, leaves
+from negcache_fn._loss.batch_classes import Classes, known_ids, positive_scores
+from negcache_fn._loss.cache_class import SharedDraws, gather_draws
+from negcache_fn._loss.cross_entropy import cross_entropy, loss_terms, reduced
+from negcache_fn._monitor.metrics import count_not_storable, step_metrics
+from negcache_fn._options import StepOptions
+from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
+from negcache_fn._ranks.group import Ranks, ranks_of
+from negcache_fn._scores.definition import Similarity, dtype_of_scores, full_precision
+from negcache_fn._scores.exclude import (
+    NO_FALSE_NEGATIVES,
+    Exclusions,
+    FalseNegatives,
+    check_false_negatives,
+    needs_positives,
+)
+
+__all__ = ["StepOutput", "check_options", "step", "step_"]
+
+
+class StepOutput(NamedTuple):
+    """The result of a step: call `loss.backward()`, pass `state` on, log `metrics`."""
+
+    loss: Tensor  # [] or, with reduction "none", [B]; differentiable
+    state: TensorDictBase
+    metrics: dict[str, Tensor]  # 0-d, detached
+    draw: Draw
+
+
+def step(
+    state: TensorDictBase,
+    queries: Tensor,
+    features: Features,
+    encode: Encoder,
+    *,
+    options: StepOptions = StepOptions(),
+    scale: float | Tensor = 1.0,
+    ids: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    cacheable: Tensor | None = None,
+    false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
+    priorities: Tensor | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> StepOutput:
+    """One training step: draw negatives, encode, loss, and the next state of the cache.
+
+    `encode` is called once, on the N documents, the drawn documents and the stalest documents of the cache (whose
+    gradient is cut) if `options` refresh some. The drawn and the refreshed documents get their fresh embeddings, then
+    the N documents come in.
+
+    With gradients off (`torch.no_grad()`), the step is an evaluation: loss and metrics are the same, nothing is
+    written, and the returned state is the given one.
+
+    Args:
+        state: the cache, C slots.
+        queries: [B, D] floating embeddings, with gradient.
+        features: of N documents, B <= N <= C. Row i < B is the positive of query i; the others are further candidates
+            (mined hard negatives, or a random stream of the corpus).
+        encode: the document encoder: features of R documents, nested as `features`, to [R, D].
+        options: everything that is constant during the run, see `StepOptions`.
+        scale: number or 0-d tensor, learnable.
+        ids: [N] int64 ids of the documents, -1 where anonymous. A cached document that is a positive of the query, or
+            a class in the batch, is left out of the query's negatives; a document whose id is cached replaces that
+            entry.
+        log_weights: [N] floating, added to the documents' scores, now and while they are cached.
+        cacheable: [N] bool, False for documents not to be cached; they are in the loss all the same.
+        false_negatives: further documents to exclude from a query's negatives, by id or by score. If its `max_score`
+            is a function of the positives' scores, `encode` is called twice: on the documents, then on the draws.
+        priorities: [C] instead of `options.evict`: the priority of every slot here, see `update`.
+        group: of ranks that train together, each with its own queries and documents: draws, losses and states are those
+            of one rank that has the queries, the positives and the further candidates of all, in the order of ranks.
+            The loss is that of this rank's queries; see docs/scaling.md for gradients.
+
+    Returns:
+        Loss, next state, metrics and draw. The metrics, of the cache before the update:
+
+        - `exact_loss`: mean cross entropy with the whole cache as embedded in it, the interpretable loss;
+        - `positive_probability`: mean probability of the positive in that softmax;
+        - `occupancy`: share of live slots;
+        - `cache_age_steps`, `draw_age_steps`: mean age of the embeddings, of all and of the drawn;
+        - `drift`: mean `|fresh - stale|^2 / |fresh|^2` of the drawn;
+        - `effective_sample_size`: mean `(sum w)^2 / sum w^2` of the weights with which a query uses the draws;
+        - `unique_draws`: distinct documents among the draws, as a share of the draws;
+        - `masked_pairs`: share of the pairs of a query and a draw that are false negatives, by id or by score;
+        - `non_finite`: rows that were not written because they were not finite.
+
+        With a group they are those of all ranks' queries and the whole cache.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, named; the given state is untouched.
+
+    Examples:
+        >>> encoder = torch.nn.Linear(3, 4)
+        >>> state = init_cache(8, 4, features=torch.zeros(1, 3))
+        >>> for _ in range(2):
+        ...     out = step(state, torch.randn(2, 4), torch.randn(2, 3), encoder, scale=20.0)
+        ...     out.loss.backward()
+        ...     state = out.state
+        >>> occupancy(state)
+        tensor(0.5000)
+
+    Reference: Lindgren et al., NeurIPS 2021, algorithm 1.
+    """
+    return step_(
+        copy_state(state) if torch.is_grad_enabled() else state,
+        queries,
+        features,
+        encode,
+        options=options,
+        scale=scale,
+        ids=ids,
+        log_weights=log_weights,
+        cacheable=cacheable,
+        false_negatives=false_negatives,
+        priorities=priorities,
+        group=group,
+    )
+
+
+def step_(
+    state: TensorDictBase,
+    queries: Tensor,
+    features: Features,
+    encode: Encoder,
+    *,
+    options: StepOptions = StepOptions(),
+    scale: float | Tensor = 1.0,
+    ids: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    cacheable: Tensor | None = None,
+    false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
+    priorities: Tensor | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> StepOutput:
+    """`step` in place: writes the rows that change into `state`, which it returns, and copies nothing.
+
+    Arguments, metrics and errors as there.
+
+    Examples:
+        >>> state = init_cache(8, 4, features=torch.zeros(1, 3))
+        >>> step_(state, torch.randn(2, 4), torch.randn(2, 3), torch.nn.Linear(3, 4)).state is state
+        True
+    """
+    ranks = ranks_of(group)
+    with checking_arguments(ranks):
+        check_options(options)
+        options.check_group(ranks.name is None)
+        check_state(state)
+        check_encoder(encode)
+        cached = stored(state, "embedding")
+        check_scale(scale, cached.device)
+        most = cached.shape[0] // ranks.size if options.replicated else cached.shape[0]
+        to_refresh = options.slots_to_refresh(cached.shape[0], most)
+        features, rows = _fit_features(state, queries, features, most)
+        check_draws(state, queries, options, ranks)
+        check_facts(rows, cached, ids, log_weights, cacheable, priorities)
+        check_false_negatives(false_negatives, queries, knows_positives=True)
+    training = torch.is_grad_enabled()
+    queries, shards = check_ranks_agree(
+        ranks,
+        queries,
+        cached.shape[0],
+        function="step",
+        options=options,
+        scale=scale,
+        seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
+        numbers={
+            "queries": queries.shape[0],
+            "documents": rows,
+            "refresh_stalest": to_refresh,
+            "false_negatives.ids": 0 if false_negatives.ids is None else false_negatives.ids.shape[1],
+        },
+        choices={
+            "ids": ids is not None,
+            "log_weights": log_weights is not None,
+            "max_score": false_negatives.max_score is not None,
+            "priorities": None if priorities is None else priorities.dtype,
+            "gradients": training,
+        },
+    )
+    similarity = Similarity(dtype_of_scores(state, queries), scale, options.score_transform)
+    encoded_first = encode_checked(encode, features, rows, cached) if needs_positives(false_negatives) else None
+    exclusions = _exclusions(similarity, queries, encoded_first, ids, false_negatives, options)
+    columns = [*feature_leaves(state), stored(state, "embedded_at")]
+    draw, (*drawn, drawn_at) = draw_negatives(state, queries, similarity, exclusions, options, ranks, shards, columns)
+    again = with_stalest(state, draw.slot.flatten(), drawn, to_refresh, ranks, shards)
+    embeddings = encode_in_one_pass(encode, features, rows, encoded_first, state, again)
+    of_documents, of_draws, of_stalest = torch.split(
+        embeddings, [rows, draw.slot.numel(), again.slots.shape[0] - draw.slot.numel()]
+    )
+
+    arrivals = Arrivals.of(
+        features, of_documents if options.all_ranks_in_batch else of_documents.detach(), ids, log_weights, cacheable
+    ).gathered(queries.shape[0], ranks, differentiable=options.all_ranks_in_batch)
+    if options.all_ranks_in_batch:
+        first = ranks.rank * queries.shape[0]
+        classes = Classes(arrivals.embeddings, arrivals.ids, arrivals.log_weights, first)
+    else:
+        classes = Classes(of_documents, ids, log_weights, 0)
+    shared = gather_draws(of_draws, draw, ranks) if options.share_draws else None
+    terms = loss_terms(queries, classes, of_draws, draw, shared, scale, false_negatives, options)
+    loss = reduced(cross_entropy(terms.batch_logits, terms.cache.logit, terms.positive), options)
+    with torch.no_grad():  # metrics and cached embeddings are constants
+        slots, fresh = _fresh_of_all_ranks(draw, of_draws, shared, ranks)
+        not_written = count_not_storable(state, embeddings, cacheable, again.slots)
+        metrics = step_metrics(state, draw, terms, of_draws, drawn_at, slots, not_written, ranks)
+        if training:
+            if to_refresh:
+                slots, fresh = torch.cat([slots, again.stalest]), torch.cat([fresh, ranks.gather(of_stalest)])
+            write_(state, arrivals, (slots, fresh), shards, options, priorities)
+    return StepOutput(loss, state, metrics, draw)
+
+
+def check_options(options: Any) -> None:
+    """Raises unless they are options of a step."""
+    if not isinstance(options, StepOptions):
+        raise TypeError(f"options is a {type(options).__name__}; expected negcache_fn.StepOptions(...)")
+
+
+def _fit_features(state: TensorDictBase, queries: Tensor, features: Features, most: int) -> tuple[Features, int]:
+    """The features, as wide as the cache stores them, and the number of documents."""
+    check_embeddings("queries", queries, stored(state, "embedding"), of="the cache")
+    name, leaf = next(leaves(features), ("features", None))
+    if leaf is None or leaf.ndim == 0:
+        raise ValueError(f"{name} holds no rows; expected features of at least {queries.shape[0]} documents")
+    rows = leaf.shape[0]
+    if not queries.shape[0] <= rows <= most:
+        raise ValueError(
+            f"{name} has {rows} rows; expected at least {queries.shape[0]}, the number of queries, "
+            f"and at most {most}, the capacity of the cache (per rank)"
+        )
+    return fit_to_slots(stored_features(state), features, rows, "features", queries.device), rows
+
+
+def _exclusions(
+    similarity: Similarity,
+    queries: Tensor,
+    documents: Tensor | None,
+    ids: Tensor | None,
+    false_negatives: FalseNegatives,
+    options: StepOptions,
+) -> Exclusions:
+    """What must not be drawn; `documents` are encoded already if the scores of the positives matter."""
+    positives = None
+    if documents is not None:
+        with torch.no_grad(), full_precision(queries):  # a limit is a constant
+            positives = positive_scores(similarity, queries, documents)
+    known = known_ids(ids, queries.shape[0], options)
+    return Exclusions.of(queries, known, false_negatives, similarity.dtype, positives)
+
+
+def _fresh_of_all_ranks(
+    draw: Draw, of_draws: Tensor, shared: SharedDraws | None, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """The slots that all ranks have drawn, and their fresh embeddings."""
+    if shared is not None:
+        return shared.slot, shared.negatives
+    slots, fresh = ranks.gather_all(draw.slot.flatten(), of_draws)
+    return slots, fresh
