@@ -16,6 +16,7 @@ from examples.benchmarks.experiments import Experiments, Row, reset_compiler
 from examples.benchmarks.hardware import describe
 from examples.benchmarks.shapes import QUICK_SIZES, SIZES, UPDATES, parse_size, sweeps
 from examples.benchmarks.timing import Rounds
+from examples.command_line import CommandParser, positive, run
 
 OUT = Path("runs/benchmarks")
 EXPERIMENTS = ("sizes", "sweeps", "updates", "memory")
@@ -23,24 +24,21 @@ EXPERIMENTS = ("sizes", "sweeps", "updates", "memory")
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures, then writes results.json, table.md and the plots; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        file = options.out / "results.json"
-        if not options.report_only:
-            options.out.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(_measure(options), indent=1), encoding="utf-8")
-        _report(json.loads(file.read_text(encoding="utf-8")), options)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run(_run, _parser().parse_args(arguments))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.benchmarks",
+def _run(options: argparse.Namespace) -> None:
+    file = options.out / "results.json"
+    if not options.report_only:
+        options.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(_measure(options), indent=1), encoding="utf-8")
+    _report(json.loads(file.read_text(encoding="utf-8")), options)
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "benchmarks",
         description="What one step of the cache costs, side by side with the alternatives.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--reference", type=Path, metavar="DIR", help="the port as published; without it no such rows")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: two minutes")
@@ -48,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", nargs="+", type=parse_size, metavar="BxCxD", help="those of the main table")
     parser.add_argument("--eager", action="store_true", help="leave out what torch.compile has to compile")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where results, table and plots go")
     parser.add_argument("--page", type=Path, metavar="FILE", help="fill this page, plots into images/ beside")
     parser.add_argument("--report-only", action="store_true", help="report the results in --out, measure nothing")

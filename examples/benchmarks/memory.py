@@ -9,7 +9,6 @@ On CUDA: the peak of the allocator.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -24,6 +23,7 @@ from examples.benchmarks.methods import Method, UnavailableError
 from examples.benchmarks.problem import Problem
 from examples.benchmarks.registry import METHODS, select
 from examples.benchmarks.shapes import Shape, parse_size
+from examples.command_line import CommandParser
 
 __all__ = ["measure", "peak_bytes", "supported"]
 
@@ -77,7 +77,7 @@ def _status_bytes(key: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """The process: one line of JSON per shape, as soon as it is known."""
-    parser = argparse.ArgumentParser()
+    parser = CommandParser("benchmarks.memory", description=__doc__)
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("sizes", nargs="+", type=parse_size)
     parser.add_argument("--device", default="cpu")

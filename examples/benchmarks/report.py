@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,42 +56,33 @@ def _hardware(hardware: dict[str, Any]) -> str:
 
 
 def _times(rows: list[Row], decimals: int = 2) -> str:
-    """One line a method; per size the median, and the ratio to the baseline with its quartiles."""
+    """Per size the median, and the ratio to the baseline with its quartiles."""
+    return "\n".join([*_table(rows, lambda row: _time_cell(row, decimals)), *_left_out(rows)])
+
+
+def _memory(rows: list[Row]) -> str:
+    return "\n".join(_table(rows, lambda row: f"{row['peak_bytes'] / 2**20:,.0f} MiB"))
+
+
+def _table(rows: list[Row], cell: Callable[[Row], str]) -> list[str]:
+    """One line a method and one column a size, of the methods that were measured anywhere."""
     shapes = _shapes(rows)
     lines = ["| | " + " | ".join(map(str, shapes)) + " |", "| --- |" + " ---: |" * len(shapes)]
     for method in dict.fromkeys(row["method"] for row in rows):
         of_method = {_shape(row): row for row in rows if row["method"] == method}
-        if all("skipped" in row for row in of_method.values()):
-            continue
-        cells = [_time_cell(of_method.get(shape), decimals) for shape in shapes]
-        label = next(iter(of_method.values()))["label"]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *_left_out(rows)])
+        measured = {shape: cell(row) for shape, row in of_method.items() if "skipped" not in row}
+        if measured:
+            label = next(iter(of_method.values()))["label"]
+            lines.append(f"| {label} | " + " | ".join(measured.get(shape, "-") for shape in shapes) + " |")
+    return lines
 
 
-def _time_cell(row: Row | None, decimals: int) -> str:
-    if row is None or "skipped" in row:
-        return "-"
+def _time_cell(row: Row, decimals: int) -> str:
     text = _duration(row["seconds_median"])
     if "ratio_median" not in row:
         return text
     ratio, low, high = (f"{row[f'ratio_{key}']:.{decimals}f}" for key in ("median", "q25", "q75"))
     return f"{text}, **{ratio}** ({low} to {high})"
-
-
-def _memory(rows: list[Row]) -> str:
-    shapes = _shapes(rows)
-    lines = ["| | " + " | ".join(map(str, shapes)) + " |", "| --- |" + " ---: |" * len(shapes)]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        of_method = {_shape(row): row for row in rows if row["method"] == method}
-        if all("skipped" in row for row in of_method.values()):
-            continue
-        cells = [
-            "-" if "skipped" in of_method[shape] else f"{of_method[shape]['peak_bytes'] / 2**20:,.0f} MiB"
-            for shape in shapes
-        ]
-        lines.append(f"| {next(iter(of_method.values()))['label']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def _roofline(rows: list[Row]) -> str:

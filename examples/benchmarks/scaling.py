@@ -26,6 +26,7 @@ from examples.benchmarks.problem import SCALE, Problem
 from examples.benchmarks.report import fill_page
 from examples.benchmarks.shapes import Shape
 from examples.benchmarks.traffic import Step, counted, messages, sent_bytes, watched
+from examples.command_line import CommandParser, positive, run
 from negcache_fn import distributed
 
 GLOBAL = Shape(256, 2**17, 128)
@@ -42,11 +43,14 @@ CLUSTER_FLOPS = 400e12
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints the tables, and fills a page; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m examples.benchmarks.scaling", description=__doc__)
+    parser = CommandParser("benchmarks.scaling", description=__doc__)
     parser.add_argument("--page", type=Path, metavar="FILE", help="fill this page")
-    parser.add_argument("--worlds", nargs="+", type=int, default=[2, 4], help="numbers of processes")
-    parser.add_argument("--capacity", type=int, default=GLOBAL.capacity, help="slots of the cache")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--worlds", nargs="+", type=positive, default=[2, 4], help="numbers of processes")
+    parser.add_argument("--capacity", type=positive, default=GLOBAL.capacity, help="slots of the cache")
+    return run(_run, parser.parse_args(arguments))
+
+
+def _run(options: argparse.Namespace) -> None:
     shape = replace(GLOBAL, capacity=options.capacity)
     measured = {world: _measure(world, shape) for world in options.worlds}
     made = {
@@ -58,7 +62,6 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n\n".join(made.values()))
     if options.page is not None:
         fill_page(options.page, made)
-    return 0
 
 
 def _measure(world: int, shape: Shape) -> dict[str, Any]:

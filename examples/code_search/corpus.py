@@ -10,7 +10,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import signal
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +23,8 @@ from tqdm import tqdm
 
 from examples.code_search.harvest import Function, harvest_file, source_files
 from examples.code_search.tokens import VOCABULARY_SIZE, token_ids
+from examples.interruptions import leave_interrupts_to_parent
+from examples.whole_files import written_whole
 
 __all__ = ["SPLITS", "Bags", "Corpus", "load_or_harvest"]
 
@@ -104,12 +105,8 @@ def _harvest(files: list[Path], mask_names: bool) -> Iterator[list[Function]]:
         yield from progress(map(harvest, files))
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(os.cpu_count(), initializer=_leave_interrupts_to_parent) as pool:
+    with context.Pool(os.cpu_count(), initializer=leave_interrupts_to_parent) as pool:
         yield from progress(pool.imap(harvest, files, chunksize=16))
-
-
-def _leave_interrupts_to_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _assemble(key: str, sources: list[tuple[Path, Path]], harvested: Iterable[list[Function]]) -> Corpus:
@@ -164,21 +161,19 @@ def _save(corpus: Corpus, file: Path) -> None:
         "names": corpus.names,
         "queries": corpus.query_texts,
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".unfinished.npz")
-    np.savez(
-        unfinished,
-        texts=np.frombuffer(json.dumps(texts).encode(), np.uint8),
-        document_starts=corpus.documents.starts,
-        document_tokens=corpus.documents.tokens,
-        document_counts=corpus.documents.counts,
-        document_split=corpus.document_split,
-        query_starts=corpus.queries.starts,
-        query_tokens=corpus.queries.tokens,
-        query_counts=corpus.queries.counts,
-        query_document=corpus.query_document,
-    )
-    os.replace(unfinished, file)
+    with written_whole(file) as unfinished, unfinished.open("wb") as archive:
+        np.savez(
+            archive,
+            texts=np.frombuffer(json.dumps(texts).encode(), np.uint8),
+            document_starts=corpus.documents.starts,
+            document_tokens=corpus.documents.tokens,
+            document_counts=corpus.documents.counts,
+            document_split=corpus.document_split,
+            query_starts=corpus.queries.starts,
+            query_tokens=corpus.queries.tokens,
+            query_counts=corpus.queries.counts,
+            query_document=corpus.query_document,
+        )
 
 
 def _load(file: Path) -> Corpus | None:

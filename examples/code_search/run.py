@@ -9,8 +9,6 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,6 +27,8 @@ from examples.code_search.features import rows_of
 from examples.code_search.methods import Method, cache_step, in_batch_step
 from examples.code_search.model import DualEncoder, optimizers
 from examples.code_search.workers import ALONE, Workers
+from examples.interruptions import InterruptedRunError, interruptions_deferred
+from examples.threads import one_thread
 from negcache_fn import distributed
 
 __all__ = ["Options", "Run"]
@@ -96,7 +96,7 @@ class Run:
             dynamic_ncols=True,
             disable=not self.workers.leads,
         )
-        with progress, checkpoint.interruptions_deferred() as interrupted, self._metrics_file() as metrics:
+        with progress, interruptions_deferred() as interrupted, self._metrics_file() as metrics:
             while self.step < steps:
                 with one_thread():
                     row = self._train_step()
@@ -111,7 +111,7 @@ class Run:
                 if is_milestone or stops:
                     self._save()
                 if stops:
-                    raise checkpoint.InterruptedRunError
+                    raise InterruptedRunError
 
     def _train_step(self) -> dict[str, float]:
         started = time.perf_counter()
@@ -205,14 +205,3 @@ class Run:
         file = (self.folder / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
         file.writelines(json.dumps(row) + "\n" for row in self.history)
         return file
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Lets torch compute with one thread: the steps are small, and the order of its sums is then always the same."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

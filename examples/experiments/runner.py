@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from examples.experiments.gradients import run_gradients
 from examples.experiments.grid import Comparison, GradientStudy, Grid, Lexical, Trial
 from examples.experiments.tasks import Source, Task, load_task
 from examples.experiments.trial import run_lexical, run_trial
+from examples.interruptions import leave_interrupts_to_parent
 
 __all__ = ["Results", "final_trials", "read_results", "run_grid"]
 
@@ -104,7 +104,7 @@ def _rounded(value: Any) -> Any:
 def _processes(count: int) -> Iterator[Executor]:
     """So many; what they are at when an error or an interruption comes is given up."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, initializer=_leave_interrupts_to_parent) as pool:
+    with ProcessPoolExecutor(count, context, initializer=leave_interrupts_to_parent) as pool:
         try:
             yield pool
         except BaseException:
@@ -117,7 +117,3 @@ def _processes(count: int) -> Iterator[Executor]:
 @lru_cache(maxsize=2)
 def _load(source: Source, out: Path) -> Task:
     return load_task(source, out)
-
-
-def _leave_interrupts_to_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

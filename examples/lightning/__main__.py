@@ -11,9 +11,10 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from examples.code_search.run import one_thread
+from examples.command_line import CommandParser, positive, run
 from examples.lightning.data import CodeSearchData, loader, standard_library
 from examples.lightning.module import CodeSearch
+from examples.threads import one_thread
 from negcache_fn.integrations.lightning import NegativeCacheCallback
 
 OUT = Path("runs/lightning")
@@ -21,14 +22,16 @@ OUT = Path("runs/lightning")
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains, or goes on where it stopped, and prints what came of it; the exit status."""
-    options = _parser().parse_args(arguments)
+    return run(_run, _parser().parse_args(arguments))
+
+
+def _run(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     roots = [options.root.resolve()] if options.root else standard_library()
     dataset = CodeSearchData(roots, options.out / "corpus.npz", batch_size=options.batch_size)
     tests = len(dataset.data.corpus.queries_of("test"))
     if len(dataset.data.train_queries) < options.batch_size or tests == 0:
-        print("error: too few functions with a docstring, give more code: --root DIR", file=sys.stderr)
-        return 1
+        raise ValueError("too few functions with a docstring, give more code: --root DIR")
     with one_thread(), warnings.catch_warnings():
         _ignore_what_is_meant()
         seed_everything(0, verbose=False)
@@ -39,7 +42,6 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{tests:,} queries of test modules, {len(dataset.data.corpus.names):,} functions searched")
     for label, metrics in (("untrained", untrained), (f"after {trainer.global_step} steps", trained)):
         print(f"{label:>18}   MRR@10 {metrics['mrr@10']:.3f}   Recall@10 {metrics['recall@10']:.3f}")
-    return 0
 
 
 def _fit(model: CodeSearch, options: argparse.Namespace) -> Trainer:
@@ -69,27 +71,19 @@ def _ignore_what_is_meant() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.lightning",
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "lightning",
         description="Train a dual encoder that finds the function a sentence describes, with Lightning.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--epochs", type=_positive, default=6)
-    parser.add_argument("--steps-per-epoch", type=_positive, default=100)
-    parser.add_argument("--batch-size", type=_positive, default=16, help="queries in a step")
-    parser.add_argument("--cache-size", type=_positive, default=4096, help="functions in the cache")
+    parser.add_argument("--epochs", type=positive, default=6)
+    parser.add_argument("--steps-per-epoch", type=positive, default=100)
+    parser.add_argument("--batch-size", type=positive, default=16, help="queries in a step")
+    parser.add_argument("--cache-size", type=positive, default=4096, help="functions in the cache")
     parser.add_argument("--root", type=Path, metavar="DIR", help="Python files to learn from (the standard library)")
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where checkpoints and logs go")
     parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard instead of into a CSV file")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
 
 
 if __name__ == "__main__":

@@ -7,46 +7,41 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from examples.command_line import CommandParser, natural, positive, run
 from examples.msmarco.options import ESTIMATORS, FORMATS, POOLING, PRECISIONS, STORAGE, TOWERS, Options, Shape, Widths
 
 OUT = Path("runs/msmarco")
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults where there are some."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
     options = _parser().parse_args(arguments)
+    return run(_run, options, resumes=options.command == "train")
+
+
+def _run(options: argparse.Namespace) -> None:
     command = {"sample": _sample, "train": _train, "evaluate": _evaluate}[options.command]
     try:
-        return command(options)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        command(options)
     except ModuleNotFoundError as error:
         if error.name not in {"transformers", "tokenizers", "tqdm"}:
             raise
-        print(f"error: there is no {error.name}; pip install transformers tqdm", file=sys.stderr)
-    return 1
+        raise ValueError(f"there is no {error.name}; pip install transformers tqdm") from error
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.msmarco",
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "msmarco",
         description="MS MARCO passage ranking, or any collection in its format or BEIR's, with a negative cache.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     defaults = Options()
 
-    sample = commands.add_parser("sample", help="make a small collection to try it on", formatter_class=_Formatter)
+    sample = commands.add_parser("sample", help="make a small collection to try it on")
     sample.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the collection goes")
     sample.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="of the files")
 
-    train = commands.add_parser("train", help="train, or go on", formatter_class=_Formatter)
+    train = commands.add_parser("train", help="train, or go on")
     _add_common(train)
     model = train.add_mutually_exclusive_group(required=True)
     model.add_argument(
@@ -56,22 +51,22 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--towers", choices=TOWERS, default=Shape().towers, help="one transformer or two")
     train.add_argument("--pooling", choices=POOLING, default=Shape().pooling, help="of a text's tokens")
     train.add_argument("--scale", type=float, default=Shape().scale, help="of the cosines, at first; it is learnt")
-    train.add_argument("--query-tokens", type=_positive, default=Widths().query_tokens, help="queries are cut at")
-    train.add_argument("--passage-tokens", type=_positive, default=Widths().passage_tokens, help="passages are cut at")
-    train.add_argument("--steps", type=_positive, default=defaults.steps, help="training steps")
-    train.add_argument("--batch-size", type=_positive, default=defaults.batch_size, help="queries in a step")
-    train.add_argument("--cache-size", type=_positive, default=defaults.cache_size, help="passages in the cache")
+    train.add_argument("--query-tokens", type=positive, default=Widths().query_tokens, help="queries are cut at")
+    train.add_argument("--passage-tokens", type=positive, default=Widths().passage_tokens, help="passages are cut at")
+    train.add_argument("--steps", type=positive, default=defaults.steps, help="training steps")
+    train.add_argument("--batch-size", type=positive, default=defaults.batch_size, help="queries in a step")
+    train.add_argument("--cache-size", type=positive, default=defaults.cache_size, help="passages in the cache")
     train.add_argument(
-        "--prefill", type=_natural, help="random passages cached before the first step (default: as many as fit)"
+        "--prefill", type=natural, help="random passages cached before the first step (default: as many as fit)"
     )
     train.add_argument(
         "--random-passages",
-        type=_natural,
+        type=natural,
         default=defaults.random_passages,
         help="that come into the cache in each step",
     )
     train.add_argument(
-        "--num-samples", type=_positive, default=defaults.num_samples, help="negatives each query draws from the cache"
+        "--num-samples", type=positive, default=defaults.num_samples, help="negatives each query draws from the cache"
     )
     train.add_argument(
         "--estimator",
@@ -85,32 +80,32 @@ def _parser() -> argparse.ArgumentParser:
         "--scale-rate", type=float, default=defaults.scale_rate, help="that of the logarithm of the scale"
     )
     train.add_argument(
-        "--warm-up", type=_natural, default=defaults.warm_up, help="steps of it; then the rates fall to 0 on a line"
+        "--warm-up", type=natural, default=defaults.warm_up, help="steps of it; then the rates fall to 0 on a line"
     )
     train.add_argument("--storage", choices=STORAGE, default=defaults.storage, help="where the cache has its passages")
-    train.add_argument("--chunk-size", type=_positive, help="passages encoded at a time (default: all of a step)")
+    train.add_argument("--chunk-size", type=positive, help="passages encoded at a time (default: all of a step)")
     train.add_argument(
-        "--evaluate-every", type=_positive, default=defaults.evaluate_every, help="steps between checkpoints"
+        "--evaluate-every", type=positive, default=defaults.evaluate_every, help="steps between checkpoints"
     )
-    train.add_argument("--log-every", type=_positive, default=defaults.log_every, help="steps between rows of the log")
+    train.add_argument("--log-every", type=positive, default=defaults.log_every, help="steps between rows of the log")
     train.add_argument(
-        "--validation-queries", type=_positive, default=defaults.validation_queries, help="asked at each checkpoint"
+        "--validation-queries", type=positive, default=defaults.validation_queries, help="asked at each checkpoint"
     )
     train.add_argument(
-        "--validation-passages", type=_positive, default=defaults.validation_passages, help="searched then, a sample"
+        "--validation-passages", type=positive, default=defaults.validation_passages, help="searched then, a sample"
     )
     train.add_argument("--validation-split", metavar="NAME", help="(default: dev.small, dev or test)")
-    train.add_argument("--seed", type=_natural, default=defaults.seed, help="of batches, draws and dropout")
+    train.add_argument("--seed", type=natural, default=defaults.seed, help="of batches, draws and dropout")
 
-    evaluate = commands.add_parser("evaluate", help="search all passages", formatter_class=_Formatter)
+    evaluate = commands.add_parser("evaluate", help="search all passages")
     _add_common(evaluate)
     evaluate.add_argument("--split", nargs="+", metavar="NAME", help="(default: dev.small, dev or test)")
-    evaluate.add_argument("--depth", type=_positive, default=1000, help="passages to find for each query")
-    evaluate.add_argument("--relevant-from", type=_positive, default=1, help="grade, for MRR and recall; 2 for TREC's")
+    evaluate.add_argument("--depth", type=positive, default=1000, help="passages to find for each query")
+    evaluate.add_argument("--relevant-from", type=positive, default=1, help="grade, for MRR and recall; 2 for TREC's")
     return parser
 
 
-def _add_common(command: argparse.ArgumentParser) -> None:
+def _add_common(command: CommandParser) -> None:
     command.add_argument("--data", type=Path, required=True, metavar="DIR", help="the collection")
     command.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="of the run")
     command.add_argument("--tokens", type=Path, metavar="DIR", help="of the tokenised texts (default: DATA/tokens)")
@@ -118,33 +113,17 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--precision", choices=PRECISIONS, help="(default: bfloat16 on cuda, float32 on the CPU)")
 
 
-def _natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} is negative")
-    return number
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
-
-
 # What takes long to import comes where it is needed, so that `--help` is at once there.
 
 
-def _sample(options: argparse.Namespace) -> int:
+def _sample(options: argparse.Namespace) -> None:
     from examples.msmarco.sample import make_sample
 
     count = make_sample(options.out, kind=options.format)
     print(f"{options.out}: {count:,} passages, and as many queries")
-    return 0
 
 
-def _train(options: argparse.Namespace) -> int:
-    from examples.code_search.checkpoint import InterruptedRunError
+def _train(options: argparse.Namespace) -> None:
     from examples.msmarco.commands import train_run
     from examples.msmarco.formats import Collection
 
@@ -154,24 +133,19 @@ def _train(options: argparse.Namespace) -> int:
     given["precision"] = precision
     given["validation_split"] = options.validation_split or collection.held_out
     given["triples"] = None if options.triples is None else str(options.triples)
-    try:
-        train_run(
-            collection,
-            options.model,
-            options.out,
-            shape=Shape(options.towers, options.pooling, options.scale),
-            widths=Widths(options.query_tokens, options.passage_tokens),
-            options=Options(**given),
-            store=options.tokens or options.data / "tokens",
-            device=device,
-        )
-    except (InterruptedRunError, KeyboardInterrupt):
-        print("interrupted, run again to go on", file=sys.stderr)
-        return 130
-    return 0
+    train_run(
+        collection,
+        options.model,
+        options.out,
+        shape=Shape(options.towers, options.pooling, options.scale),
+        widths=Widths(options.query_tokens, options.passage_tokens),
+        options=Options(**given),
+        store=options.tokens or options.data / "tokens",
+        device=device,
+    )
 
 
-def _evaluate(options: argparse.Namespace) -> int:
+def _evaluate(options: argparse.Namespace) -> None:
     from examples.msmarco.commands import evaluate_run
     from examples.msmarco.formats import Collection
 
@@ -187,7 +161,6 @@ def _evaluate(options: argparse.Namespace) -> int:
         store=options.tokens or options.data / "tokens",
         device=device,
     )
-    return 0
 
 
 def _device_and_precision(options: argparse.Namespace):

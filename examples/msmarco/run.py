@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import negcache_fn
 from examples.code_search import checkpoint
+from examples.interruptions import InterruptedRunError, interruptions_deferred
 from examples.msmarco.data import Data, TrainingSet
 from examples.msmarco.evaluate import asked, evaluate
 from examples.msmarco.model import DualEncoder
@@ -114,7 +115,7 @@ class Run:
         options = self.options
         if self.step == options.steps:
             return
-        with checkpoint.interruptions_deferred() as interrupted, self._log() as log:
+        with interruptions_deferred() as interrupted, self._log() as log:
             if self.step == 0:
                 self._prefill(lambda: interrupted.is_set)
                 log.write(json.dumps({"step": 0, **self._evaluate()}) + "\n")
@@ -134,7 +135,7 @@ class Run:
                     if is_milestone or interrupted.is_set:
                         self._save()
                     if interrupted.is_set:
-                        raise checkpoint.InterruptedRunError
+                        raise InterruptedRunError
 
     def _train_step(self) -> tuple[Tensor, dict[str, Tensor]]:
         options = self.options
@@ -172,7 +173,7 @@ class Run:
         with tqdm(total=count, desc="prefill", unit="passage", unit_scale=True) as progress:
             for start in range(0, count, _PREFILL_BATCH):
                 if is_interrupted():  # nothing is worth saving yet
-                    raise checkpoint.InterruptedRunError
+                    raise InterruptedRunError
                 some = rows[start : start + _PREFILL_BATCH]
                 features = {name: value.to(self.device) for name, value in self.data.features(some).items()}
                 with autocast(self.device, self.dtype):

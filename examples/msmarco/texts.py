@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,13 +22,16 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from examples.msmarco.formats import read_texts
+from examples.whole_files import written_whole
 
-__all__ = ["Texts", "tokenized"]
+__all__ = ["Texts", "batches", "tokenized"]
 
 _FORMAT = 1
 """Part of the key of what is stored: change it with anything that changes what is stored."""
 
 _TEXTS_AT_ONCE = 8192
+
+_Item = TypeVar("_Item")
 
 
 class Texts:
@@ -87,12 +89,17 @@ def tokenized(file: Path, tokenizer: PreTrainedTokenizerBase, width: int, store:
     key = _key(file, tokenizer, width)
     folder = store / f"{file.stem}-{key}"
     if not folder.is_dir():
-        unfinished = folder.with_name(folder.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        _write(file, tokenizer, width, key, unfinished)
-        os.replace(unfinished, folder)
+        with written_whole(folder) as unfinished:
+            unfinished.mkdir()
+            _write(file, tokenizer, width, key, unfinished)
     return Texts(folder)
+
+
+def batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+    """So many in each but the last, in order."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
 
 
 def _write(file: Path, tokenizer: PreTrainedTokenizerBase, width: int, key: str, folder: Path) -> None:
@@ -100,7 +107,7 @@ def _write(file: Path, tokenizer: PreTrainedTokenizerBase, width: int, key: str,
     lengths = array("q")
     texts = tqdm(read_texts(file), desc=f"tokenize {file.name}", unit="text", unit_scale=True, mininterval=1)
     with (folder / "tokens.bin").open("wb") as tokens:
-        for batch in _batches(texts):
+        for batch in batches(texts, _TEXTS_AT_ONCE):
             names, words = zip(*batch, strict=True)
             encoded = tokenizer(list(words), truncation=True, max_length=width, return_attention_mask=False)
             for row in encoded["input_ids"]:
@@ -119,12 +126,6 @@ def _write(file: Path, tokenizer: PreTrainedTokenizerBase, width: int, key: str,
     np.save(folder / "order.npy", order)
     np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(np.frombuffer(lengths, np.int64))]))
     (folder / "key.json").write_text(json.dumps(key), encoding="utf-8")
-
-
-def _batches(texts: Iterable[tuple[str, str]]) -> Iterable[list[tuple[str, str]]]:
-    iterator = iter(texts)
-    while batch := list(islice(iterator, _TEXTS_AT_ONCE)):
-        yield batch
 
 
 def _key(file: Path, tokenizer: PreTrainedTokenizerBase, width: int) -> str:

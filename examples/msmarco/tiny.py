@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
@@ -15,6 +13,8 @@ from tokenizers.models import WordPiece
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.utils import logging
+
+from examples.whole_files import written_whole
 
 __all__ = ["make_tiny_model"]
 
@@ -28,8 +28,6 @@ def make_tiny_model(folder: Path, texts: Iterable[str], *, seed: int = 0) -> Non
     """Writes tokenizer, configuration and weights, as `from_pretrained` reads them; nothing if they are there."""
     if folder.is_dir():
         return
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
     tokenizer = _tokenizer(islice(texts, _TEXTS))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -45,9 +43,9 @@ def make_tiny_model(folder: Path, texts: Iterable[str], *, seed: int = 0) -> Non
             )
         )
     logging.disable_progress_bar()
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    os.replace(unfinished, folder)
+    with written_whole(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
 
 
 def _tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

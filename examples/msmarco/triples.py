@@ -6,9 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from examples.msmarco.formats import read_triples
-from examples.msmarco.texts import Texts
+from examples.msmarco.texts import Texts, batches
+from examples.whole_files import written_whole
 
 __all__ = ["indexed_triples"]
 
@@ -33,16 +31,14 @@ def indexed_triples(file: Path, queries: Texts, passages: Texts, store: Path) ->
     value = (file.name, status.st_size, status.st_mtime_ns, queries.key, passages.key)
     stored = store / f"triples-{hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()}.bin"
     if not stored.exists():
-        unfinished = stored.with_suffix(".unfinished")
         progress = tqdm(read_triples(file), desc=f"index {file.name}", unit="triple", unit_scale=True, mininterval=1)
-        with unfinished.open("wb") as rows:
+        with written_whole(stored) as unfinished, unfinished.open("wb") as rows:
             line = 1
-            for batch in _batches(progress):
+            for batch in batches(progress, _TRIPLES_AT_ONCE):
                 rows.write(_rows(file, line, batch, queries, passages).tobytes())
                 line += len(batch)
-        if line == 1:
-            raise ValueError(f"{file}:1: the file is empty; expected triples")
-        os.replace(unfinished, stored)
+            if line == 1:
+                raise ValueError(f"{file}:1: the file is empty; expected triples")
     return np.memmap(stored, np.int32, "r").reshape(-1, 3)
 
 
@@ -58,9 +54,3 @@ def _rows(
         kind = "query" if column == 0 else "passage"
         raise ValueError(f"{file}:{line + at}: there is no {kind} {batch[at][column]!r}")
     return rows.astype(np.int32)
-
-
-def _batches(triples: Iterable[tuple[str, str, str]]) -> Iterable[list[tuple[str, str, str]]]:
-    iterator = iter(triples)
-    while batch := list(islice(iterator, _TRIPLES_AT_ONCE)):
-        yield batch

@@ -7,30 +7,29 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 
+from examples.command_line import CommandParser, run
 from examples.pictures import charts
 from examples.pictures.drawing import Theme, save
 from examples.pictures.flow import diagram, sizes_of_a_step
 from examples.pictures.measures import correction_by_age, drift_by_age, gradients_by_draws, lives, softmax_mass
 from examples.pictures.training import train
+from examples.threads import one_thread
 
 OUT = Path("docs/images")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Draws the pictures that were asked for; returns the exit status."""
-    options = _parser().parse_args(arguments)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are small: threads would wait for each other
-    try:
+    return run(_run, _parser().parse_args(arguments))
+
+
+def _run(options: argparse.Namespace) -> None:
+    with one_thread():  # the matrices are small: threads would wait for each other
         for name in options.only:
             for file in save(f"concept_{name}", PICTURES[name](), options.out):
                 print(file)
-    finally:
-        torch.set_num_threads(threads)
-    return 0
 
 
 def _flow() -> Callable[[Theme], Figure]:
@@ -73,12 +72,8 @@ PICTURES = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.pictures",
-        description="Draws the pictures of the documentation from runs of the library.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def _parser() -> CommandParser:
+    parser = CommandParser("pictures", description="Draws the pictures of the documentation from runs of the library.")
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where they go")
     parser.add_argument("--only", nargs="+", choices=PICTURES, default=list(PICTURES), help="which of them")
     return parser

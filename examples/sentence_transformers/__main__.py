@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.trainers import WordPieceTrainer
 
+from examples.command_line import CommandParser, positive, run
 from examples.sentence_transformers.data import split
 from negcache_fn.integrations.sentence_transformers import NegativeCacheCallback, NegativeCacheLoss
 
@@ -27,7 +29,10 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; the exit status."""
-    options = _parser().parse_args(arguments)
+    return run(_run, _parser().parse_args(arguments))
+
+
+def _run(options: argparse.Namespace) -> None:
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     train, queries, corpus, relevant = split(options.root or [Path(sysconfig.get_path("stdlib"))])
     torch.manual_seed(options.seed)
@@ -66,7 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = _quality(evaluator, model)
     trainer.train(resume_from_checkpoint=options.resume)
     print(f"{options.loss}: MRR@10 {before:.3f} untrained, {_quality(evaluator, model):.3f} trained")
-    return 0
 
 
 def _bag_of_words(texts: object, dim: int) -> SentenceTransformer:
@@ -82,8 +86,8 @@ def _quality(evaluator: InformationRetrievalEvaluator, model: SentenceTransforme
     return float(evaluator(model)["cosine_mrr@10"])
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m examples.sentence_transformers", description=__doc__)
+def _parser() -> CommandParser:
+    parser = CommandParser("sentence_transformers", description=__doc__)
     parser.add_argument(
         "--loss", choices=["cache", "ranking"], default="cache", help="with the cache, or in-batch only"
     )
@@ -92,15 +96,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("runs/sentence_transformers"))
     parser.add_argument("--resume", action="store_true", help="go on at the last checkpoint in --out")
     parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=positive, default=16)
     parser.add_argument("--learning-rate", type=float, default=0.05)
-    parser.add_argument("--cache-size", type=int, default=4096)
-    parser.add_argument("--num-samples", type=int, default=4)
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--cache-size", type=positive, default=4096)
+    parser.add_argument("--num-samples", type=positive, default=4)
+    parser.add_argument("--max-length", type=positive, default=256)
+    parser.add_argument("--dim", type=positive, default=128)
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

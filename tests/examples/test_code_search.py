@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import signal
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 
 from examples.code_search.__main__ import main
 from examples.code_search.baselines import tfidf
-from examples.code_search.checkpoint import interruptions_deferred, load
+from examples.code_search.checkpoint import load
 from examples.code_search.corpus import SPLITS, Bags, load_or_harvest
 from examples.code_search.evaluate import ranks_of, summarize
 from examples.code_search.features import inverse_document_frequency, padded
@@ -233,17 +232,3 @@ def test_in_batch_loss_counts_a_repeated_document_once() -> None:
     scores = (2 * queries @ documents.T).exp()
     expected = -(scores.diagonal() / scores.sum(1)).log().mean()
     assert torch.allclose(loss, expected)
-
-
-def test_second_signal_is_not_held_back() -> None:
-    assert threading.current_thread() is threading.main_thread()
-    # As usual is as in a terminal: a shell ignores the signal in what it runs in the background.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with interruptions_deferred() as interrupted:
-            signal.raise_signal(signal.SIGINT)
-            assert interrupted.is_set
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
