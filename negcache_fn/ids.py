@@ -6,7 +6,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn.kernels import cpu
+from negcache_fn._kernels import dispatch
 from negcache_fn.state import live, segments, stored
 
 __all__ = ["find_slots", "first_of_each", "last_of_each", "without"]
@@ -42,8 +42,9 @@ def first_of_each(ids: Tensor) -> Tensor:
 
 @torch.library.custom_op("negcache_fn::find_slots", mutates_args=())
 def _find_slots_op(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
-    if cpu.supports_scans(ids):
-        return cpu.find_slots(ids, cached, embedded_at)
+    found = dispatch.find_slots(ids, cached, embedded_at)
+    if found is not None:
+        return found
     # The few ids are sorted, not the cache.
     ordered = ids.sort().values
     found = torch.full_like(ordered, -1)

@@ -7,6 +7,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torch.nn.functional import pad
 
+from negcache_fn._kernels import dispatch
 from negcache_fn.checks import check_size
 from negcache_fn.collectives import Shards, agree, distribute
 from negcache_fn.false_negatives import (
@@ -15,7 +16,6 @@ from negcache_fn.false_negatives import (
     FalseNegatives,
     check_false_negatives,
 )
-from negcache_fn.kernels import cpu
 from negcache_fn.scoring import check_search, score_matrix, softmax_dtype
 from negcache_fn.state import scalar, stored
 from negcache_fn.streaming import BLOCK, ScoreMatrix, ScoreTransform, full_precision, reduce_blocks, score_blocks
@@ -142,8 +142,9 @@ def _top(left: Tensor, right: Tensor, n: int) -> tuple[Tensor, Tensor]:
 def _hardest_op(
     queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, n: int
 ) -> tuple[Tensor, Tensor]:
-    if cpu.supports(queries, embeddings) and cpu.finds_hardest(n):
-        return cpu.hardest(queries, embeddings, bias, excluded, max_score, n)
+    found = dispatch.hardest(dispatch.Problem(queries, embeddings, bias, excluded, max_score), n)
+    if found is not None:
+        return found
     return _hardest(ScoreMatrix(queries, embeddings, bias, excluded, max_score, None), n)
 
 

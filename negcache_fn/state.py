@@ -24,10 +24,10 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.nn.functional import pad
 
+from negcache_fn._kernels import dispatch
 from negcache_fn.checks import check_size, check_slots, check_state
 from negcache_fn.collectives import Shards, agree, distribute, fetch, in_one_place
 from negcache_fn.features import Features, as_stored, check_example, leaves, map_features, nested_as
-from negcache_fn.kernels import cpu
 
 __all__ = [
     "as_features",
@@ -242,8 +242,9 @@ def lowest(key: Tensor, n: int, *, skip: Tensor, shards: Shards) -> Tensor:
 
 @torch.library.custom_op("negcache_fn::lowest", mutates_args=())
 def _lowest_op(key: Tensor, skip: Tensor, n: int) -> Tensor:
-    if cpu.supports_scans(key):
-        return cpu.lowest(key, skip, n)
+    slots = dispatch.lowest_slots(key, skip, n)
+    if slots is not None:
+        return slots
     capacity, last = key.shape[0], torch.iinfo(torch.int64).max
     best = key.new_empty(0)
     for start, stop in segments(capacity):

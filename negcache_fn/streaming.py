@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType] - untyped in torch
 
-from negcache_fn.kernels import cpu, cuda
+from negcache_fn._kernels import dispatch
+from negcache_fn._kernels.blocks import BLOCK
 
 __all__ = [
     "BLOCK",
@@ -29,7 +30,6 @@ __all__ = [
     "score_blocks",
 ]
 
-BLOCK = 64
 _CHUNK = 2048  # slots scored at a time; a multiple of BLOCK
 _GATHER_BYTES = 2**23
 _INFINITY = float("inf")
@@ -161,9 +161,9 @@ def _score_blocks(matrix: ScoreMatrix, blocks: Tensor) -> Tensor:
 def _block_logsumexp(
     queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None
 ) -> Tensor:
-    for kernels in (cpu, cuda):
-        if kernels.supports(queries, embeddings):
-            return kernels.block_logsumexp(queries, embeddings, bias, excluded, max_score)
+    found = dispatch.block_logsumexp(dispatch.Problem(queries, embeddings, bias, excluded, max_score))
+    if found is not None:
+        return found
     return _reduce_blocks(ScoreMatrix(queries, embeddings, bias, excluded, max_score, None), "logsumexp")
 
 
@@ -187,8 +187,9 @@ def _(
 def _score_blocks_op(
     queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, blocks: Tensor
 ) -> Tensor:
-    if cpu.supports(queries, embeddings):
-        return cpu.score_blocks(queries, embeddings, bias, excluded, max_score, blocks)
+    found = dispatch.score_blocks(dispatch.Problem(queries, embeddings, bias, excluded, max_score), blocks)
+    if found is not None:
+        return found
     return _score_blocks(ScoreMatrix(queries, embeddings, bias, excluded, max_score, None), blocks)
 
 

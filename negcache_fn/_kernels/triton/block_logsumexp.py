@@ -1,11 +1,11 @@
 # pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 # pyright: reportArgumentType=false, reportReturnType=false
 # ruff: noqa: ANN001, ANN202 - as for pyright: Triton is untyped, and a kernel's arguments are not what Python sees
-"""The Triton kernel of `cuda.block_logsumexp`: product, bias, exclusions and block log-sum-exp in one pass.
+"""The Triton kernel behind `call.block_logsumexp`: product, bias, exclusions and block log-sum-exp in one pass.
 
 A program scores BLOCK_M queries against BLOCK_N slots, a few whole blocks, in float32 accumulators, reduces every block
 where it lies and writes one number for each: no score reaches memory. Programs that share embeddings run side by side,
-so that these are read once and the queries stay in the L2 cache. `cuda.py` imports this file only where Triton is.
+so that these are read once and the queries stay in the L2 cache. `call.py` imports this file only where Triton is.
 """
 
 from typing import Any
@@ -15,10 +15,12 @@ import triton.language as tl
 from torch import Tensor, are_deterministic_algorithms_enabled
 from torch.nn.functional import pad
 
+from negcache_fn._kernels.blocks import BLOCK
+
 __all__ = ["configs", "launch", "suitable"]
 
 _INTERPRETED = triton.knobs.runtime.interpret
-_BLOCK = tl.constexpr(64)  # negcache_fn.streaming.BLOCK
+_BLOCK = tl.constexpr(BLOCK)
 _GROUP = tl.constexpr(16)  # tiles of queries
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)

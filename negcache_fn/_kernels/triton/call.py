@@ -1,4 +1,4 @@
-"""The streaming pass on CUDA: the arguments of `block_logsumexp.py`, Triton's kernel, from those of `ScoreMatrix`.
+"""Calls of the Triton kernel in `block_logsumexp.py`, the streaming pass on CUDA.
 
 Its precision is that of `torch.set_float32_matmul_precision`. With float32 storage, "highest" multiplies in float32,
 "high" in three TF32 products (error about 2^-21 |q| |e|), "medium" in one (2^-11). With bfloat16 and float16 storage
@@ -17,10 +17,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from negcache_fn._codec import STORAGES
+from negcache_fn._kernels.blocks import BLOCK
+from negcache_fn._kernels.problem import Problem
+
 __all__ = ["block_logsumexp", "kernel", "supports"]
 
-_BLOCK = 64  # negcache_fn.streaming.BLOCK
-_STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+_STORAGE = tuple(dtype for dtype, storage in STORAGES.items() if storage.triton)
 _PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32
 _LOGGER = logging.getLogger(__name__)
@@ -32,14 +35,15 @@ def kernel() -> ModuleType | None:
     if os.environ.get("NEGCACHE_FN_NATIVE", "1") == "0":
         return None
     try:
-        return importlib.import_module("negcache_fn.kernels.block_logsumexp")
+        return importlib.import_module("negcache_fn._kernels.triton.block_logsumexp")
     except ImportError as error:
         _LOGGER.info("no Triton: the streaming passes on CUDA run in plain torch: %s", error)
         return None
 
 
-def supports(queries: Tensor, embeddings: Tensor) -> bool:
-    """Whether the kernel takes these: CUDA, float32 queries, contiguous float32, bfloat16 or float16 embeddings."""
+def supports(problem: Problem) -> bool:
+    """Whether the kernel takes it: CUDA, float32 queries, contiguous embeddings in a dtype that it reads."""
+    queries, embeddings = problem.queries, problem.embeddings
     return (
         queries.device.type == "cuda"
         and queries.dtype == torch.float32
@@ -50,17 +54,16 @@ def supports(queries: Tensor, embeddings: Tensor) -> bool:
     )
 
 
-def block_logsumexp(
-    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None
-) -> Tensor:
-    """[B, ceil(C / BLOCK)]: the log-sum-exp of every block of scores; arguments as the fields of `ScoreMatrix`."""
+def block_logsumexp(problem: Problem) -> Tensor:
+    """[B, ceil(C / BLOCK)]: the log-sum-exp of every block of scores."""
+    queries, embeddings, bias, excluded, max_score = problem
     module = kernel()
     if module is None:
         raise RuntimeError("the CUDA kernel is not available: ask `supports` first")
     precision = torch.get_float32_matmul_precision()
     parts, magnitude = _split(queries, embeddings.dtype, precision)
     products = _PRECISION[precision] if embeddings.dtype == torch.float32 else "tf32"  # elsewhere without meaning
-    out = queries.new_empty(queries.shape[0], -(-embeddings.shape[0] // _BLOCK))
+    out = queries.new_empty(queries.shape[0], -(-embeddings.shape[0] // BLOCK))
     with torch.cuda.device_of(queries):  # Triton launches on the current device
         module.launch(parts, magnitude, embeddings, bias.contiguous(), excluded.contiguous(), max_score, products, out)
     return out

@@ -1,0 +1,168 @@
+"""Calls of the C++ kernels through ctypes: tensors as pointers to their first elements, integers as int64."""
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from negcache_fn._codec import STORAGES
+from negcache_fn._kernels.blocks import BLOCK
+from negcache_fn._kernels.cpu.build import library
+from negcache_fn._kernels.problem import Problem
+
+__all__ = [
+    "block_logsumexp",
+    "find_slots",
+    "hardest",
+    "lowest_slots",
+    "score_blocks",
+    "supports",
+    "supports_hardest",
+    "supports_scans",
+]
+
+_NUMBERS = {dtype: storage.number for dtype, storage in STORAGES.items() if storage.number is not None}
+_PARTS = {"highest": 3, "high": 2, "medium": 1}  # bfloat16 parts, by `torch.set_float32_matmul_precision`
+_FEW_QUERIES = 64  # up to this many, rearranging the embeddings into tiles takes longer than tiles save
+_MOST_HARDEST = 1024  # above it, candidates take more memory than they save time
+
+
+def supports(problem: Problem) -> bool:
+    """Whether the kernels take it: CPU, float32 queries, contiguous embeddings in a dtype that has a number."""
+    queries, embeddings = problem.queries, problem.embeddings
+    return (
+        queries.device.type == "cpu"
+        and queries.dtype == torch.float32
+        and embeddings.dtype in _NUMBERS
+        and embeddings.is_contiguous()
+        and library() is not None
+    )
+
+
+def supports_hardest(problem: Problem, n: int) -> bool:
+    """Whether `hardest` takes it."""
+    return n <= _MOST_HARDEST and supports(problem)
+
+
+def supports_scans(key: Tensor) -> bool:
+    """Whether `lowest_slots` and `find_slots` take tensors like this one."""
+    return key.device.type == "cpu" and library() is not None
+
+
+def block_logsumexp(problem: Problem) -> Tensor:
+    """[B, ceil(C / BLOCK)]: the log-sum-exp of every block of scores."""
+    out = problem.queries.new_empty(problem.queries.shape[0], -(-problem.embeddings.shape[0] // BLOCK))
+    _score("negcache_block_logsumexp", problem, *_arithmetic(problem), out.data_ptr())
+    return out
+
+
+def score_blocks(problem: Problem, blocks: Tensor) -> Tensor:
+    """[B, m, BLOCK]: the scores in the blocks [B, m], read where they lie."""
+    out = problem.queries.new_empty(*blocks.shape, BLOCK)
+    blocks = blocks.contiguous()
+    _score("negcache_score_blocks", problem, blocks.data_ptr(), blocks.shape[1], out.data_ptr())
+    return out
+
+
+def hardest(problem: Problem, n: int) -> tuple[Tensor, Tensor]:
+    """The `n` highest scores of each query and their slots, ties by slot; (-inf, -1) if there are fewer."""
+    scores = problem.queries.new_empty(problem.queries.shape[0], n)
+    slots = torch.empty_like(scores, dtype=torch.int64)
+    _score("negcache_hardest", problem, *_arithmetic(problem), n, scores.data_ptr(), slots.data_ptr())
+    return scores, slots
+
+
+def lowest_slots(key: Tensor, skip: Tensor, n: int) -> Tensor:
+    """[n] slots of the smallest `key` [C], ascending, ties by slot, without those to skip [C]; -1 if too few."""
+    slots = key.new_empty(n)
+    key, skip = key.contiguous(), skip.contiguous()
+    _function("negcache_lowest")(key.data_ptr(), skip.data_ptr(), key.shape[0], n, slots.data_ptr())
+    return slots
+
+
+def find_slots(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
+    """[P] the live slot of each id [P] among those cached [C], -1 where it is not there."""
+    slots = torch.empty_like(ids)
+    ids, cached, embedded_at = ids.contiguous(), cached.contiguous(), embedded_at.contiguous()
+    known = (cached.data_ptr(), embedded_at.data_ptr(), cached.shape[0])
+    _function("negcache_find_slots")(ids.data_ptr(), ids.shape[0], *known, slots.data_ptr())
+    return slots
+
+
+class _Problem(ctypes.Structure):
+    """The same fields, in the same order, as `Problem` in `problem.h`."""
+
+    _fields_ = (
+        ("embeddings", ctypes.c_void_p),
+        ("storage", ctypes.c_int64),
+        ("capacity", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("queries", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("excluded", ctypes.c_void_p),
+        ("exclusions", ctypes.c_int64),
+        ("max_score", ctypes.c_void_p),
+    )
+
+
+_IN, _TENSOR, _SIZE, _INT = ctypes.POINTER(_Problem), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ARGUMENTS = {
+    "negcache_has_amx": (),
+    "negcache_score_blocks": (_IN, _TENSOR, _SIZE, _TENSOR),
+    "negcache_block_logsumexp": (_IN, _INT, _INT, _TENSOR),
+    "negcache_hardest": (_IN, _INT, _INT, _SIZE, _TENSOR, _TENSOR),
+    "negcache_lowest": (_TENSOR, _TENSOR, _SIZE, _SIZE, _TENSOR),
+    "negcache_find_slots": (_TENSOR, _SIZE, _TENSOR, _TENSOR, _SIZE, _TENSOR),
+}
+
+
+def _score(name: str, problem: Problem, *arguments: int) -> None:
+    """Calls a score kernel, whose copies of what is not contiguous must live until it returns."""
+    queries, embeddings, bias, excluded, max_score = problem
+    queries, bias, excluded = queries.contiguous(), bias.contiguous(), excluded.contiguous()
+    max_score = None if max_score is None else max_score.contiguous()
+    passed = _Problem(
+        embeddings.data_ptr(),
+        _NUMBERS[embeddings.dtype],
+        *embeddings.shape,
+        queries.shape[0],
+        queries.data_ptr(),
+        bias.data_ptr(),
+        excluded.data_ptr(),
+        excluded.shape[1],
+        None if max_score is None else max_score.data_ptr(),
+    )
+    status = _function(name)(passed, *arguments)
+    if status != 0:
+        raise RuntimeError(f"{name} does not know the storage number of {embeddings.dtype}: see `_codec.STORAGES`")
+
+
+def _function(name: str) -> Any:
+    kernels = library()
+    if kernels is None:
+        raise RuntimeError("the CPU kernels are not available: ask `supports` first")
+    return _typed(kernels, name)
+
+
+@functools.cache
+def _typed(kernels: ctypes.CDLL, name: str) -> Any:
+    function = kernels[name]
+    function.argtypes = _ARGUMENTS[name]
+    return function
+
+
+@functools.cache
+def _multiplies_tiles() -> bool:
+    return library() is not None and bool(_function("negcache_has_amx")())
+
+
+def _arithmetic(problem: Problem) -> tuple[int, int]:
+    """Whether to multiply by tiles; of how many bfloat16 parts, as `torch.set_float32_matmul_precision` asks."""
+    tiles = problem.queries.shape[0] > _FEW_QUERIES and _multiplies_tiles()
+    parts = _PARTS[torch.get_float32_matmul_precision()]
+    if problem.embeddings.dtype == torch.float16:
+        parts = max(parts, 2)  # one bfloat16 has less precision than what is stored
+    return int(tiles), parts

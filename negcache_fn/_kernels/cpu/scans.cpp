@@ -1,0 +1,111 @@
+// Scans over one integer per slot: the lowest keys, and the slots of ids.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "blocks.h"
+
+namespace negcache {
+namespace {
+
+// The lowest keys so far, ties by slot: all that may be among the `keep` lowest of those offered, in ascending slots.
+struct Lowest {
+  struct Entry {
+    int64_t key, slot;
+    bool operator<(const Entry& other) const { return key < other.key || (key == other.key && slot < other.slot); }
+  };
+  size_t keep;
+  std::vector<Entry> found;
+  int64_t threshold = std::numeric_limits<int64_t>::max();
+
+  void offer(int64_t key, int64_t slot) {
+    if (key >= threshold) return;
+    found.push_back({key, slot});
+    if (found.size() < 2 * keep + kBlock) return;
+    std::nth_element(found.begin(), found.begin() + keep - 1, found.end());
+    found.resize(keep);
+    threshold = found[keep - 1].key;
+  }
+};
+
+// A set of ids, and the row of each; most others are known not to be there after one look at a small table.
+class Rows {
+ public:
+  Rows(const int64_t* ids, int64_t count) : filter_(1 << kFilterBits), rows_(table_size(count), -1), ids_(ids) {
+    for (int64_t row = 0; row < count; ++row) {
+      if (ids[row] < 0) continue;
+      filter_[hash(ids[row]) >> (64 - kFilterBits)] = 1;
+      rows_[place(ids[row])] = row;
+    }
+  }
+  // -1 if it is not there.
+  int64_t of(int64_t id) const { return filter_[hash(id) >> (64 - kFilterBits)] ? rows_[place(id)] : -1; }
+
+ private:
+  static constexpr int kFilterBits = 14;
+  static size_t table_size(int64_t count) {
+    size_t size = 64;
+    while (size < 4 * (size_t)count) size *= 2;
+    return size;
+  }
+  static uint64_t hash(int64_t id) {
+    const uint64_t mixed = (uint64_t)id * 0x9e3779b97f4a7c15ull;
+    return (mixed ^ (mixed >> 32)) * 0xd6e8feb86659fd93ull;
+  }
+  size_t place(int64_t id) const {
+    size_t at = hash(id) & (rows_.size() - 1);
+    while (rows_[at] >= 0 && ids_[rows_[at]] != id) at = (at + 1) & (rows_.size() - 1);
+    return at;
+  }
+  std::vector<uint8_t> filter_;
+  std::vector<int64_t> rows_;
+  const int64_t* ids_;
+};
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// The slots of the `keep` lowest keys that are not to be skipped, ascending, ties by slot; -1 if there are fewer.
+void negcache_lowest(const int64_t* keys, const uint8_t* skip, int64_t capacity, int64_t keep, int64_t* slots) {
+  std::vector<Lowest> of_threads(omp_get_max_threads(), Lowest{(size_t)keep, {}});
+#pragma omp parallel if (8 * capacity > kWorthThreads)
+  {
+    Lowest mine{(size_t)keep, {}};
+#pragma omp for schedule(static)
+    for (int64_t slot = 0; slot < capacity; ++slot)
+      if (!skip[slot]) mine.offer(keys[slot], slot);
+    of_threads[omp_get_thread_num()] = std::move(mine);
+  }
+  std::vector<Lowest::Entry> found;
+  for (const Lowest& theirs : of_threads) found.insert(found.end(), theirs.found.begin(), theirs.found.end());
+  const int64_t count = std::min<int64_t>(keep, found.size());
+  std::partial_sort(found.begin(), found.begin() + count, found.end());
+  for (int64_t i = 0; i < keep; ++i) slots[i] = i < count ? found[i].slot : -1;
+}
+
+// slots[row] = the live slot of ids[row], -1 if there is none. Rows with the same id get the same.
+void negcache_find_slots(const int64_t* ids, int64_t count, const int64_t* cached, const int64_t* embedded_at,
+                         int64_t capacity, int64_t* slots) {
+  const Rows rows(ids, count);
+  std::fill(slots, slots + count, -1);
+#pragma omp parallel for schedule(static) if (8 * capacity > kWorthThreads)
+  for (int64_t slot = 0; slot < capacity; ++slot) {
+    if (cached[slot] < 0) continue;
+    const int64_t row = rows.of(cached[slot]);
+    if (row >= 0 && embedded_at[slot] >= 0) slots[row] = slot;  // ids of live slots are unique
+  }
+  for (int64_t row = 0; row < count; ++row)
+    if (ids[row] >= 0) slots[row] = slots[rows.of(ids[row])];
+}
+
+}  // extern "C"
+#pragma GCC visibility pop
+
+}  // namespace negcache

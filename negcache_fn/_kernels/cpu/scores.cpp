@@ -1,0 +1,139 @@
+// Passes over the scores of a batch of queries against the cache, fused so that no score leaves a core's own cache.
+// Built on the user's machine by build.py, without any header of torch; never required.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "candidates.h"
+#include "problem.h"
+#include "stream.h"
+#include "vectors.h"
+
+#ifdef NEGCACHE_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace negcache {
+namespace {
+
+template <typename T>
+void score_blocks(const T* embeddings, const Problem& problem, const int64_t* blocks, int64_t samples, float* out) {
+  const int64_t dim = problem.dim;
+#pragma omp parallel for schedule(static) if (problem.rows * samples * kBlock * problem.dim > kWorthThreads)
+  for (int64_t pair = 0; pair < problem.rows * samples; ++pair) {
+    const int64_t row = pair / samples, first = blocks[pair] * kBlock;
+    const int64_t count = std::min(kBlock, problem.capacity - first);
+    const float* bias = problem.bias + first;
+    float products[kBlock];
+    float* scores = out + pair * kBlock;
+    std::fill(scores + count, scores + kBlock, -kInfinity);
+    for (int64_t j = 0; j < count; ++j) {
+      products[j] = dot(problem.queries + row * dim, embeddings + (first + j) * dim, dim);
+      scores[j] = products[j] + bias[j];
+    }
+    for (int64_t p = 0; p < problem.exclusions; ++p) {
+      const int64_t place = problem.excluded[row * problem.exclusions + p] - first;
+      if (place >= 0 && place < count) scores[place] = -kInfinity;
+    }
+    if (!problem.max_score) continue;
+    // A block that was chosen has a document below the limit, whatever rounding says here: the lowest stays.
+    float lowest = kInfinity;
+    for (int64_t j = 0; j < count; ++j)
+      if (scores[j] > -kInfinity) lowest = std::min(lowest, products[j]);
+    const float limit = std::max(problem.max_score[row], lowest);
+    for (int64_t j = 0; j < count; ++j)
+      if (products[j] > limit) scores[j] = -kInfinity;
+  }
+}
+
+// The logsumexp of each column of a block's scores.
+inline Floats column_logsumexp(const float* scores) {
+  Floats top = splat(-kInfinity);
+  for (int64_t j = 0; j < kBlock; ++j) top = maximum(load(scores + j * kLanes), top);
+  const Floats shift = top == -kInfinity ? splat(0.0f) : top;
+  Floats total = {};
+  for (int64_t j = 0; j < kBlock; ++j) total += exponential(load(scores + j * kLanes) - shift);
+  return top + logarithm(total);
+}
+
+template <typename T>
+void hardest(const T* embeddings, const Problem& problem, Arithmetic arithmetic, int64_t keep, float* scores,
+             int64_t* slots) {
+  std::vector<std::optional<Candidates>> of_threads(omp_get_max_threads());
+  stream(embeddings, problem, arithmetic, [&] {
+    std::optional<Candidates>& mine = of_threads[omp_get_thread_num()];
+    if (!mine) mine.emplace(problem.rows, keep);
+    return [&mine = *mine](int64_t block, int64_t row, int64_t lanes, const float* tile) {
+      for (int64_t j = 0; j < kBlock; ++j) mine.offer(block * kBlock + j, row, lanes, load(tile + j * kLanes));
+    };
+  });
+#pragma omp parallel for schedule(static) if (problem.rows * keep * problem.dim > kWorthThreads)
+  for (int64_t row = 0; row < problem.rows; ++row) {
+    std::vector<Candidate> found;
+    for (const std::optional<Candidates>& theirs : of_threads)
+      if (theirs) {
+        const Candidate* first = theirs->all.data() + row * theirs->room;
+        found.insert(found.end(), first, first + theirs->counts[row]);
+      }
+    const int64_t count = std::min<int64_t>(keep, found.size());
+    std::partial_sort(found.begin(), found.begin() + count, found.end());
+    for (int64_t i = 0; i < count; ++i) {
+      const T* embedding = embeddings + found[i].slot * problem.dim;
+      found[i].score = dot(problem.queries + row * problem.dim, embedding, problem.dim) + problem.bias[found[i].slot];
+    }
+    std::sort(found.begin(), found.begin() + count);
+    for (int64_t i = 0; i < keep; ++i) {
+      scores[row * keep + i] = i < count ? found[i].score : -kInfinity;
+      slots[row * keep + i] = i < count ? found[i].slot : -1;
+    }
+  }
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Whether this machine multiplies bfloat16 tiles, and the operating system lets it.
+int negcache_has_amx() {
+#ifdef NEGCACHE_AMX
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return 0;
+#endif
+}
+
+// out[row, sample, :] = scores of the block blocks[row, sample].
+int negcache_score_blocks(const Problem* problem, const int64_t* blocks, int64_t samples, float* out) {
+  return with_storage(*problem, [&](auto* typed) { score_blocks(typed, *problem, blocks, samples, out); });
+}
+
+// out[row, block] = logsumexp over the block's slots of the scores; -inf for a block without a finite score.
+int negcache_block_logsumexp(const Problem* problem, int tiles, int parts, float* out) {
+  const int64_t blocks = problem->blocks();
+  return with_storage(*problem, [&](auto* typed) {
+    stream(typed, *problem, {tiles, parts}, [=] {
+      return [=](int64_t block, int64_t row, int64_t lanes, const float* scores) {
+        const Floats logsumexp = column_logsumexp(scores);
+        for (int64_t i = 0; i < lanes; ++i) out[(row + i) * blocks + block] = logsumexp[i];
+      };
+    });
+  });
+}
+
+// The `keep` best scores of each row and their slots, by (score descending, slot ascending); (-inf, -1) if fewer. They
+// are found among the streamed products and then rescored in float32.
+int negcache_hardest(const Problem* problem, int tiles, int parts, int64_t keep, float* scores, int64_t* slots) {
+  return with_storage(*problem, [&](auto* typed) { hardest(typed, *problem, {tiles, parts}, keep, scores, slots); });
+}
+
+}  // extern "C"
+#pragma GCC visibility pop
+
+}  // namespace negcache

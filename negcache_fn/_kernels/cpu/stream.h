@@ -1,0 +1,31 @@
+// One pass over the scores of all queries and slots, multiplied in the way asked for.
+#pragma once
+
+#include "by_tiles.h"
+#include "by_vectors.h"
+#include "problem.h"
+
+namespace negcache {
+
+// How to multiply: by tiles of that many bfloat16 parts (1, 2 or 3), or by vectors, where one part means that pairs of
+// bfloat16 are precise enough.
+struct Arithmetic {
+  int tiles, parts;
+};
+
+template <typename T, typename MakeConsumer>
+void stream(const T* embeddings, const Problem& problem, Arithmetic arithmetic, MakeConsumer make_consumer) {
+#ifdef NEGCACHE_AMX
+  if (arithmetic.tiles) {
+    if (arithmetic.parts == 1) return stream_by_tiles<1>(embeddings, problem, make_consumer);
+    if (arithmetic.parts == 2) return stream_by_tiles<2>(embeddings, problem, make_consumer);
+    return stream_by_tiles<3>(embeddings, problem, make_consumer);
+  }
+#endif
+#ifdef NEGCACHE_BFLOAT16
+  if (arithmetic.parts == 1) return stream_by_vectors<Pairs>(embeddings, problem, make_consumer);
+#endif
+  stream_by_vectors<Singles>(embeddings, problem, make_consumer);
+}
+
+}  // namespace negcache

@@ -1,0 +1,50 @@
+"""Which kernel takes a problem. Every function returns None where none does, so that callers use plain torch.
+
+A kernel for another device, or for another operation, is a file of its own beside `cpu` and `triton` and two lines
+here: whether it supports the problem, and the call.
+"""
+
+from torch import Tensor
+
+from negcache_fn._kernels.cpu import call as cpu
+from negcache_fn._kernels.problem import Problem
+from negcache_fn._kernels.triton import call as triton
+
+__all__ = ["Problem", "block_logsumexp", "find_slots", "hardest", "lowest_slots", "score_blocks"]
+
+
+def block_logsumexp(problem: Problem) -> Tensor | None:
+    """[B, ceil(C / BLOCK)]: the log-sum-exp of every block of scores."""
+    if cpu.supports(problem):
+        return cpu.block_logsumexp(problem)
+    if triton.supports(problem):
+        return triton.block_logsumexp(problem)
+    return None
+
+
+def score_blocks(problem: Problem, blocks: Tensor) -> Tensor | None:
+    """[B, m, BLOCK]: the scores in the blocks [B, m], as `streaming.score_blocks`."""
+    if cpu.supports(problem):
+        return cpu.score_blocks(problem, blocks)
+    return None
+
+
+def hardest(problem: Problem, n: int) -> tuple[Tensor, Tensor] | None:
+    """The `n` highest scores of each query and their slots, [B, n], ties by slot; (-inf, -1) if there are fewer."""
+    if cpu.supports_hardest(problem, n):
+        return cpu.hardest(problem, n)
+    return None
+
+
+def lowest_slots(key: Tensor, skip: Tensor, n: int) -> Tensor | None:
+    """[n] slots of the smallest `key` [C], ascending, ties by slot, without those to skip [C]; -1 if too few."""
+    if cpu.supports_scans(key):
+        return cpu.lowest_slots(key, skip, n)
+    return None
+
+
+def find_slots(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor | None:
+    """[P] the live slot of each id [P] among those `cached` [C], -1 where it is not there."""
+    if cpu.supports_scans(ids):
+        return cpu.find_slots(ids, cached, embedded_at)
+    return None
