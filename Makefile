@@ -5,6 +5,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 ARGS ?=
+CPP := $(wildcard negcache_fn/_kernels/cpu/*.cpp negcache_fn/_kernels/cpu/*.h tests/kernels/*.h)
 QUERY ?= parse a date from a string
 export QUERY
 
@@ -33,13 +34,15 @@ experiments: $(VENV)/.train ## compare all ways to find negatives, over seeds: h
 test: $(VENV)/.dev ## all tests, two at a time, with coverage
 	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov=negcache_fn --cov-report=term --cov-fail-under=97 $(ARGS)
 
-lint: $(VENV)/.dev ## ruff: rules and format
+lint: $(VENV)/.dev ## ruff: rules and format; clang-format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
-format: $(VENV)/.dev ## let ruff mend what it can
+format: $(VENV)/.dev ## let ruff and clang-format fix what they can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
 
 types: $(VENV)/.dev ## pyright, strict, on the package
 	$(PY) -m pyright --pythonpath $(PY)

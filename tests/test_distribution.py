@@ -43,7 +43,7 @@ FRAMEWORKS = ("lightning", "sentence_transformers", "transformers")
 NEEDS_MORE = (
     *(f"negcache_fn/integrations/{name}" for name in FRAMEWORKS),
     "negcache_fn/plots.py",
-    "negcache_fn/kernels/block_logsumexp.py",
+    "negcache_fn/_kernels/triton/block_logsumexp.py",
 )
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="what is released is what git tracks")
@@ -141,7 +141,8 @@ def run_installed(python: Path, code: str, folder: Path, **environment: str) -> 
 
 def test_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
     package = {name: content for name, content in built.tree.items() if name.startswith("negcache_fn/")}
-    assert {"negcache_fn/py.typed", "negcache_fn/kernels/cpu.cpp", "negcache_fn/__init__.py"} <= set(package)
+    kernels = {f"negcache_fn/_kernels/cpu/{name}" for name in ("scores.cpp", "scans.cpp", "problem.h")}
+    assert {"negcache_fn/py.typed", "negcache_fn/__init__.py", *kernels} <= set(package)
     information = {f"{STEM}.dist-info/{name}" for name in ("METADATA", "RECORD", "WHEEL", "top_level.txt")}
     licence = f"{STEM}.dist-info/licenses/LICENSE"
     assert set(built.wheel) == {*package, *information, licence}
@@ -349,11 +350,11 @@ def test_readme_example_runs_installed(built: Built, installed: Path, tmp_path: 
 def test_kernel_builds_from_the_installed_source(installed: Path, tmp_path: Path) -> None:
     code = """
 import torch
-from negcache_fn.kernels import cpu
+from negcache_fn._kernels import dispatch
 queries, embeddings = torch.randn(3, 8), torch.randn(150, 8)
-assert cpu.supports(queries, embeddings)
 bias, excluded = torch.zeros(150), torch.empty(3, 0, dtype=torch.int64)
-blocks = cpu.block_logsumexp(queries, embeddings, bias, excluded, None)
+blocks = dispatch.block_logsumexp(dispatch.Problem(queries, embeddings, bias, excluded, None))
+assert blocks is not None
 scores = (queries.double() @ embeddings.double().T).split(64, 1)
 torch.testing.assert_close(blocks.double(), torch.stack([part.logsumexp(1) for part in scores], 1), rtol=0, atol=1e-5)
 """

@@ -18,8 +18,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import negcache_fn
 from negcache_fn import distributed
+from negcache_fn._kernels.cpu import call as cpu
 from negcache_fn.freshness import reembed, reembed_
-from negcache_fn.kernels import cpu
 from negcache_fn.storage import memory_mapped
 
 from . import strategies

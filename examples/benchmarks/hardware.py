@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from negcache_fn.kernels import cpu
+from negcache_fn._kernels.cpu.build import library
 
 __all__ = ["available_bytes", "describe", "others_cpu_seconds"]
 
@@ -25,7 +25,7 @@ def describe(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "flags": [flag for flag in _FLAGS if flag in flags],
-        "cpu_kernels": cpu.library() is not None,
+        "cpu_kernels": library() is not None,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.system(),

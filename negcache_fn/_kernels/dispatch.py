@@ -1,4 +1,4 @@
-"""Which kernel takes a problem. Every function returns None where none does: the caller then computes it in plain torch.
+"""Which kernel takes a problem. Every function returns None where none does, so that callers use plain torch.
 
 A kernel for another device, or for another operation, is a file of its own beside `cpu` and `triton` and two lines
 here: whether it supports the problem, and the call.
@@ -30,7 +30,7 @@ def score_blocks(problem: Problem, blocks: Tensor) -> Tensor | None:
 
 
 def hardest(problem: Problem, n: int) -> tuple[Tensor, Tensor] | None:
-    """The `n` highest scores of each query and their slots, [B, n] each, ties by slot; (-inf, -1) if there are fewer."""
+    """The `n` highest scores of each query and their slots, [B, n], ties by slot; (-inf, -1) if there are fewer."""
     if cpu.supports_hardest(problem, n):
         return cpu.hardest(problem, n)
     return None

@@ -1,4 +1,4 @@
-// Intel's tile instructions in plain C++, so that what uses them is tested on CPUs that do not have them.
+// Intel's tile instructions in plain C++, so that the code that uses them is tested on CPUs without them.
 #include <immintrin.h>
 
 #include <cstring>
@@ -12,7 +12,7 @@
 
 namespace emulated {
 
-thread_local unsigned char tiles[8][16][64];
+inline thread_local unsigned char tiles[8][16][64];
 
 inline void load(int tile, const void* from, long stride) {
   for (int row = 0; row < 16; ++row) std::memcpy(tiles[tile][row], (const char*)from + row * stride, 64);

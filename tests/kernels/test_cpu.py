@@ -1,4 +1,4 @@
-"""The CPU kernels against float64, over shapes, storages and precisions, and the path without them."""
+"""The CPU kernels against float64, over shapes, storages and precisions."""
 
 import ctypes
 import functools
@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from negcache_fn import mining, streaming
-from negcache_fn.kernels import cpu
+from negcache_fn._kernels.cpu import build
+from negcache_fn._kernels.cpu import call as cpu
+from negcache_fn._kernels.dispatch import Problem
 
 CPU_INFO = Path("/proc/cpuinfo")
 HAS_PAIRS = CPU_INFO.exists() and "avx512_bf16" in CPU_INFO.read_text()
@@ -30,8 +32,8 @@ STORAGES = (torch.float32, torch.bfloat16, torch.float16)
 # Error of a product of P bfloat16 parts relative to |q| |e|: 2^-8 is the unit roundoff of one part.
 ERRORS = {"highest": 2.0**-21, "high": 2.0**-15, "medium": 2.0**-7}
 
-load_library = cpu.library.__wrapped__
-needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler on this machine")
+load_library = build.library.__wrapped__
+needs_kernels = pytest.mark.skipif(build.library() is None, reason="no C++ compiler on this machine")
 
 
 @contextmanager
@@ -61,7 +63,7 @@ FLAGS = {
 def library_with(*flags: str) -> ctypes.CDLL | None:
     """The kernels, built with other flags."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_FLAGS", (*cpu._FLAGS, *flags))
+        patch.setattr(build, "_FLAGS", (*build._FLAGS, *flags))
         return load_library()
 
 
@@ -122,7 +124,7 @@ def test_block_logsumexp_is_exact(
     scores = exact_scores(*arguments)
     padded = torch.nn.functional.pad(scores, (0, -capacity % 64), value=-math.inf)
     with configured(precision, products=products):
-        computed = cpu.block_logsumexp(*arguments, None)
+        computed = cpu.block_logsumexp(Problem(*arguments, None))
     norms = float(arguments[0].norm(dim=1).max() * arguments[1].float().norm(dim=1).max())
     bound = ERRORS[precision] * norms + 1e-5  # vectors may round as much but need not
     assert largest_error(computed, padded.view(rows, -1, 64).logsumexp(-1)) <= bound
@@ -137,7 +139,7 @@ def test_score_blocks_is_exact(storage: torch.dtype, shape: tuple[int, int, int,
     blocks = torch.randint(0, -(-capacity // 64), (rows, 2), generator=torch.Generator().manual_seed(seed))
     padded = torch.nn.functional.pad(exact_scores(*arguments), (0, -capacity % 64), value=-math.inf)
     expected = padded.view(rows, -1, 64).gather(1, blocks[..., None].expand(-1, -1, 64))
-    assert largest_error(cpu.score_blocks(*arguments, None, blocks), expected) <= 2e-4
+    assert largest_error(cpu.score_blocks(Problem(*arguments, None), blocks), expected) <= 2e-4
 
 
 @needs_kernels
@@ -156,7 +158,7 @@ def test_hardest_equals_plain_torch(
     embeddings = torch.randint(-2, 3, (capacity, dim), generator=generator).to(storage)
     bias = torch.where(bias > -math.inf, 0.0, bias)
     with configured("highest", products=products):
-        scores, slots = cpu.hardest(queries, embeddings, bias, excluded, None, n)
+        scores, slots = cpu.hardest(Problem(queries, embeddings, bias, excluded, None), n)
     matrix = streaming.ScoreMatrix(queries, embeddings, bias, excluded, None, None)
     expected_scores, expected_slots = mining._hardest(matrix, n)
     assert torch.equal(scores, expected_scores)
@@ -177,11 +179,11 @@ def test_limits_on_the_score(products: str, storage: torch.dtype, shape: tuple[i
     blocks = torch.nn.functional.pad(scores, (0, -capacity % 64), value=-math.inf).view(rows, -1, 64)
     n = min(capacity, 9)
     with configured("highest", products=products):
-        assert largest_error(cpu.block_logsumexp(*arguments, limit), blocks.logsumexp(-1)) <= 1e-4
-        best, slots = cpu.hardest(*arguments, limit, n)
+        assert largest_error(cpu.block_logsumexp(Problem(*arguments, limit)), blocks.logsumexp(-1)) <= 1e-4
+        best, slots = cpu.hardest(Problem(*arguments, limit), n)
     chosen = blocks.amax(-1).argmax(-1, keepdim=True)
     # Of a block in which nothing is left the lowest score stays; one with something is exact.
-    found = cpu.score_blocks(*arguments, limit, chosen)[:, 0]
+    found = cpu.score_blocks(Problem(*arguments, limit), chosen)[:, 0]
     expected = blocks.gather(1, chosen[..., None].expand(-1, -1, 64))[:, 0]
     nothing = (scores == -math.inf).all(1, keepdim=True)
     assert largest_error(found.masked_fill(nothing, 0.0), expected.masked_fill(nothing, 0.0)) <= 1e-4
@@ -200,7 +202,7 @@ def test_a_chosen_block_is_never_empty() -> None:
     arguments = (queries, embeddings, bias, torch.tensor([[1]]), torch.tensor([-3.0]))
     blocks = torch.zeros(1, 1, dtype=torch.int64)
     for scores in (
-        cpu.score_blocks(*arguments, blocks),
+        cpu.score_blocks(Problem(*arguments), blocks),
         streaming._score_blocks(streaming.ScoreMatrix(*arguments, None), blocks),
     ):
         assert torch.nonzero(scores[0, 0] > -math.inf).tolist() == [[2]]
@@ -215,8 +217,8 @@ def test_many_rows_and_threads(products: str) -> None:
     expected = exact_scores(*arguments)
     blocks = torch.nn.functional.pad(expected, (0, -capacity % 64), value=-math.inf).view(rows, -1, 64)
     with configured("highest", products=products):
-        assert largest_error(cpu.block_logsumexp(*arguments, None), blocks.logsumexp(-1)) <= 1e-3
-        scores, slots = cpu.hardest(*arguments, None, 100)
+        assert largest_error(cpu.block_logsumexp(Problem(*arguments, None)), blocks.logsumexp(-1)) <= 1e-3
+        scores, slots = cpu.hardest(Problem(*arguments, None), 100)
     assert largest_error(scores, expected.topk(100).values) <= 1e-3
     assert largest_error(scores, expected.gather(1, slots)) <= 1e-3
 
@@ -247,25 +249,23 @@ def test_operators_are_what_they_say(
 def test_nan_is_seen() -> None:
     queries, embeddings, bias, excluded = problem(20, 200, 40, torch.float32, 0, 0)
     queries[3, 7] = math.nan
-    found = cpu.block_logsumexp(queries, embeddings, bias, excluded, None).isnan()
+    found = cpu.block_logsumexp(Problem(queries, embeddings, bias, excluded, None)).isnan()
     assert bool(found[3].all())
     assert not bool(found[[0, 19]].any())
 
 
-def test_without_a_compiler_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cpu.library.cache_clear()
-    monkeypatch.setenv("NEGCACHE_FN_NATIVE", "0")
-    try:
-        assert cpu.library() is None
-        assert not cpu.supports(torch.zeros(1, 2), torch.zeros(3, 2))
-        cpu.library.cache_clear()
-        monkeypatch.setenv("NEGCACHE_FN_NATIVE", "1")
-        monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        assert cpu.library() is None
-    finally:
-        monkeypatch.undo()
-        cpu.library.cache_clear()
+@needs_kernels
+def test_an_unknown_storage_number_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a result that nobody wrote."""
+    given_problem = Problem(*problem(2, 70, 8, torch.float32, 0, 0), None)
+    monkeypatch.setattr(cpu, "_NUMBERS", {torch.float32: 7})
+    for call in (
+        lambda: cpu.block_logsumexp(given_problem),
+        lambda: cpu.score_blocks(given_problem, torch.zeros(2, 1, dtype=torch.int64)),
+        lambda: cpu.hardest(given_problem, 3),
+    ):
+        with pytest.raises(RuntimeError, match=r"does not know the storage number of torch\.float32"):
+            call()
 
 
 @needs_kernels
@@ -276,7 +276,7 @@ def test_lowest_and_find_slots_equal_a_list(data: st.DataObject, capacity: int) 
     n = data.draw(st.integers(1, capacity + 3))
     order = sorted((key, slot) for slot, key in enumerate(keys) if not skip[slot])[:n]
     expected = [slot for _, slot in order] + [-1] * (n - len(order))
-    assert cpu.lowest(torch.tensor(keys), torch.tensor(skip), n).tolist() == expected
+    assert cpu.lowest_slots(torch.tensor(keys), torch.tensor(skip), n).tolist() == expected
     seed = data.draw(st.integers(0, 99))
     generator = torch.Generator().manual_seed(seed)
     cached = torch.randperm(2 * capacity, generator=generator)[:capacity] * 2**40

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import negcache_fn
-from negcache_fn.kernels import cpu
+from negcache_fn._kernels.cpu import call as cpu
+from negcache_fn._kernels.dispatch import Problem
 
 from ..builders import unit
 from ..checks import draws, exact, updates
@@ -69,6 +70,6 @@ def test_low_precision_errs_less_than_naive_code(products: str, precision: str, 
     naive = (queries.to(storage) @ vectors.to(storage).T).double()
     naive = torch.nn.functional.pad(naive, (0, 48), value=-torch.inf).view(70, -1, 64).logsumexp(-1)
     with configured(precision, products=products):
-        ours = cpu.block_logsumexp(queries, vectors.to(storage), bias, excluded, None)
+        ours = cpu.block_logsumexp(Problem(queries, vectors.to(storage), bias, excluded, None))
     error, naive_error = (float((found - truth).abs().mean()) for found in (ours, naive))
     assert error <= naive_error + 1e-6, (error, naive_error)

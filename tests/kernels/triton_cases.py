@@ -1,4 +1,4 @@
-"""The Triton kernel against float64: run by `test_cuda.py` in a process of its own.
+"""The Triton kernel against float64: run by `test_triton.py` in a process of its own.
 
 Triton decides once for a process, when it is first imported, whether it compiles kernels or interprets them.
 """
@@ -16,7 +16,9 @@ from torch.nn.functional import pad
 
 import negcache_fn
 from negcache_fn import streaming
-from negcache_fn.kernels import cpu, cuda
+from negcache_fn._kernels.cpu import call as cpu
+from negcache_fn._kernels.dispatch import Problem
+from negcache_fn._kernels.triton import call as cuda
 
 from ..builders import make_state, unit
 from .test_cpu import exact_scores, largest_error, limited_problem, problem
@@ -44,7 +46,7 @@ def _precision() -> Iterator[None]:
 
 def block_logsumexp(*arguments: Tensor, limit: Tensor | None = None) -> Tensor:
     limit = None if limit is None else limit.to(DEVICE)
-    return cuda.block_logsumexp(*(argument.to(DEVICE) for argument in arguments), limit).cpu()
+    return cuda.block_logsumexp(Problem(*(argument.to(DEVICE) for argument in arguments), limit)).cpu()
 
 
 def exact_blocks(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:

@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from negcache_fn import streaming
-from negcache_fn.kernels import cpu, cuda
+from negcache_fn._kernels.cpu import call as cpu
+from negcache_fn._kernels.dispatch import Problem
+from negcache_fn._kernels.triton import call as cuda
 
 from .test_cpu import problem
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-MODULE = "negcache_fn.kernels.block_logsumexp"
+MODULE = "negcache_fn._kernels.triton.block_logsumexp"
 
 
 @needs_triton
@@ -152,11 +154,11 @@ def test_without_triton_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch, capl
             assert cuda.kernel() is None
         assert [record.message.split(":")[0] for record in caplog.records] == ["no Triton"]
         with pytest.raises(RuntimeError, match="ask `supports` first"):
-            cuda.block_logsumexp(*problem(1, 1, 1, torch.float32, 0, 0), None)
+            cuda.block_logsumexp(Problem(*problem(1, 1, 1, torch.float32, 0, 0), None))
     finally:
         monkeypatch.undo()
         cuda.kernel.cache_clear()
 
 
 def test_cpu_tensors_are_not_for_cuda() -> None:
-    assert not cuda.supports(torch.zeros(1, 2), torch.zeros(3, 2))
+    assert not cuda.supports(Problem(*problem(1, 3, 2, torch.float32, 0, 0), None))
