@@ -19,11 +19,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import negcache_fn
 from negcache_fn.frequency import init_frequency, log_frequency, observe
-
-from . import oracles
-from .builders import assert_same_state, is_close, unit
-from .checks.steps import Tower, documents
-from .checks.updates import pure
+from tests.support import oracles
+from tests.support.builders import assert_same_state, is_close, unit
+from tests.support.checks.steps import Tower, documents
+from tests.support.checks.updates import pure
 
 IDS = (-1, 0, 1, 2, 3, 5, 2**32, 2**40 + 3, 2**62)
 # Errors in units of the standard error, of means over 96 documents: beyond 6 with probability 4e-8 (Student's t).

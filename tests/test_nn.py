@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import negcache_fn
 from negcache_fn.nn import NegativeCacheLoss, Scale
-from tests.distributed.harness import run_ranks
+from tests.support.processes import run_ranks
 
 DIM, WIDTH = 4, 3
 Features = dict[str, Tensor]

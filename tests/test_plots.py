@@ -17,9 +17,8 @@ from matplotlib.figure import Figure
 
 import negcache_fn
 from negcache_fn import plots
-
-from .builders import make_state, same_snapshot, snapshot
-from .checks.steps import METRICS, Tower, documents, warm
+from tests.support.builders import make_state, same_snapshot, snapshot
+from tests.support.checks.steps import METRICS, Tower, documents, warm
 
 TITLES = {
     "exact_loss": "Exact loss",

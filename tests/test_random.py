@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from negcache_fn import random
-
-from .checks import noise
+from tests.support.checks import noise
 
 
 def test_known_answers() -> None:

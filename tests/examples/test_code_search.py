@@ -19,7 +19,7 @@ from examples.code_search.features import inverse_document_frequency, padded
 from examples.code_search.harvest import harvest_file
 from examples.code_search.methods import METHODS, in_batch_loss
 from examples.code_search.run import Run
-from tests.examples.same import assert_same
+from tests.support.same_files import assert_same
 
 OPTIONS = ["--embedding-dim=32", "--batch-size=4", "--num-samples=2", "--cache-size=24", "--evaluate-every=3"]
 

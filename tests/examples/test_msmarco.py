@@ -25,7 +25,7 @@ from examples.msmarco.run import Run
 from examples.msmarco.sample import docstring_pairs, make_sample, write_collection
 from examples.msmarco.texts import tokenized
 from examples.msmarco.tiny import make_tiny_model
-from tests.examples.same import assert_same
+from tests.support.same_files import assert_same
 
 CONCEPTS = 20
 FAST = ["--tiny", "--passage-tokens=12", "--query-tokens=8", "--rate=3e-3", "--warm-up=20", "--cache-size=96"]

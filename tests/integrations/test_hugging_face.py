@@ -34,7 +34,7 @@ from transformers import (
 import negcache_fn
 from negcache_fn import distributed
 from negcache_fn.nn import NegativeCacheLoss
-from tests.distributed.harness import run_ranks
+from tests.support.processes import run_ranks
 
 WORDS, DIM, BATCH, CAPACITY = 40, 32, 16, 2048
 TRAINING, HELD_OUT = 640, 200

@@ -28,7 +28,7 @@ from negcache_fn import distributed
 from negcache_fn.integrations import lightning as integration
 from negcache_fn.integrations.lightning import NegativeCacheCallback
 from negcache_fn.nn import NegativeCacheLoss
-from tests.distributed.harness import run_ranks
+from tests.support.processes import run_ranks
 
 pytestmark = [
     # The loaders are as small as the data: no worker processes.

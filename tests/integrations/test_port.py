@@ -27,9 +27,8 @@ from torch import Tensor
 
 import negcache_fn
 from negcache_fn.integrations.port import convert_cache, convert_caches, main
-
-from .. import oracles
-from ..builders import make_state, same_snapshot, snapshot, unit
+from tests.support import oracles
+from tests.support.builders import make_state, same_snapshot, snapshot, unit
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = [os.environ.get("NEGATIVE_CACHE_PORT"), ROOT.parent / "shared" / "reference"]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from negcache_fn.integrations.sentence_transformers import NegativeCacheLoss
 from negcache_fn.integrations.sentence_transformers.texts import Texts, content_ids
-from tests.integrations import tiny
+from tests.support import tiny
 
 Columns = list[dict[str, Any]]
 

@@ -21,8 +21,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from negcache_fn.integrations.sentence_transformers import NegativeCacheCallback, NegativeCacheLoss
-from tests.distributed.harness import run_ranks
-from tests.integrations import tiny
+from tests.support import tiny
+from tests.support.processes import run_ranks
 
 
 def arguments(folder: Path, **options: Any) -> SentenceTransformerTrainingArguments:

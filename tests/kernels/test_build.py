@@ -11,8 +11,7 @@ import torch
 from negcache_fn._kernels import dispatch
 from negcache_fn._kernels.cpu import build
 from negcache_fn._kernels.cpu import call as cpu
-
-from .test_cpu import library_with, needs_kernels, problem
+from tests.kernels.test_cpu import library_with, needs_kernels, problem
 
 
 def test_without_a_compiler_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from negcache_fn._kernels import dispatch
-
-from .test_cpu import needs_kernels, problem
+from tests.kernels.test_cpu import needs_kernels, problem
 
 NOT_FOR_KERNELS = {
     "a storage without a kernel": lambda given: given._replace(embeddings=given.embeddings.double()),

@@ -11,11 +11,10 @@ from torch import Tensor
 import negcache_fn
 from negcache_fn._kernels.cpu import call as cpu
 from negcache_fn._kernels.dispatch import Problem
-
-from ..builders import unit
-from ..checks import draws, exact, updates
-from ..test_sampling import varied
-from .test_cpu import PRECISIONS, PRODUCTS, configured, needs_kernels, problem
+from tests.draws.test_sample import varied
+from tests.kernels.test_cpu import PRECISIONS, PRODUCTS, configured, needs_kernels, problem
+from tests.support.builders import unit
+from tests.support.checks import draws, exact, updates
 
 
 @pytest.fixture(params=["plain", *PRODUCTS])

@@ -20,8 +20,7 @@ from negcache_fn import streaming
 from negcache_fn._kernels.cpu import call as cpu
 from negcache_fn._kernels.dispatch import Problem
 from negcache_fn._kernels.triton import call as cuda
-
-from .test_cpu import problem
+from tests.kernels.test_cpu import problem
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -19,9 +19,8 @@ from negcache_fn import streaming
 from negcache_fn._kernels.cpu import call as cpu
 from negcache_fn._kernels.dispatch import Problem
 from negcache_fn._kernels.triton import call as cuda
-
-from ..builders import make_state, unit
-from .test_cpu import exact_scores, largest_error, limited_problem, problem
+from tests.kernels.test_cpu import exact_scores, largest_error, limited_problem, problem
+from tests.support.builders import make_state, unit
 
 # The interpreter's numpy warns of log(0) and NaN, and of the interpreter's own calls.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")

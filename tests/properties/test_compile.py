@@ -1,0 +1,207 @@
+"""A whole train step compiles into one graph, once, and computes what eager computes."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDictBase
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import negcache_fn
+from tests.support import strategies
+from tests.support.builders import is_close
+from tests.support.checks.steps import Tower, documents
+
+ROWS, TOTAL, CAPACITY, STEPS = 3, 5, 150, 5
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "shared, ids, stalest": {"num_samples": 2, "ids": True, "refresh_stalest": 3},
+    "top_k, transform, own": {
+        "top_k": 20,
+        "score_transform": strategies.soft_cap,
+        "share_draws": False,
+        "staleness_correction": "none",
+        "in_batch": False,
+        "ids": True,
+        "evict": "fifo",
+    },
+    "false negatives": {"evict": True, "num_samples": 2, "ids": True, "false_negatives": True, "refresh_stalest": 0.02},
+    "without replacement": {"replacement": False, "num_samples": 7, "ids": True, "refresh_stalest": 3},
+    "without replacement, own, top_k": {
+        "replacement": False,
+        "num_samples": 4,
+        "top_k": 9,
+        "share_draws": False,
+        "staleness_correction": "unnormalized",
+    },
+    "fewer draws, ids": {"num_draws": 1, "ids": True, "false_negatives": True, "refresh_stalest": 3},
+    "fewer draws, top_k": {"num_draws": 1, "top_k": 2, "in_batch": False, "staleness_correction": "none"},
+    "unnormalised, weights, mask": {"staleness_correction": "unnormalized", "log_weights": True, "mask": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    """No compiled code from another test; inductor imported, which warns of torch's own deprecations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("torch._inductor.compile_fx")
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def options_at(n: int, variant: dict[str, Any]) -> dict[str, Any]:
+    """The variant's options, per-step tensors made for step n."""
+    made = {
+        "ids": torch.arange(TOTAL) * 7 % 11 + 5 * n,
+        "log_weights": torch.linspace(-1, 1, TOTAL) * n,
+        "mask": torch.arange(TOTAL) != n,
+        "evict": torch.linspace(0, 1, CAPACITY) * n if variant.get("evict") is True else variant.get("evict"),
+        "false_negatives": negcache_fn.FalseNegatives(
+            torch.arange(2 * ROWS).view(ROWS, 2) + 5 * n - 9, lambda positive: positive + 4.0
+        ),
+    }
+    return {key: made.get(key, value) for key, value in variant.items()}
+
+
+def train(
+    function: Callable[..., negcache_fn.StepOutput], variant: dict[str, Any], wrap: Callable[..., Any]
+) -> tuple[list[torch.Tensor], TensorDictBase, Tower, list[dict[str, torch.Tensor]]]:
+    """Five optimiser steps; `wrap` compiles the towers, the step and the loss, or nothing."""
+    queries_tower, tower, scale = Tower(seed=1), Tower(seed=2), torch.nn.Parameter(torch.tensor(8.0))
+    optimizer = torch.optim.SGD([*queries_tower.parameters(), *tower.parameters(), scale], lr=0.05)
+    state = negcache_fn.init_cache(CAPACITY, 6, documents(1, 0), seed=4)
+
+    def forward(state: TensorDictBase, questions: Any, batch: Any, options: dict[str, Any]) -> Any:
+        return function(state, queries_tower(questions), batch, tower, scale=scale, **options)
+
+    forward = wrap(forward)
+    losses, metrics = [], []
+    for n in range(STEPS):
+        out = forward(state, documents(ROWS, 100 + n), documents(TOTAL, n), options_at(n, variant))
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        state = out.state
+        losses.append(out.loss.detach())
+        metrics.append(out.metrics)
+    return losses, state, tower, metrics
+
+
+CASES = [
+    pytest.param("inductor", "shared, ids, stalest", False, id="inductor-step"),
+    pytest.param("inductor", "top_k, transform, own", True, id="inductor-step_-top_k"),
+    pytest.param("inductor", "false negatives", True, id="inductor-step_-false-negatives"),
+    pytest.param("inductor", "without replacement", True, id="inductor-step_-without-replacement"),
+    pytest.param("aot_eager", "without replacement, own, top_k", False, id="aot_eager-step-without-replacement"),
+    pytest.param("inductor", "fewer draws, ids", True, id="inductor-step_-fewer-draws"),
+    pytest.param("aot_eager", "fewer draws, top_k", False, id="aot_eager-step-fewer-draws"),
+    pytest.param("aot_eager", "shared, ids, stalest", True, id="aot_eager-step_"),
+    pytest.param("aot_eager", "top_k, transform, own", False, id="aot_eager-step-top_k"),
+    pytest.param("aot_eager", "unnormalised, weights, mask", False, id="aot_eager-step-unnormalised"),
+]
+
+
+@pytest.mark.parametrize(("backend", "name", "in_place"), CASES)
+def test_train_step_is_one_frame_and_equals_eager(backend: str, name: str, in_place: bool) -> None:
+    """`fullgraph=True` over five steps: one compiled frame, no warning, the losses, state and weights of eager."""
+    function = negcache_fn.step_ if in_place else negcache_fn.step
+    expected = train(function, VARIANTS[name], lambda f: f)
+    counter = CompileCounterWithBackend(backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        given = train(function, VARIANTS[name], lambda f: torch.compile(f, fullgraph=True, backend=counter))
+    assert counter.frame_count == 1
+    for one, other in zip(given[0], expected[0], strict=True):
+        assert is_close(one, other, 1e-5)
+    left, right = dict(given[1].items(True, True)), dict(expected[1].items(True, True))
+    for key, value in right.items():
+        assert is_close(left[key], value, 1e-4) if value.is_floating_point() else torch.equal(left[key], value), key
+    assert given[1].is_locked
+    for one, other in zip(given[2].parameters(), expected[2].parameters(), strict=True):
+        assert is_close(one, other, 1e-4)
+    for one, other in zip(given[3], expected[3], strict=True):
+        assert all(is_close(one[key], other[key], 1e-4) for key in other)
+
+
+@pytest.mark.parametrize("kind", ["with replacement", "without replacement", "fewer draws"])
+def test_sizes_may_vary_without_a_new_frame(kind: str) -> None:
+    """`dynamic=True`: every size, the number of draws and `top_k` among them, may change without a new graph."""
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(negcache_fn.step_, fullgraph=True, dynamic=True, backend=counter)
+    tower, frames = Tower(), []
+    for queries, capacity, samples, top_k in ((3, 150, 2, 20), (5, 400, 3, 30), (4, 230, 4, 25)):
+        rows = queries
+        options: dict[str, Any] = {"num_samples": samples, "replacement": kind == "with replacement"}
+        if kind == "fewer draws":
+            rows, options = 3 * (samples + 1), {"num_draws": samples + 1}
+        outputs = []
+        for function in (step, negcache_fn.step_):
+            state = negcache_fn.init_cache(capacity, 6, documents(1, 0), seed=4)
+            for n in range(2):
+                questions, batch = documents(rows, 100 + n), documents(rows + 2, n)
+                out = function(
+                    state,
+                    tower(questions).detach(),
+                    batch,
+                    tower,
+                    ids=torch.arange(rows + 2),
+                    top_k=top_k,
+                    **options,
+                )
+            outputs.append(out)
+        assert is_close(outputs[0].loss.detach(), outputs[1].loss.detach(), 1e-5)
+        assert torch.equal(outputs[0].draw.slot, outputs[1].draw.slot)
+        frames.append(counter.frame_count)
+    assert frames[2] == frames[1] == frames[0]
+
+
+def test_pieces_compile() -> None:
+    """Sampling, mining, exact loss and update, each a full graph, without inductor."""
+    state = negcache_fn.init_cache(CAPACITY, 6, documents(1, 0))
+    tower = Tower()
+    for n in range(3):
+        batch = documents(40, n)
+        state = negcache_fn.update(state, batch, tower(batch).detach())
+    queries, own = tower(documents(ROWS, 9)).detach(), tower(documents(TOTAL, 10)).detach()
+    calls: dict[str, Callable[..., Any]] = {
+        "score": lambda s: negcache_fn.score(s, queries, scale=5.0),
+        "sample": lambda s: negcache_fn.sample_gumbel(s, queries, scale=5.0, num_samples=2),
+        "sample without replacement": lambda s: negcache_fn.sample_gumbel(
+            s, queries, scale=5.0, num_samples=2, replacement=False
+        ),
+        "sample fewer": lambda s: negcache_fn.sample_gumbel(s, queries, scale=5.0, num_draws=1),
+        "mine": lambda s: negcache_fn.top_negatives(s, queries, 7, scale=5.0),
+        "sample without false negatives": lambda s: negcache_fn.sample_gumbel(
+            s, queries, scale=5.0, false_negatives=negcache_fn.FalseNegatives(torch.ones(ROWS, 2).long(), 1.0)
+        ),
+        "exact with a margin": lambda s: negcache_fn.exact_loss(
+            s, queries, own, scale=5.0, false_negatives=negcache_fn.FalseNegatives(max_score=lambda p: p + 1.0)
+        ),
+        "ages": lambda s: negcache_fn.age_histogram(s, bins=6),
+        "exact": lambda s: negcache_fn.exact_loss(s, queries, own, scale=5.0),
+        "update": lambda s: negcache_fn.update(s, batch, tower(batch).detach(), evict="fifo"),
+        "views": lambda s: (negcache_fn.stalest(s, 5), negcache_fn.occupancy(s), negcache_fn.take(s, torch.arange(4))),
+        "merge": lambda s: negcache_fn.merge_draws(
+            negcache_fn.sample_gumbel(s, queries, scale=5.0), negcache_fn.sample_gumbel(s, queries, scale=5.0)
+        ),
+    }
+    for name, call in calls.items():
+        expected, given = call(state), torch.compile(call, fullgraph=True, backend="eager")(state)
+        for one, other in zip(leaves(given), leaves(expected), strict=True):
+            assert is_close(one, other, 1e-6) if one.is_floating_point() else torch.equal(one, other), name
+
+
+def leaves(value: Any) -> list[torch.Tensor]:
+    """The tensors of a result, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, TensorDictBase):
+        return [item for _, item in sorted(value.items(True, True), key=lambda pair: str(pair[0]))]
+    return [leaf for item in value for leaf in leaves(item)]

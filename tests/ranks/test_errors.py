@@ -1,0 +1,165 @@
+"""What does not fit is an error on every rank, and leaves a group and a state that go on working."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tensordict import TensorDictBase
+
+import negcache_fn
+from negcache_fn import distributed
+from tests.support.processes import run_ranks
+from tests.support.sharded_training import DIM, Tower, features, whole_cache
+
+LONGEST_SECONDS = 20
+
+
+def arguments(rank: int, world: int) -> dict[str, Any]:
+    group = dist.group.WORLD
+    assert group is not None
+    ids = torch.arange(4) + 4 * rank
+    return {
+        "state": distributed.shard(whole_cache(torch.float32), group),
+        "queries": torch.ones(4, DIM),
+        "documents": features(ids, torch.float32),
+        "encode": Tower(torch.float32, 1),
+        "ids": ids,
+        "in_batch": "global",
+        "group": group,
+    }
+
+
+def shorter_batch(rank: int, given: dict[str, Any]) -> None:
+    if rank == 1:
+        given |= {
+            "queries": torch.ones(3, DIM),
+            "documents": features(torch.arange(3), torch.float32),
+            "ids": torch.arange(3),
+        }
+
+
+def more_documents(rank: int, given: dict[str, Any]) -> None:
+    if rank == 1:
+        given |= {"documents": features(torch.arange(6), torch.float32), "ids": torch.arange(6)}
+
+
+def other_samples(rank: int, given: dict[str, Any]) -> None:
+    given["num_samples"] = 1 + rank
+
+
+def other_draws(rank: int, given: dict[str, Any]) -> None:
+    given["num_draws"] = 2 - rank
+
+
+def other_options(rank: int, given: dict[str, Any]) -> None:
+    given["evict"] = "fifo" if rank else "lru"
+
+
+def no_ids_on_one(rank: int, given: dict[str, Any]) -> None:
+    if rank == 0:
+        del given["ids"]
+
+
+def wrong_on_one(rank: int, given: dict[str, Any]) -> None:
+    if rank == 1:
+        given["documents"] = {"text": given["documents"]["text"]}
+
+
+def unequal_shards(rank: int, given: dict[str, Any]) -> None:
+    if rank == 0:
+        given["state"] = empty(1024, given)
+
+
+def odd_shards(_rank: int, given: dict[str, Any]) -> None:
+    given["state"] = empty(1000, given)
+
+
+def other_seed(rank: int, given: dict[str, Any]) -> None:
+    given["state"] = given["state"].clone()
+    given["state"]["seed"].fill_(rank)
+
+
+def empty(capacity: int, given: dict[str, Any]) -> TensorDictBase:
+    state = negcache_fn.init_cache(capacity, DIM, given["documents"])
+    state["step"].copy_(given["state"]["step"])
+    return state
+
+
+MISTAKES: dict[Callable[[int, dict[str, Any]], None], tuple[str, str]] = {
+    # What rank 0 is told, and rank 1.
+    shorter_batch: (r"queries differs between the ranks of the group: \[4, 3\]",) * 2,
+    more_documents: (r"documents differs between the ranks of the group: \[4, 6\]",) * 2,
+    other_samples: (r"num_samples differs between the ranks of the group: \[1, 2\]",) * 2,
+    other_draws: (r"num_draws differs between the ranks of the group: \[2, 1\]",) * 2,
+    other_options: ("the ranks of the group were given different arguments: .*evict=lru.*evict=fifo",) * 2,
+    no_ids_on_one: ("the ranks of the group were given different arguments",) * 2,
+    wrong_on_one: (
+        "another rank of the group was given something wrong. rank 1: ValueError: documents has keys",
+        r"documents has keys \['text'\]; expected those of the cache",
+    ),
+    unequal_shards: (r"the shards of the ranks have \[1024, 3072\] slots; expected multiples of 1024",) * 2,
+    other_seed: (r"seed differs between the ranks of the group: \[0, 1\]",) * 2,
+    odd_shards: (r"the shards of the ranks have \[1000, 1000\] slots; expected multiples of 1024",) * 2,
+}
+
+
+def mistaken(rank: int, world: int, *, mistake: Callable[[int, dict[str, Any]], None]) -> tuple[str, float, bool]:
+    """The error's text, how long it took, and whether the next step works and had not been touched."""
+    correct, given = arguments(rank, world), arguments(rank, world)
+    given["state"] = correct["state"]
+    before = correct["state"].clone()
+    mistake(rank, given)
+    started = time.perf_counter()
+    with pytest.raises((ValueError, TypeError)) as caught:
+        negcache_fn.step_(**given)
+    seconds = time.perf_counter() - started
+    untouched = bool((correct["state"] == before).all())
+    negcache_fn.step_(**correct).loss.backward()
+    return str(caught.value), seconds, untouched
+
+
+def test_mistakes_are_told_on_every_rank(tmp_path: Path) -> None:
+    cases = {mistake.__name__: (mistaken, {"mistake": mistake}) for mistake in MISTAKES}
+    results = run_ranks(2, cases, tmp_path)
+    for mistake, expected in MISTAKES.items():
+        for rank, (text, seconds, untouched) in enumerate(results[mistake.__name__]):
+            with pytest.raises(ValueError, match=expected[rank]):
+                raise ValueError(text)
+            assert seconds < LONGEST_SECONDS
+            assert untouched, mistake.__name__
+
+
+def test_group_and_placement_are_checked() -> None:
+    state = whole_cache(torch.float32)
+    with pytest.raises(TypeError, match=r"group is a str; expected a torch\.distributed process group"):
+        negcache_fn.sample_gumbel(state, torch.ones(2, DIM), group="gloo")
+    with pytest.raises(ValueError, match="placement is 'replicated' without a group"):
+        negcache_fn.sample_gumbel(state, torch.ones(2, DIM), placement="replicated")
+    with pytest.raises(ValueError, match="in_batch is 'global' without a group"):
+        negcache_fn.exact_loss(state, torch.ones(2, DIM), torch.ones(2, DIM), in_batch="global")
+    with pytest.raises(ValueError, match="expected True, False or 'global'"):
+        negcache_fn.exact_loss(state, torch.ones(2, DIM), torch.ones(2, DIM), in_batch="all")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="capacity is 1000; expected a multiple of 1024, such as 1024"):
+        distributed.local_capacity(1000)
+
+
+def capacities(rank: int, world: int) -> tuple[int, str]:
+    with pytest.raises(
+        ValueError, match="leaves some of the 3 ranks without any; expected a multiple of 3072"
+    ) as caught:
+        distributed.local_capacity(4096, dist.group.WORLD)
+    return distributed.local_capacity(5120, dist.group.WORLD), str(caught.value)
+
+
+def test_no_rank_is_left_without_slots(tmp_path: Path) -> None:
+    assert [rows for rows, _ in run_ranks(3, {"capacities": (capacities, {})}, tmp_path)["capacities"]] == [
+        2048,
+        2048,
+        1024,
+    ]

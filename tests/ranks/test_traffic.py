@@ -1,0 +1,67 @@
+"""The formula of docs/scaling.md gives the bytes that a step sends."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import negcache_fn
+from examples.benchmarks.traffic import Step, counted, messages
+from negcache_fn import distributed
+from tests.support.processes import run_ranks
+
+STEPS = {
+    "shared": Step(2, 4, 4, 16, feature_bytes=8 * 5 + 2),
+    "extras, bfloat16": Step(2, 4, 9, 32, samples=3, feature_bytes=42, storage_bytes=2, refresh_stalest=5),
+    "own": Step(2, 6, 8, 8, samples=2, feature_bytes=42, in_batch=False, share_draws=False),
+    "without replacement": Step(2, 4, 4, 16, samples=3, replacement=False, feature_bytes=42),
+    "fewer": Step(2, 4, 4, 16, num_draws=2, feature_bytes=42),
+    "own batch": Step(2, 6, 8, 8, feature_bytes=42, in_batch=True),
+}
+
+
+def measure(rank: int, world: int, *, step: Step) -> Counter[str]:
+    group = dist.group.WORLD
+    assert group is not None
+    features = {
+        "tokens": torch.ones(step.documents, 5, dtype=torch.int64),
+        "flags": torch.ones(step.documents, 2, dtype=torch.bool),
+    }
+    dtype = torch.float32 if step.storage_bytes == 4 else torch.bfloat16
+    slots = distributed.local_capacity(4096, group)
+    state = negcache_fn.init_cache(slots, step.dim, features, embedding_dtype=dtype)
+    encoder = torch.nn.Linear(5, step.dim)
+    with counted() as counter:
+        negcache_fn.step_(
+            state,
+            torch.ones(step.batch, step.dim, requires_grad=True),
+            features,
+            lambda batch: encoder(batch["tokens"].float()),
+            num_samples=step.samples,
+            replacement=step.replacement,
+            num_draws=step.num_draws,
+            ids=torch.arange(step.documents) + rank * 100,
+            in_batch=step.in_batch,
+            share_draws=step.share_draws,
+            refresh_stalest=step.refresh_stalest,
+            group=group,
+        ).loss.backward()
+    return counter
+
+
+def test_bytes_by_collective(tmp_path: Path) -> None:
+    for world in (2, 4):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        steps = {name: replace(step, world=world) for name, step in STEPS.items()}
+        results = run_ranks(world, {name: (measure, {"step": step}) for name, step in steps.items()}, folder)
+        for name, step in steps.items():
+            expected: Counter[str] = Counter()
+            for _, collective, _, size in messages(step):
+                expected[collective] += size
+            for counter in results[name]:
+                assert counter == expected, name

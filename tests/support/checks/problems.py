@@ -1,0 +1,311 @@
+"""Small problems in float64: queries, documents, a tiny encoder, a cache, and the draw of any joint outcome."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from negcache_fn import Draw, FalseNegatives
+from tests.support import oracles
+
+Loss = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A small problem: B queries, N documents, C cached documents of a tiny encoder `tanh(X W)`, k draws a query.
+
+    If `draws` is given only so many of the queries draw.
+    """
+
+    rows: int = 2
+    documents: int = 3
+    capacity: int = 4
+    samples: int = 1
+    draws: int | None = None
+    in_batch: bool = True
+    ids: tuple[int, ...] | None = None
+    cache_ids: tuple[int, ...] | None = None
+    log_weights: tuple[float, ...] | None = None
+    cache_log_weight: tuple[float, ...] | None = None
+    live: tuple[bool, ...] | None = None
+    transform: Callable[[Tensor], Tensor] | None = None
+    top_k: int | None = None
+    positives: tuple[tuple[int, ...], ...] | None = None
+    margin: float | None = None
+    split: int | None = None
+    scale: float = 3.0
+    drift: float = 0.0
+    seed: int = 0
+
+
+@dataclass
+class Problem:
+    """A scenario's tensors in float64; the leaves are what gradients are compared for."""
+
+    scenario: Scenario
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        it, generator = self.scenario, torch.Generator().manual_seed(100 + self.scenario.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.cached = normal(it.capacity, 3)
+        self.leaves = {
+            "queries": normal(it.rows, 2),
+            "documents": normal(it.documents, 2),
+            "encoder": normal(3, 2),
+            "scale": torch.tensor(it.scale, dtype=torch.float64),
+        }
+        self.stale = torch.tanh(self.cached @ (self.leaves["encoder"] + it.drift * normal(3, 2)))
+        self.row_weight = 0.5 + torch.rand(it.rows, generator=generator, dtype=torch.float64)
+        for leaf in self.leaves.values():
+            leaf.requires_grad_()
+        self.ids = None if it.ids is None else torch.tensor(it.ids)
+        self.weights = None if it.log_weights is None else torch.tensor(it.log_weights, dtype=torch.float32)
+        cached = it.cache_log_weight or (0.0,) * it.capacity
+        self.cache_weight = torch.tensor(cached, dtype=torch.float32)
+        self.names = it.cache_ids or (-1,) * it.capacity
+        self.exclude = oracles.excluded_ids(it.ids, it.rows, in_batch=it.in_batch)
+        self.exclude_all = self.exclude
+        if it.positives is not None:
+            self.exclude_all = [[*(self.exclude[i] if self.exclude else []), *it.positives[i]] for i in range(it.rows)]
+        self.max_score = None if it.margin is None else [float(score) + it.margin for score in self._positive_scores()]
+        self.parts = [(0, it.capacity)] if it.split is None else [(0, it.split), (it.split, it.capacity)]
+        self.stale_scores = self.scores(self.stale).detach()
+        self.probability = oracles.probabilities(self.stale_scores)
+        self.normalizer = oracles.log_normalizer(self.stale_scores)
+
+    def _positive_scores(self) -> Tensor:
+        queries, documents, scale = (self.leaves[name].detach() for name in ("queries", "documents", "scale"))
+        return (self.scenario.transform or oracles.identity)(scale * (queries * documents[: len(queries)]).sum(-1))
+
+    @property
+    def false_negatives(self) -> FalseNegatives:
+        """As a user gives them."""
+        it = self.scenario
+        ids = None if it.positives is None else torch.tensor(it.positives)
+        return FalseNegatives(ids, None if it.margin is None else lambda positive: positive + it.margin)
+
+    def encode(self) -> Tensor:
+        """Fresh embeddings of all cached documents."""
+        return torch.tanh(self.cached @ self.leaves["encoder"])
+
+    def scores(self, embedding: Tensor) -> Tensor:
+        """`[B, C]` scores of negatives; what is excluded, or under the stale `top_k` of its part, is -inf."""
+        it, out = self.scenario, []
+        for start, stop in self.parts:
+            options: dict[str, Any] = {
+                "log_weight": self.cache_weight[start:stop],
+                "live": None if it.live is None else it.live[start:stop],
+                "ids": self.names[start:stop],
+                "exclude": self.exclude_all,
+                "scale": self.leaves["scale"],
+                "transform": it.transform,
+            }
+            queries = self.leaves["queries"]
+            scores = oracles.cache_scores(queries, embedding[start:stop], **options)
+            if it.top_k is not None or it.margin is not None:
+                options |= {"top_k": it.top_k, "max_score": self.max_score}
+                held = oracles.cache_scores(queries, self.stale[start:stop], **options)
+                scores = torch.where(held.detach() > -math.inf, scores, -math.inf)
+            out.append(scores)
+        return torch.cat(out, 1)
+
+    def exact(self) -> Tensor:
+        """`[B]` exact losses over batch and fresh cache, differentiable."""
+        return self._cross_entropy(oracles.log_normalizer(self.scores(self.encode())))
+
+    def _cross_entropy(self, logits: Tensor) -> Tensor:
+        it = self.scenario
+        return oracles.cross_entropy(
+            self.leaves["queries"],
+            self.leaves["documents"],
+            logits,
+            ids=it.ids,
+            log_weights=self.weights,
+            in_batch=it.in_batch,
+            scale=self.leaves["scale"],
+            transform=it.transform,
+            positives=it.positives,
+            max_score=self.max_score,
+        )
+
+    def by_formula(
+        self,
+        slots: Sequence[Sequence[int]],
+        *,
+        share_draws: bool,
+        staleness_correction: str,
+        largest: Sequence[tuple[float, float]] | None = None,
+    ) -> Tensor:
+        """`[B]` sampled losses of one joint draw, by the formulas of the design; queries without slots do not draw.
+
+        `largest` are the k-th and the (k+1)-th largest perturbed scores of each query, for draws without replacement.
+        """
+        flat = [max(j, 0) for row in slots for j in row]
+        valid = torch.tensor([j >= 0 for row in slots for j in row])
+        probability = torch.from_numpy(self.probability)[:, flat] * valid
+        expected = probability * (len(flat) / len(slots))
+        if largest is not None:
+            scores = self.stale_scores.tolist()
+            rows = zip(scores, slots, largest, strict=True)
+            expected = torch.tensor(
+                [[oracles.inclusion(row[j], j, drawn, *limits) for j in flat] for row, drawn, limits in rows],
+                dtype=torch.float64,
+            )
+        logits = oracles.sampled_cache_logits(
+            self.scores(self.encode())[:, flat],
+            self.stale_scores[:, flat],
+            probability,
+            self.normalizer,
+            self.scenario.samples,
+            share_draws=share_draws,
+            staleness_correction=staleness_correction,
+            expected=expected,
+        )
+        return self._cross_entropy(logits)
+
+    def draw(self, slots: Sequence[Sequence[int]]) -> Draw:
+        """The `Draw` that a sampler would have given for these slots; queries without slots do not draw."""
+        it, slot = self.scenario, torch.tensor([row for row in slots if row])
+        query = torch.tensor([i for i, row in enumerate(slots) if row])
+        place = slot.clamp_min(0)
+        start = torch.tensor([0 if it.split is None or int(j) < it.split else it.split for j in place.flatten()])
+        score = self.stale_scores[query].gather(1, place)
+        exclude = self.exclude_all if self.exclude_all is not None else [[]]
+        if it.in_batch:  # what is excluded for all is not drawn
+            exclude = it.positives or exclude[:1]
+        return Draw(
+            query=query,
+            slot=torch.where(slot >= 0, slot - start.view_as(slot), -1),
+            score=torch.where(slot >= 0, score, -math.inf),
+            perturbed=score + 1.0,
+            threshold=score[:, :0],
+            log_normalizer=self.normalizer,
+            embedding=self.stale[place],
+            id=torch.where(slot >= 0, torch.tensor(self.names)[place], -1),
+            log_weight=self.cache_weight[place],
+            source=(start > 0).long().view_as(slot),
+            cutoff=self._cutoff(),
+            max_score=torch.tensor(self.max_score or [math.inf] * it.rows, dtype=torch.float64)[:, None].expand(
+                -1, len(self.parts)
+            ),
+            exclude_ids=torch.tensor(exclude, dtype=torch.int64),
+        )
+
+    def _cutoff(self) -> Tensor:
+        it = self.scenario
+        cutoff = torch.full((it.rows, len(self.parts)), -math.inf, dtype=torch.float64)
+        if it.top_k is not None:
+            everything = Problem(replace(it, top_k=None)).stale_scores
+            for n, (start, stop) in enumerate(self.parts):
+                best = everything[:, start:stop].sort(dim=-1, descending=True).values
+                if it.top_k < stop - start:
+                    cutoff[:, n] = (best[:, it.top_k - 1] + best[:, it.top_k]) / 2
+        return cutoff
+
+    def outcomes(self) -> Iterator[tuple[list[list[int]], float]]:
+        """Every joint draw of the scenario, and its probability."""
+        return oracles.joint_outcomes(self.probability, self.scenario.samples, self.scenario.draws)
+
+    def call(self, loss: Loss, slots: Sequence[Sequence[int]], **options: Any) -> Tensor:
+        """`loss` of one joint draw, the drawn documents encoded with gradient, `reduction="none"`."""
+        flat = torch.tensor([max(j, 0) for row in slots for j in row])
+        return self.call_on(loss, flat, self.draw(slots), **options)
+
+    def call_on(self, loss: Loss, flat: Tensor, draw: Draw, **options: Any) -> Tensor:
+        """`loss` of a `Draw` of the documents `flat` [B * k]."""
+        it = self.scenario
+        options = {"reduction": "none", **options}
+        if it.positives is not None or it.margin is not None:
+            options["false_negatives"] = self.false_negatives
+        return loss(
+            self.leaves["queries"],
+            self.leaves["documents"],
+            self.encode()[flat],
+            draw,
+            scale=self.leaves["scale"],
+            score_transform=it.transform,
+            in_batch=it.in_batch,
+            ids=self.ids,
+            log_weights=self.weights,
+            **options,
+        )
+
+    def gradients(self, losses: Tensor) -> dict[str, Tensor]:
+        """Gradients of a weighted sum of the rows with respect to every leaf."""
+        given = torch.autograd.grad((self.row_weight * losses).sum(), list(self.leaves.values()), allow_unused=True)
+        zero = {name: torch.zeros_like(leaf) for name, leaf in self.leaves.items()}
+        return {name: g if g is not None else zero[name] for name, g in zip(self.leaves, given, strict=True)}
+
+
+def scenarios() -> dict[str, Scenario]:
+    """Small problems that together reach every argument of the loss."""
+    squash = {"transform": _squash}
+    ids = {"ids": (3, 5, 9), "cache_ids": (5, -1, 9, 3)}
+    return {
+        "plain": Scenario(),
+        "one query": Scenario(rows=1, documents=1, samples=3),
+        "two samples": Scenario(samples=2, capacity=3, documents=2),
+        "three queries": Scenario(rows=3, documents=3, capacity=3),
+        "extra documents": Scenario(documents=6),
+        "no in-batch": Scenario(in_batch=False),
+        "ids": Scenario(capacity=5, **{**ids, "cache_ids": (5, -1, 8, 3, 7)}),
+        "ids, own positives only": Scenario(in_batch=False, **ids),
+        "duplicate ids": Scenario(documents=5, ids=(3, 3, 8, 8, -1), cache_ids=(-1, 4, 8, -1)),
+        "anonymous": Scenario(documents=4, ids=(-1, -1, -1, 2), cache_ids=(-1, -1, 2, -1)),
+        "nothing left for one": Scenario(
+            capacity=3, in_batch=False, ids=(3, 5, 9), cache_ids=(-1, 5, -1), live=(False, True, False)
+        ),
+        "nothing left for any": Scenario(capacity=3, ids=(3, 5, 9), cache_ids=(5, 3, 9)),
+        "log-weights": Scenario(log_weights=(0.5, -1.0, 0.25), cache_log_weight=(1.5, 0.0, -0.75, 0.5)),
+        "empty slots": Scenario(capacity=5, live=(False, True, True, False, True)),
+        "transform": Scenario(**squash),
+        "top_k": Scenario(top_k=2),
+        "top_k of one": Scenario(top_k=1, samples=2),
+        "top_k beyond": Scenario(top_k=4, live=(True, False, True, True)),
+        "merged": Scenario(capacity=5, split=2),
+        "merged top_k": Scenario(capacity=6, split=3, top_k=2),
+        "all at once": Scenario(
+            documents=5,
+            capacity=6,
+            ids=(3, 5, 9, 5, -1),
+            cache_ids=(9, -1, -1, 2, 7, -1),
+            log_weights=(0.5, -1.0, 0.25, 0.0, 1.0),
+            cache_log_weight=(1.5, 0.0, -0.75, 0.5, 0.25, 0.0),
+            live=(True, True, False, True, True, True),
+            top_k=3,
+            **squash,
+        ),
+        "several positives": Scenario(
+            capacity=5, ids=(3, 5, 9), cache_ids=(7, -1, 8, 2, 6), positives=((7, 9), (8, -1)), samples=1
+        ),
+        "several positives, own only": Scenario(
+            capacity=5, in_batch=False, ids=(3, 5, 9), cache_ids=(5, -1, 8, 3, 6), positives=((6,), (8,))
+        ),
+        "several positives, nothing else": Scenario(capacity=3, cache_ids=(7, -1, 8), positives=((7, 8), (8, -1))),
+        "margin": Scenario(capacity=5, documents=4, margin=0.3),
+        "margin, log-weights, transform": Scenario(
+            capacity=5,
+            documents=4,
+            margin=-0.4,
+            log_weights=(0.5, -1.0, 0.25, 2.0),
+            cache_log_weight=(1.5, 0.0, -0.75, 0.5, 3.0),
+            **squash,
+        ),
+        "margin, top_k, merged": Scenario(capacity=6, split=3, top_k=2, margin=0.6, in_batch=False),
+        "margin that leaves nothing": Scenario(capacity=3, margin=-40.0),
+        "sharp": Scenario(scale=25.0),
+    }
+
+
+def _squash(scores: Tensor) -> Tensor:
+    return 4 * torch.tanh(scores / 4)

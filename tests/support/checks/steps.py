@@ -1,0 +1,241 @@
+"""A step composed of the public functions, with naive metrics; and small towers to train with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+import negcache_fn
+from tests.support import oracles
+from tests.support.builders import is_close
+
+METRICS = {
+    "exact_loss",
+    "positive_probability",
+    "occupancy",
+    "cache_age_steps",
+    "draw_age_steps",
+    "drift",
+    "effective_sample_size",
+    "unique_draws",
+    "masked_pairs",
+    "non_finite",
+}
+
+
+class Tower(nn.Module):
+    """Embeds documents `{"words": [rows, 4] int64, "extra": {"price": [rows] float32}}` or plain `[rows, 4]` words."""
+
+    def __init__(self, dim: int = 6, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.table = nn.Parameter(0.5 * torch.randn(50, dim, generator=generator))
+        self.slope = nn.Parameter(torch.randn(dim, generator=generator))
+        self.calls: list[tuple[type, int]] = []
+
+    def forward(self, features: Any) -> Tensor:
+        """`[rows, dim]` unit vectors."""
+        words = features if isinstance(features, Tensor) else features["words"]
+        vectors = self.table[words].mean(1)
+        if not isinstance(features, Tensor):
+            vectors = vectors + features["extra"]["price"][:, None] * self.slope
+        return nn.functional.normalize(vectors, dim=-1)
+
+    def counted(self, features: Any) -> Tensor:
+        """The same, noting the container and the rows of each call."""
+        words = features if isinstance(features, Tensor) else features["words"]
+        self.calls.append((type(features), len(words)))
+        return self(features)
+
+
+def documents(rows: int, seed: int) -> dict[str, Any]:
+    """A batch of documents as nested dict."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(0, 50, (rows, 4), generator=generator)
+    return {"words": words, "extra": {"price": torch.rand(rows, generator=generator)}}
+
+
+def warm(tower: Tower, capacity: int, *, batches: int = 3, rows: int = 4, ids: bool = False) -> TensorDictBase:
+    """A state after a few updates, with embeddings of a slightly different tower: drifted."""
+    state = negcache_fn.init_cache(capacity, 6, documents(1, 0), seed=3)
+    older = Tower(seed=0)
+    with torch.no_grad():
+        older.table.add_(0.1 * torch.randn(50, 6, generator=torch.Generator().manual_seed(9)))
+        for n in range(batches):
+            batch = documents(rows, 50 + n)
+            names = torch.arange(rows) + 4 * n if ids else None
+            state = negcache_fn.update(state, batch, older(batch), ids=names)
+    return state
+
+
+def joined(*parts: Any) -> Any:
+    """Nested dicts joined row by row."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return {key: joined(*(part[key] for part in parts)) for key in list(parts[0].keys())}
+
+
+def composed(
+    state: TensorDictBase, queries: Tensor, batch: Any, encode: Callable[[Any], Tensor], **options: Any
+) -> tuple[Tensor, TensorDictBase, dict[str, float], negcache_fn.Draw]:
+    """`step` as sample, take, encode, loss, update; metrics in float64 by their definitions. For valid draws only."""
+    rows, ids, in_batch = len(queries), options.get("ids"), options.get("in_batch", True)
+    shared = {"scale": options.get("scale", 1.0), "score_transform": options.get("score_transform")}
+    known = options.get("false_negatives", negcache_fn.FalseNegatives())
+    limit = max_score_of(known, queries.detach(), encode(batch).detach(), shared)
+    exclude = None if ids is None else (ids if in_batch else ids[:rows, None])
+    picks = {key: options[key] for key in ("num_samples", "num_draws", "top_k") if key in options}
+    stale_known = negcache_fn.FalseNegatives(known.ids, limit)
+    draw = negcache_fn.sample_gumbel(
+        state, queries, exclude_ids=exclude, false_negatives=stale_known, **picks, **shared
+    )
+    assert bool((draw.slot >= 0).all())
+    slots, count = draw.slot.flatten(), len(next(iter(batch.values())))
+    stalest = options.get("refresh_stalest", 0)
+    stalest = math.ceil(stalest * len(state["items"])) if isinstance(stalest, float) else stalest
+    oldest = negcache_fn.stalest(state, stalest) if stalest else slots[:0]
+    everything = encode(joined(batch, negcache_fn.take(state, slots), negcache_fn.take(state, oldest)))
+    own, negatives, refreshed = everything.split([count, len(slots), len(oldest)])
+    pass_on = ("ids", "log_weights", "in_batch", "share_draws", "staleness_correction", "reduction", "false_negatives")
+    chosen = {key: options[key] for key in pass_on if key in options}
+    value = negcache_fn.loss(queries, own, negatives, draw, **chosen, **shared)
+    after = negcache_fn.update(
+        state,
+        batch,
+        own,
+        refresh=(torch.cat([slots, oldest]), torch.cat([negatives, refreshed])),
+        **{key: options[key] for key in ("ids", "log_weights", "mask", "evict") if key in options},
+    )
+    return value, after, naive_metrics(state, queries, own, negatives, draw, **options), draw
+
+
+def max_score_of(
+    known: negcache_fn.FalseNegatives, queries: Tensor, own: Tensor, shared: dict[str, Any]
+) -> Tensor | None:
+    """The limit of each query, from the scores of the positives if it depends on them."""
+    if known.max_score is None:
+        return None
+    positive = (shared["score_transform"] or oracles.identity)(
+        (queries * shared["scale"] * own[: len(queries)]).sum(-1)
+    )
+    return (
+        known.max_score(positive)
+        if callable(known.max_score)
+        else torch.as_tensor(known.max_score).expand(len(queries))
+    )
+
+
+def naive_metrics(
+    state: TensorDictBase, queries: Tensor, own: Tensor, negatives: Tensor, draw: negcache_fn.Draw, **options: Any
+) -> dict[str, float]:
+    """Every metric by its definition, in loops."""
+    items, now = state["items"], int(state["step"])
+    at = items["embedded_at"].tolist()
+    live = [j for j, when in enumerate(at) if when >= 0]
+    slots = draw.slot.flatten().tolist()
+    queries, own, negatives = queries.detach().double(), own.detach().double(), negatives.detach().double()
+    names = None if options.get("ids") is None else options["ids"].tolist()
+    in_batch, samples = options.get("in_batch", True), draw.slot.shape[1]
+    shared: dict[str, Any] = {
+        "scale": float(options.get("scale", 1.0)),
+        "transform": options.get("score_transform"),
+    }
+    limits = {
+        "log_weight": items["log_weight"],
+        "live": [when >= 0 for when in at],
+        "ids": items["id"].tolist(),
+        "exclude": oracles.excluded_ids(names, len(queries), in_batch=in_batch),
+        "top_k": options.get("top_k"),
+    }
+    known = options.get("false_negatives", negcache_fn.FalseNegatives())
+    limit = max_score_of(known, queries, own, {"scale": shared["scale"], "score_transform": shared["transform"]})
+    positives = None if known.ids is None else known.ids.tolist()
+    if positives is not None:
+        limits["exclude"] = [[*(limits["exclude"][i] if names else []), *positives[i]] for i in range(len(queries))]
+    limits["max_score"] = None if limit is None else limit.tolist()
+    stale = oracles.cache_scores(queries, items["embedding"], **limits, **shared)
+    losses = oracles.cross_entropy(
+        queries,
+        own,
+        oracles.log_normalizer(stale),
+        ids=names,
+        log_weights=options.get("log_weights"),
+        in_batch=in_batch,
+        positives=positives,
+        max_score=limits["max_score"],
+        **shared,
+    )
+    fresh = oracles.cache_scores(queries, negatives, log_weight=items["log_weight"][slots], **shared)
+    probability = torch.from_numpy(oracles.probabilities(stale))[:, slots]
+    sizes = []
+    for i in range(len(queries)):
+        weights = []
+        for m in range(len(slots)):
+            if options.get("share_draws", True):
+                weight = float(probability[i, m] / (len(slots) / len(queries) * probability[:, m].sum()))
+            else:
+                weight = 1 / samples if m // samples == i else 0.0
+            if options.get("staleness_correction", "self_normalized") != "none" and weight > 0:
+                weight *= math.exp(float(fresh[i, m] - stale[i, slots[m]]))
+            weights.append(weight)
+        sizes.append(sum(weights) ** 2 / sum(w * w for w in weights) if any(weights) else 0.0)
+    held = items["embedding"].double()
+    drifts = [float((negatives[m] - held[j]).square().sum() / negatives[m].square().sum()) for m, j in enumerate(slots)]
+    return {
+        "exact_loss": float(losses.mean()),
+        "positive_probability": float(torch.exp(-losses).mean()),
+        "occupancy": len(live) / len(at),
+        "cache_age_steps": sum(now - at[j] for j in live) / len(live),
+        "draw_age_steps": sum(now - at[j] for j in slots) / len(slots),
+        "drift": sum(drifts) / len(drifts),
+        "effective_sample_size": sum(sizes) / len(sizes),
+        "unique_draws": len(set(slots)) / len(slots),
+        "masked_pairs": masked_pairs(queries, items, draw, positives, limits["max_score"], shared, options),
+        "non_finite": 0.0,
+    }
+
+
+def masked_pairs(
+    queries: Tensor,
+    items: TensorDictBase,
+    draw: negcache_fn.Draw,
+    positives: list[list[int]] | None,
+    limit: list[float] | None,
+    shared: dict[str, Any],
+    options: dict[str, Any],
+) -> float:
+    """Share of the pairs of a query and a draw of another that are false negatives."""
+    if not options.get("share_draws", True):
+        return 0.0
+    rows, count = len(queries), 0
+    draws = [(int(who), int(j)) for who, row in zip(draw.query, draw.slot, strict=True) for j in row]
+    bare = oracles.cache_scores(queries, items["embedding"], **shared)
+    for i in range(rows):
+        named = set(positives[i]) if positives is not None else set()
+        if options.get("ids") is not None and not options.get("in_batch", True):
+            named |= {int(options["ids"][i])}
+        for who, j in draws:
+            by_id = int(items["id"][j]) >= 0 and int(items["id"][j]) in named
+            count += who != i and (by_id or (limit is not None and float(bare[i, j]) > limit[i]))
+    return count / (rows * len(draws))
+
+
+def same_metrics(given: dict[str, Tensor], expected: dict[str, float], tolerance: float = 1e-4) -> None:
+    """Flat, detached, 0-d, and equal to the naive ones."""
+    assert set(given) == METRICS
+    for key, value in given.items():
+        assert isinstance(value, Tensor)
+        assert value.shape == ()
+        assert not value.requires_grad
+        close = is_close(value, torch.tensor(expected[key], dtype=torch.float64), tolerance)
+        assert close, f"{key}: {float(value)} against {expected[key]}"
+
+
+def as_tensordict(batch: dict[str, Any]) -> TensorDict:
+    """The same batch as a TensorDict."""
+    return TensorDict(batch, batch_size=[len(batch["words"])])

@@ -1,0 +1,427 @@
+"""A naive right implementation of the contract, and the same with one named fault.
+
+The checks in `checks/` take an implementation. They must pass on the package and on `Reference()`, and fail on every
+`Reference(fault)`: that is what `test_oracles_bite.py` shows. Materialised, slow, and nothing of the package but its
+`Draw` type.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from negcache_fn.false_negatives import NO_FALSE_NEGATIVES
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from negcache_fn import Draw, FalseNegatives
+from tests.support.model import ListCache
+
+SAMPLING_FAULTS = (
+    "no exclusion",
+    "no limit",
+    "no log-weight",
+    "wrong scale",
+    "one noise for all rows",
+    "one noise for all samples",
+    "truncated tail",
+    "draws empty slots",
+    "top_k off by one",
+    "biased to early slots",
+    "noise ignores the step",
+    "normalizer off",
+)
+DISTINCT_SAMPLING_FAULTS = (
+    *("no exclusion", "no limit", "no log-weight", "one noise for all rows", "draws empty slots", "top_k off by one"),
+    "draws with replacement",
+    "not in order",
+    "threshold of the last one drawn",
+    "threshold too low",
+    "one document is never drawn",
+    "missing draws repeat the first",
+)
+FEWER_SAMPLING_FAULTS = (
+    "the first of each draws",
+    "one choice for all",
+    "not one of each",
+    "chosen by what it would draw",
+    "chosen anew only with the seed",
+    "draws of another query",
+    "normalizers of those that draw",
+)
+FEWER_LOSS_FAULTS = (
+    "weights as if all had drawn",
+    "shared weights forget exclusions",
+    "shared weights forget the cutoff",
+    "shared weights forget the limit",
+    "only those that draw expect a draw",
+    "without a usable draw the class is missing",
+)
+LOSS_FAULTS = (
+    "weights ignore the number of samples",
+    "shared weights ignore the others",
+    "shared weights forget exclusions",
+    "shared weights forget the cutoff",
+    "shared weights forget the limit",
+    "limit on the score with its log-weight",
+    "other positives are classes",
+    "classes above the limit",
+    "stale scores have gradient",
+    "positive counted twice",
+    "duplicates counted twice",
+    "document log-weights missing",
+    "draw log-weights missing",
+    "transform missing",
+    "correction upside down",
+)
+DISTINCT_LOSS_FAULTS = (
+    "shared weights ignore the others",
+    "shared weights forget exclusions",
+    "shared weights forget the cutoff",
+    "shared weights forget the limit",
+    "weights as with replacement",
+    "own weights all alike",
+    "inclusion by the last one drawn",
+    "inclusion by the next one",
+    "forgets what was drawn as another draw",
+    "documents drawn twice count once",
+    "missing draws count",
+)
+UPDATE_FAULTS = (
+    "eviction off by one",
+    "ties by the highest slot",
+    "lru for fifo",
+    "duplicate id takes a new slot",
+    "first of repeated ids counts",
+    "first of repeated refreshes counts",
+    "writes non-finite rows",
+    "refresh counts as insertion",
+    "refreshes empty slots",
+    "mask ignored",
+    "log-weight not written",
+    "step not counted",
+    "writes to its argument",
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The contract done naively, with at most one fault."""
+
+    fault: str = ""
+
+    def _scores(self, state: TensorDictBase, queries: Tensor, scale: Any, transform: Any) -> Tensor:
+        items = state["items"]
+        if self.fault == "wrong scale":
+            scale = 1.25 * scale
+        scores = scale * queries.double() @ items["embedding"].double().T
+        scores = transform(scores) if transform else scores
+        if self.fault != "no log-weight":
+            scores = scores + items["log_weight"].double()
+        if self.fault == "draws empty slots":
+            return scores
+        return scores.masked_fill(items["embedded_at"] < 0, -math.inf)
+
+    def sample_gumbel(
+        self,
+        state: TensorDictBase,
+        queries: Tensor,
+        *,
+        num_samples: int = 1,
+        scale: Any = 1.0,
+        score_transform: Any = None,
+        exclude_ids: Tensor | None = None,
+        false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
+        top_k: int | None = None,
+        replacement: bool = True,
+        num_draws: int | None = None,
+    ) -> Draw:
+        """Gumbel-Max over the materialised scores."""
+        items = state["items"]
+        rows, capacity = len(queries), len(items["id"])
+        scores = self._scores(state, queries.detach(), scale, score_transform)
+        banned = torch.empty(1, 0, dtype=torch.int64) if exclude_ids is None else exclude_ids
+        banned = banned[None] if banned.ndim == 1 else banned
+        if self.fault != "no exclusion":
+            hit = (items["id"][None, :, None] == banned[:, None, :]) & (banned >= 0)[:, None, :]
+            scores = scores.masked_fill(hit.any(-1), -math.inf)
+        limit = (
+            torch.tensor(math.inf) if false_negatives.max_score is None else torch.as_tensor(false_negatives.max_score)
+        )
+        limit = limit.expand(rows).double()
+        if self.fault != "no limit":
+            bare = self._scores(state, queries.detach(), scale, score_transform) - items["log_weight"].double()
+            scores = scores.masked_fill(bare.nan_to_num(-math.inf) > limit[:, None], -math.inf)
+        cutoff = torch.full((rows, 1), -math.inf, dtype=scores.dtype)
+        if top_k is not None and top_k < capacity:
+            kept = top_k + 1 if self.fault == "top_k off by one" and top_k + 1 < capacity else top_k
+            best = scores.sort(dim=-1, descending=True).values
+            cutoff = ((best[:, kept - 1] + best[:, kept]) / 2)[:, None]
+            scores = scores.masked_fill(scores < cutoff, -math.inf)
+        count = 0 if self.fault == "noise ignores the step" else int(state["step"])
+        generator = torch.Generator().manual_seed(1_000_003 * int(state["seed"]) + count)
+        uniform = torch.rand(rows, num_samples, capacity, generator=generator, dtype=torch.float64)
+        if self.fault == "one noise for all rows":
+            uniform = uniform[:1].expand_as(uniform)
+        if self.fault == "one noise for all samples":
+            uniform = uniform[:, :1].expand_as(uniform)
+        noise = -torch.log(-torch.log1p(-uniform.clamp(1e-18, 1 - 1e-16)))
+        if self.fault == "truncated tail":
+            noise = noise.clamp(max=3.0) + 1e-9 * noise
+        if self.fault == "biased to early slots":
+            noise = noise - 0.2 * torch.arange(capacity) / capacity
+        noisy = scores[:, None, :] + noise
+        perturbed, slot = noisy.max(-1)
+        threshold = perturbed[:, :0]
+        if not replacement:
+            perturbed, slot, threshold = self._distinct(noisy, num_samples)
+        normalizer = torch.logsumexp(scores, -1)
+        normalizer = normalizer.nan_to_num(nan=-math.inf)
+        if self.fault == "normalizer off":
+            normalizer = normalizer + 1e-2
+        drawn = perturbed > -math.inf
+        score = torch.where(drawn, scores.gather(1, slot), -math.inf)
+        if self.fault == "missing draws repeat the first":
+            drawn = drawn[:, :1].expand_as(drawn)
+        draw = Draw(
+            query=torch.arange(rows),
+            slot=torch.where(drawn, slot, -1),
+            score=score.float(),
+            perturbed=perturbed.to(torch.float32 if replacement else queries.dtype),
+            threshold=threshold.to(perturbed.dtype if replacement else queries.dtype),
+            log_normalizer=normalizer.float() if queries.dtype != torch.float64 else normalizer,
+            embedding=items["embedding"][slot],
+            id=torch.where(drawn, items["id"][slot], -1),
+            log_weight=items["log_weight"][slot],
+            source=torch.zeros_like(slot),
+            cutoff=cutoff.to(queries.dtype if queries.dtype == torch.float64 else torch.float32),
+            max_score=limit[:, None].to(score.dtype),
+            exclude_ids=banned,
+        )
+        return draw if num_draws is None else self._fewer(draw, state, num_draws)
+
+    def _fewer(self, draw: Draw, state: TensorDictBase, num_draws: int) -> Draw:
+        """The draws of one of each B / M consecutive queries, chosen by a generator of its own."""
+        each = len(draw.query) // num_draws
+        count = 0 if self.fault == "chosen anew only with the seed" else int(state["step"])
+        generator = torch.Generator().manual_seed(1_000_003 * int(state["seed"]) + count + 500_000)
+        place = torch.randint(each, (num_draws,), generator=generator)
+        if self.fault == "the first of each draws":
+            place = place * 0
+        if self.fault == "one choice for all":
+            place = place[:1].expand_as(place)
+        if self.fault == "chosen by what it would draw":
+            place = draw.slot[:, 0].view(num_draws, each).argmax(1)
+        query = place + each * torch.arange(num_draws)
+        if self.fault == "not one of each":
+            query = torch.randperm(len(draw.query), generator=generator)[:num_draws].sort().values
+        drawing = (query + 1) % len(draw.query) if self.fault == "draws of another query" else query
+        names = ("slot", "score", "perturbed", "threshold", "embedding", "id", "log_weight", "source")
+        fewer = draw._replace(query=query, **{name: getattr(draw, name)[drawing] for name in names})
+        if self.fault == "normalizers of those that draw":
+            fewer = fewer._replace(log_normalizer=draw.log_normalizer[query.repeat_interleave(each)])
+        return fewer
+
+    def _distinct(self, noisy: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest perturbed scores of the first noise of each query, and the next."""
+        missing = max(samples + 1 - noisy.shape[-1], 0)
+        first = torch.nn.functional.pad(noisy[:, 0], (0, missing), value=-math.inf)
+        if self.fault == "one document is never drawn":
+            first[:, 4] = -math.inf
+        ordered, slot = first.sort(dim=1, descending=True, stable=True)
+        if self.fault == "draws with replacement":
+            ordered[:, :samples], slot[:, :samples] = noisy.max(-1)
+        perturbed, slot, threshold = ordered[:, :samples], slot[:, :samples], ordered[:, samples : samples + 1]
+        if self.fault == "not in order":
+            perturbed, slot = perturbed.flip(1), slot.flip(1)
+        if self.fault == "threshold of the last one drawn":
+            threshold = perturbed[:, -1:]
+        if self.fault == "threshold too low":
+            threshold = threshold - 0.2
+        slot = torch.where(slot < noisy.shape[-1], slot, 0)
+        if self.fault == "missing draws repeat the first":
+            slot = torch.where(perturbed > -math.inf, slot, slot[:, :1])
+        return perturbed, slot, threshold
+
+    def loss(
+        self,
+        queries: Tensor,
+        documents: Tensor,
+        negatives: Tensor,
+        draw: Draw,
+        *,
+        scale: Any = 1.0,
+        score_transform: Any = None,
+        in_batch: bool = True,
+        ids: Tensor | None = None,
+        log_weights: Tensor | None = None,
+        false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
+        share_draws: bool = True,
+        staleness_correction: str = "self_normalized",
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Section 2 of the design with materialised [B, B*k] weights."""
+        rows, samples = len(draw.log_normalizer), draw.slot.shape[1]
+        transform = score_transform if score_transform and self.fault != "transform missing" else lambda x: x
+        slot, source = draw.slot.flatten(), draw.source.flatten()
+        weight = draw.log_weight.flatten().to(queries.dtype)
+        weight = weight * 0 if self.fault == "draw log-weights missing" else weight
+        fresh = transform(scale * queries @ negatives.T) + weight
+        stale = transform(scale * queries @ draw.embedding.flatten(0, 1).to(queries.dtype).T) + weight
+        if self.fault != "stale scores have gradient":
+            stale = stale.detach()
+        allowed = (slot >= 0)[None].repeat(rows, 1)
+        if self.fault != "shared weights forget exclusions":
+            banned = draw.exclude_ids[:, None, :]
+            hit = (draw.id.flatten()[None, :, None] == banned) & (banned >= 0)
+            allowed = allowed & ~hit.any(-1)
+        if self.fault != "shared weights forget the cutoff":
+            allowed = allowed & (stale >= draw.cutoff[:, source])
+        if self.fault != "shared weights forget the limit":
+            bare = stale if self.fault == "limit on the score with its log-weight" else stale - weight
+            allowed = allowed & (bare <= draw.max_score[:, source])
+        own = torch.arange(rows * samples) // samples == torch.arange(rows)[:, None]
+        probability = torch.where(allowed, torch.exp(stale - draw.log_normalizer[:, None]), 0.0).detach()
+        if not share_draws or self.fault == "shared weights ignore the others":
+            w = (own & allowed).to(queries.dtype) / samples
+        else:
+            each = 1 if self.fault == "weights as if all had drawn" else len(slot) / rows
+            able = draw.query if self.fault == "only those that draw expect a draw" else slice(None)
+            w = probability / (each * probability[able].sum(0)).clamp_min(1e-300)
+        if not draw.replacement:
+            w = self._distinct_weights(draw, stale, allowed, own, probability, share_draws)
+        if self.fault == "weights ignore the number of samples":
+            w = w * samples
+        change = fresh - stale if self.fault != "correction upside down" else 2 * stale - fresh - stale
+        if staleness_correction == "none":
+            cache = draw.log_normalizer + (w * (fresh - fresh.detach())).sum(-1)
+        else:
+            ratio = (w * torch.exp(torch.where(w > 0, change, 0.0))).sum(-1)
+            used = w.sum(-1) > 0
+            ratio = ratio / torch.where(used, w.sum(-1), 1.0) if staleness_correction == "self_normalized" else ratio
+            cache = draw.log_normalizer + torch.log(torch.where(used, ratio, 1.0))
+        if self.fault == "without a usable draw the class is missing":
+            cache = torch.where(w.sum(-1) > 0, cache, -math.inf)
+        scores = transform(scale * queries @ documents.T)
+        bare_scores = scores.detach()
+        if log_weights is not None and self.fault != "document log-weights missing":
+            scores = scores + log_weights.to(scores.dtype)
+        positive = scores[:, : len(queries)].diagonal()
+        keep = torch.full(scores.shape, in_batch)
+        if self.fault != "positive counted twice":
+            keep &= torch.arange(scores.shape[1]) != torch.arange(rows)[:, None]
+        if ids is not None:
+            keep &= ~((ids[None] == ids[:rows, None]) & (ids[None] >= 0))
+            if self.fault != "duplicates counted twice":
+                first = [not any(int(e) == int(x) >= 0 for e in ids[:j]) for j, x in enumerate(ids)]
+                keep &= torch.tensor(first)
+            if false_negatives.ids is not None and self.fault != "other positives are classes":
+                named = (ids[None, :, None] == false_negatives.ids[:, None, :]).any(-1)
+                keep &= ~(named & (ids[None] >= 0))
+        if false_negatives.max_score is not None and self.fault != "classes above the limit":
+            limit = false_negatives.max_score(bare_scores[:, :rows].diagonal())
+            keep &= bare_scores <= limit[:, None]
+        logits = torch.cat([positive[:, None], scores.masked_fill(~keep, -math.inf), cache[:, None]], 1)
+        losses = torch.logsumexp(logits, 1) - positive
+        return {"none": losses, "sum": losses.sum(), "mean": losses.mean()}[reduction]
+
+    def _distinct_weights(
+        self, draw: Draw, stale: Tensor, allowed: Tensor, own: Tensor, probability: Tensor, share_draws: bool
+    ) -> Tensor:
+        """[B, B*k] weights of draws without replacement."""
+        document = draw.slot.flatten() + 10**6 * draw.source.flatten()
+        same = document[:, None] == document
+        drew = own if self.fault == "forgets what was drawn as another draw" else (own[:, None, :] & same).any(-1)
+        last, threshold = draw.perturbed[:, -1:], draw.threshold
+        if self.fault == "inclusion by the last one drawn":
+            threshold = last
+        if self.fault == "inclusion by the next one":
+            last = threshold
+        inclusion = -torch.expm1(-torch.exp(stale.detach() - torch.where(drew, threshold, last)))
+        inclusion = torch.where(allowed, inclusion, 0.0)
+        if self.fault == "missing draws count":
+            inclusion = torch.where(allowed | (draw.slot.flatten() < 0), inclusion.nan_to_num(1.0).clamp(min=0.5), 0.0)
+        if self.fault == "weights as with replacement":
+            inclusion = probability * draw.slot.shape[1]
+        if share_draws and self.fault != "shared weights ignore the others":
+            w = probability / inclusion.sum(0).clamp_min(1e-300)
+        else:
+            w = torch.where(own & allowed, probability / inclusion.clamp_min(1e-300), 0.0)
+        if self.fault == "own weights all alike" and not share_draws:
+            w = (own & allowed) / (own & allowed).sum(1, keepdim=True).clamp_min(1)
+        if self.fault == "documents drawn twice count once":
+            first = torch.arange(len(document)) == torch.argmax(same.to(torch.int64), dim=1)
+            w = w * first
+        return w.to(probability.dtype)
+
+    def update(self, state: TensorDictBase, features: Any, embeddings: Tensor, **options: Any) -> TensorDict:
+        """Through the list of dicts."""
+        items = state["items"]
+        flat = dict(items["features"].items(True, True))
+        given = TensorDict(features, batch_size=[len(embeddings)]).items(True, True)
+        cache = _Faulty(len(items["id"]), items["embedding"].dtype, {k: v[0] for k, v in flat.items()})
+        cache.fault, cache.step = self.fault, int(state["step"])
+        for j in range(len(items["id"])):
+            if int(items["embedded_at"][j]) >= 0:
+                scalars = {k: items[k][j].item() for k in ("id", "embedded_at", "inserted_at", "log_weight")}
+                cache.slots[j] = {"embedding": items["embedding"][j], **scalars, **{k: v[j] for k, v in flat.items()}}
+        if self.fault == "lru for fifo":
+            options["evict"] = "lru"
+        if self.fault == "mask ignored":
+            options["mask"] = None
+        if options.get("refresh") is not None:
+            options["refresh"] = (options["refresh"][0].tolist(), options["refresh"][1])
+        cache.update(dict(given), embeddings, **options)
+        out = state.clone()
+        for j, held in enumerate(cache.slots):
+            if held is not None:
+                for key in ("embedding", "id", "embedded_at", "inserted_at", "log_weight"):
+                    if key != "log_weight" or self.fault != "log-weight not written":
+                        out["items"][key][j] = held[key]
+                for key in flat:
+                    out["items"]["features"].get(key)[j] = held[key]
+        out["step"] = torch.tensor(cache.step - (self.fault == "step not counted"))
+        if self.fault == "writes to its argument":
+            items["embedding"].copy_(out["items"]["embedding"])
+        return out.lock_() if state.is_locked else out
+
+
+class _Faulty(ListCache):
+    fault: str = ""
+
+    def keeps(self, embedding: Tensor, log_weight: float, mask: bool) -> bool:
+        return mask if self.fault == "writes non-finite rows" else super().keeps(embedding, log_weight, mask)
+
+    def age_key(self, slot: int, evict: str) -> Any:
+        key = super().age_key(slot, evict)
+        if self.fault == "eviction off by one":
+            return (key + 1) % (self.step + 1)
+        return (key, -slot) if self.fault == "ties by the highest slot" else key
+
+    def refresh(self, slots: Any, embeddings: Tensor) -> None:
+        pairs = list(zip(slots, embeddings, strict=True))
+        if self.fault == "first of repeated refreshes counts":
+            pairs = pairs[::-1]
+        for slot, embedding in pairs:
+            if self.fault == "refreshes empty slots" and self.slots[slot] is None:
+                blank = {k: torch.zeros_like(v) for k, v in self.feature_slots.items()}
+                self.slots[slot] = {"id": -1, "log_weight": 0.0, "inserted_at": self.step, **blank}
+                self.slots[slot]["embedding"] = torch.zeros_like(embedding)  # type: ignore[index]
+            super().refresh([slot], embedding[None])
+            if self.fault == "refresh counts as insertion" and slot >= 0 and self.slots[slot] is not None:
+                self.slots[slot]["inserted_at"] = self.step  # type: ignore[index]
+
+    def update(self, features: Any, embeddings: Tensor, **options: Any) -> None:
+        if self.fault == "duplicate id takes a new slot":
+            names = [] if options.get("ids") is None else [int(x) for x in options["ids"]]
+            for j, held in enumerate(self.slots):
+                if held is not None and held["id"] in names:
+                    self.slots[j] = {**held, "id": -1}
+        if self.fault == "first of repeated ids counts" and options.get("ids") is not None:
+            names = [int(x) for x in options["ids"]]
+            mask = options.get("mask")
+            seen = [n not in names[:i] or n < 0 for i, n in enumerate(names)]
+            options["mask"] = [s and (mask is None or bool(mask[i])) for i, s in enumerate(seen)]
+        super().update(features, embeddings, **options)
