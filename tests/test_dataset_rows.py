@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from negcache_fn.export import OUTPUT_FORMATS, hard_negatives, training_rows
 from torch import Tensor
 
 import negcache_fn
+from negcache_fn.dataset_rows import OUTPUT_FORMATS, hard_negatives, training_rows
 from tests.support.builders import make_state, same_snapshot, snapshot
 
 WORDS = ["ant", "bee", "cat", "bee", "dog", "ant", "eel", "fox"]  # documents 1 and 3, 0 and 5 are twins

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from negcache_fn.features import all_moved, pad_features
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 import negcache_fn
+from negcache_fn import pad_features
+from negcache_fn._features import all_moved
 from tests.support.builders import assert_same_state, is_close, same_bits, same_snapshot, snapshot
 
 WIDTH, PAD_ID = 7, 3

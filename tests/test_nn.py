@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import negcache_fn
 from negcache_fn.nn import NegativeCacheLoss, Scale
+from tests.support.options import step_keywords
 from tests.support.processes import run_ranks
 
 DIM, WIDTH = 4, 3
@@ -57,7 +58,10 @@ def encoder() -> Encoder:
 
 
 def filled(**options: Any) -> NegativeCacheLoss:
-    criterion, encode = NegativeCacheLoss(empty(), num_samples=2, **options), encoder()
+    criterion, encode = (
+        NegativeCacheLoss(empty(), **step_keywords(draws_per_query=2, **options)),
+        encoder(),
+    )
     for seed in range(3):
         criterion(queries(seed), documents(seed), encode)
     return criterion
@@ -68,11 +72,16 @@ def same(one: TensorDictBase, other: TensorDictBase) -> bool:
 
 
 def test_is_the_step() -> None:
-    options: dict[str, Any] = {"num_samples": 3, "staleness_correction": "none", "evict": "fifo", "refresh_stalest": 1}
-    criterion, state, encode = NegativeCacheLoss(empty(), scale=3.0, **options), empty(), encoder()
+    options: dict[str, Any] = {
+        "draws_per_query": 3,
+        "staleness_correction": "none",
+        "evict": "fifo",
+        "refresh_stalest": 1,
+    }
+    criterion, state, encode = NegativeCacheLoss(empty(), scale=3.0, **step_keywords(**options)), empty(), encoder()
     for seed in range(5):
         ids, mask = torch.tensor([seed, seed + 1]), torch.tensor([True, seed % 2 == 0])
-        found = criterion(queries(seed), documents(seed), encode, ids=ids, mask=mask, log_weights=torch.ones(2))
+        found = criterion(queries(seed), documents(seed), encode, ids=ids, cacheable=mask, log_weights=torch.ones(2))
         expected = negcache_fn.step(
             state,
             queries(seed),
@@ -80,9 +89,9 @@ def test_is_the_step() -> None:
             encode,
             scale=3.0,
             ids=ids,
-            mask=mask,
+            cacheable=mask,
             log_weights=torch.ones(2),
-            **options,
+            **step_keywords(**options),
         )
         state = expected.state
         assert torch.equal(found, expected.loss)
@@ -93,7 +102,14 @@ def test_is_the_step() -> None:
 def test_learnable_scale() -> None:
     criterion = filled(learnable_scale=True, scale=5.0)
     scale = torch.tensor(5.0, requires_grad=True)
-    out = negcache_fn.step(criterion.state, queries(9), documents(9), encoder(), scale=scale, num_samples=2)
+    out = negcache_fn.step(
+        criterion.state,
+        queries(9),
+        documents(9),
+        encoder(),
+        scale=scale,
+        options=negcache_fn.StepOptions(draws_per_query=2),
+    )
     criterion(queries(9), documents(9), encoder()).backward()
     out.loss.backward()
     (logarithm,) = criterion.parameters()
@@ -210,7 +226,7 @@ def test_state_can_be_assigned() -> None:
     criterion = filled()
     criterion.state = negcache_fn.resize(criterion.state, 16)
     criterion(queries(9), documents(9), encoder())
-    assert "capacity=16, embedding_dim=4, num_samples=2" in repr(criterion)
+    assert "capacity=16, embedding_dim=4, draws_per_query=2" in repr(criterion)
     with pytest.raises(TypeError, match="state is a dict; expected a TensorDict"):
         criterion.state = {}  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -228,7 +244,7 @@ def test_compiles_whole() -> None:
 
 
 def test_says_what_does_not_fit() -> None:
-    with pytest.raises(TypeError, match=r"options are \['draws'\]; expected some of .*num_samples"):
+    with pytest.raises(TypeError, match=r"options are \['draws'\]; expected some of .*draws_per_query"):
         NegativeCacheLoss(empty(), draws=3)  # pyright: ignore[reportCallIssue]
     with pytest.raises(TypeError, match="state is a dict; expected a TensorDict"):
         NegativeCacheLoss({})  # type: ignore[arg-type]

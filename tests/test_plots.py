@@ -78,7 +78,7 @@ def test_lines_are_means_of_stretches(names: list[str], length: int, seed: int, 
         line = tuple([math.fsum(p[axis] for p in part) / len(part) for part in parts] for axis in (0, 1))
         expected.setdefault(TITLES[name], []).append(line)
     before = snapshot(history)
-    found = lines_of(plots.life(history, steps=steps))
+    found = lines_of(plots.metrics(history, steps=steps))
     assert list(found) == [title for title in dict.fromkeys(TITLES.values()) if title in expected]
     for title, lines in expected.items():
         assert len(found[title]) == len(lines)
@@ -95,7 +95,7 @@ def test_life_shows_all_that_a_step_measures() -> None:
         out = negcache_fn.step(state, tower(documents(3, n)), documents(4, n), tower)
         state = out.state
         history.append(out.metrics)
-    figure = plots.life(history)
+    figure = plots.metrics(history)
     assert sum(len(lines) for lines in lines_of(figure).values()) == len(out.metrics) == len(TITLES)
     occupancy = [float(metrics["occupancy"]) for metrics in history]
     assert lines_of(figure)["Occupancy"] == [([0.0, 1.0, 2.0], occupancy)]
@@ -105,25 +105,25 @@ def test_life_shows_all_that_a_step_measures() -> None:
 @pytest.mark.parametrize("names", [["drift"], ["exact_loss", "occupancy"], list(METRICS - {"non_finite", "occupancy"})])
 def test_life_is_readable(names: list[str]) -> None:
     """Also a single step, one picture, an incomplete last row, and large numbers."""
-    figure = plots.life([{name: 123456.0 * place for place, name in enumerate(names)}])
+    figure = plots.metrics([{name: 123456.0 * place for place, name in enumerate(names)}])
     assert_readable(figure)
     assert all(axes.get_ylim()[0] == 0 for axes in figure.axes)
     assert figure.axes[-1].get_xlabel() == "step"
 
 
 def test_values_that_are_not_finite_leave_a_picture() -> None:
-    figure = plots.life([{"exact_loss": value} for value in (1.0, math.nan, math.inf, 2.0)])
+    figure = plots.metrics([{"exact_loss": value} for value in (1.0, math.nan, math.inf, 2.0)])
     assert_readable(figure)
     assert figure.axes[0].get_ylim()[1] >= 2
 
 
 def test_life_names_what_is_wrong() -> None:
     with pytest.raises(ValueError, match=r"history has 0 entries with \[\]; expected metrics of"):
-        plots.life([])
+        plots.metrics([])
     with pytest.raises(ValueError, match=r"history has 1 entries with \['loss'\]"):
-        plots.life([{"loss": 1.0}])
+        plots.metrics([{"loss": 1.0}])
     with pytest.raises(ValueError, match="steps has 3 numbers; expected 1"):
-        plots.life([{"drift": 1.0}], steps=range(3))
+        plots.metrics([{"drift": 1.0}], steps=range(3))
 
 
 def test_ages_are_counted() -> None:
@@ -150,7 +150,7 @@ def test_ages_are_counted() -> None:
 def test_nothing_global_is_touched() -> None:
     """No pyplot, so no window, no current figure; the user's settings stay."""
     settings_before, had_pyplot = dict(mpl.rcParams), "matplotlib.pyplot" in sys.modules
-    plots.life([{"drift": 1.0}])
+    plots.metrics([{"drift": 1.0}])
     plots.ages(make_state(torch.ones(2, 2)))
     assert dict(mpl.rcParams) == settings_before
     assert ("matplotlib.pyplot" in sys.modules) == had_pyplot
@@ -159,6 +159,6 @@ def test_nothing_global_is_touched() -> None:
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install negcache-fn\[plots\]"):
-        plots.life([{"drift": 1.0}])
+        plots.metrics([{"drift": 1.0}])
     with pytest.raises(ImportError, match=r"pip install negcache-fn\[plots\]"):
         plots.ages(make_state(torch.ones(2, 2)))

@@ -14,37 +14,38 @@ from tests.support import strategies
 from tests.support.builders import assert_same_state, is_close, unit
 from tests.support.checks import steps
 from tests.support.checks.steps import Tower, documents, warm
+from tests.support.options import step_keywords
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "scaled": {"scale": 12.0, "num_samples": 3},
-    "own draws": {"scale": 12.0, "num_samples": 3, "share_draws": False},
-    "uncorrected": {"scale": 12.0, "num_samples": 2, "staleness_correction": "none"},
-    "unnormalised": {"scale": 12.0, "num_samples": 2, "staleness_correction": "unnormalized"},
+    "scaled": {"scale": 12.0, "draws_per_query": 3},
+    "own draws": {"scale": 12.0, "draws_per_query": 3, "share_draws": False},
+    "uncorrected": {"scale": 12.0, "draws_per_query": 2, "staleness_correction": "none"},
+    "unnormalised": {"scale": 12.0, "draws_per_query": 2, "staleness_correction": "unnormalized"},
     "no in-batch": {"scale": 12.0, "in_batch": False},
-    "ids": {"scale": 12.0, "num_samples": 2, "ids": torch.tensor([4, 90, 0, 7, 90])},
+    "ids": {"scale": 12.0, "draws_per_query": 2, "ids": torch.tensor([4, 90, 0, 7, 90])},
     "own ids": {"scale": 12.0, "in_batch": False, "ids": torch.tensor([4, 90, 0, 7, 91])},
     "log-weights": {"scale": 12.0, "log_weights": torch.tensor([0.5, -1.0, 0.0, 2.0, 1.0])},
-    "mask": {"scale": 12.0, "mask": torch.tensor([True, False, True, False, True])},
-    "top_k": {"scale": 12.0, "num_samples": 3, "top_k": 4},
+    "mask": {"scale": 12.0, "cacheable": torch.tensor([True, False, True, False, True])},
+    "top_k": {"scale": 12.0, "draws_per_query": 3, "top_k": 4},
     "transform": {"scale": 12.0, "score_transform": strategies.soft_cap},
     "stalest": {"scale": 12.0, "refresh_stalest": 3},
     "fifo": {"scale": 12.0, "evict": "fifo", "refresh_stalest": 2},
     "positives": {
         "scale": 12.0,
-        "num_samples": 2,
+        "draws_per_query": 2,
         "ids": torch.tensor([4, 90, 7, 8, 9]),
         "false_negatives": negcache_fn.FalseNegatives(torch.tensor([[4, 0], [90, 5], [7, -1]])),
     },
     "margin": {
         "scale": 12.0,
-        "num_samples": 2,
+        "draws_per_query": 2,
         "false_negatives": negcache_fn.FalseNegatives(max_score=lambda positive: positive + 6.0),
     },
     "limit": {
         "scale": 12.0,
         "in_batch": False,
-        "num_samples": 2,
+        "draws_per_query": 2,
         "ids": torch.tensor([4, 90, 0, 7, 91]),
         "false_negatives": negcache_fn.FalseNegatives(torch.tensor([[1], [2], [3]]), torch.tensor([6.0, 9.0, 4.0])),
     },
@@ -79,7 +80,7 @@ def test_step_is_its_composition(name: str, capacity: int) -> None:
     results = []
     for function in (negcache_fn.step, steps.composed):
         queries = queries_of()
-        loss, after, metrics, draw = function(state, queries, batch, tower, **options)
+        loss, after, metrics, draw = function(state, queries, batch, tower, **step_keywords(**options))
         gradients = torch.autograd.grad(loss.sum(), [queries, *tower.parameters()])
         results.append((loss, after, metrics, draw, gradients))
     given, expected = results
@@ -101,8 +102,8 @@ def test_step_in_place_is_step(name: str) -> None:
     tower, batch, options = Tower(), documents(5, 1), VARIANTS[name]
     state = warm(tower, 9, ids=True)
     twin = state.clone().lock_()
-    pure = negcache_fn.step(state, queries_of(), batch, tower, **options)
-    mine = negcache_fn.step_(twin, queries_of(), batch, tower, **options)
+    pure = negcache_fn.step(state, queries_of(), batch, tower, **step_keywords(**options))
+    mine = negcache_fn.step_(twin, queries_of(), batch, tower, **step_keywords(**options))
     assert mine.state is twin
     assert twin.is_locked
     assert_same_state(mine.state, pure.state)
@@ -122,7 +123,12 @@ def test_encoder_is_called_once_with_the_container_given(kind: str) -> None:
     state = negcache_fn.init_cache(9, 6, made)
     for _ in range(3):
         state = negcache_fn.step(
-            state, queries_of(), made, tower.counted, num_samples=2, refresh_stalest=4, scale=5.0
+            state,
+            queries_of(),
+            made,
+            tower.counted,
+            options=negcache_fn.StepOptions(draws_per_query=2, refresh_stalest=4),
+            scale=5.0,
         ).state
     assert [rows for _, rows in tower.calls] == [5 + 3 * 2 + 4] * 3
     for container, _ in tower.calls:
@@ -149,7 +155,9 @@ def test_refreshing_the_stalest_has_no_gradient() -> None:
     state = warm(tower, 12)
     gradients = []
     for count in (0, 5):
-        loss = negcache_fn.step(state, queries_of(), batch, tower, scale=12.0, refresh_stalest=count).loss
+        loss = negcache_fn.step(
+            state, queries_of(), batch, tower, scale=12.0, options=negcache_fn.StepOptions(refresh_stalest=count)
+        ).loss
         gradients.append(torch.autograd.grad(loss, list(tower.parameters())))
     for one, other in zip(*gradients, strict=True):
         assert is_close(one, other, 1e-6)
@@ -160,7 +168,9 @@ def test_refreshing_the_stalest_renews_them() -> None:
     tower, batch = Tower(), documents(1, 1)
     state = warm(tower, 12, ids=True)
     oldest = negcache_fn.stalest(state, 4)
-    out = negcache_fn.step(state, queries_of(1), batch, tower, refresh_stalest=4, evict="fifo")
+    out = negcache_fn.step(
+        state, queries_of(1), batch, tower, options=negcache_fn.StepOptions(refresh_stalest=4, evict="fifo")
+    )
     kept = [int(j) for j in oldest if int(out.state["items", "inserted_at"][j]) < int(state["step"])]
     assert len(kept) == 3, "one of the four was evicted"
     fresh = tower(negcache_fn.take(state, torch.tensor(kept)))
@@ -176,7 +186,14 @@ def test_scale_is_learnable() -> None:
     state = negcache_fn.update(state, batch, tower(batch).detach() + 0.05)
     queries = unit(3, 6, 77, torch.float64)
     scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
-    out = negcache_fn.step(state, queries, batch, tower, scale=scale, num_samples=2, staleness_correction="none")
+    out = negcache_fn.step(
+        state,
+        queries,
+        batch,
+        tower,
+        scale=scale,
+        options=negcache_fn.StepOptions(draws_per_query=2, staleness_correction="none"),
+    )
     (gradient,) = torch.autograd.grad(out.loss, [scale])
     negatives = tower(negcache_fn.take(state, out.draw.slot.flatten()))
     slots, embeddings = out.draw.slot.flatten().tolist(), state["items", "embedding"]
@@ -199,7 +216,9 @@ def test_scale_is_learnable() -> None:
 def test_state_carries_no_graph() -> None:
     """Neither the state, nor the draw, nor a metric requires gradient."""
     tower = Tower()
-    out = negcache_fn.step(warm(tower, 9), queries_of(), documents(5, 1), tower, refresh_stalest=2)
+    out = negcache_fn.step(
+        warm(tower, 9), queries_of(), documents(5, 1), tower, options=negcache_fn.StepOptions(refresh_stalest=2)
+    )
     tensors = [*out.state.values(True, True), *out.draw, *out.metrics.values()]
     assert not any(value.requires_grad for value in tensors)
     assert out.loss.requires_grad

@@ -16,6 +16,7 @@ from tests.support import strategies
 from tests.support.builders import is_close, make_state, unit
 from tests.support.checks import steps
 from tests.support.checks.steps import Tower, documents, warm
+from tests.support.options import step_keywords
 
 
 def queries_of(rows: int = 3) -> Tensor:
@@ -34,10 +35,9 @@ def test_first_step_on_an_empty_cache(in_batch: bool, correction: str) -> None:
         queries,
         batch,
         tower,
-        num_samples=2,
-        in_batch=in_batch,
-        staleness_correction=correction,
-        refresh_stalest=2,
+        options=negcache_fn.StepOptions(
+            draws_per_query=2, in_batch=in_batch, staleness_correction=correction, refresh_stalest=2
+        ),
     )
     expected = steps.oracles.cross_entropy(queries, tower(batch), torch.full((3,), -math.inf), in_batch=in_batch).mean()
     assert is_close(out.loss, expected, 1e-6)
@@ -64,9 +64,8 @@ def test_some_queries_can_draw_nothing() -> None:
         batch,
         tower,
         ids=torch.tensor([5, 6]),
-        num_samples=1,
-        in_batch=False,
-        mask=torch.zeros(2, dtype=torch.bool),
+        options=negcache_fn.StepOptions(draws_per_query=1, in_batch=False),
+        cacheable=torch.zeros(2, dtype=torch.bool),
     )
     assert out.draw.slot.flatten().tolist() == [-1, 0]
     assert float(out.draw.log_normalizer[0]) == -math.inf
@@ -100,8 +99,8 @@ def test_non_finite_rows_are_counted_and_left_out() -> None:
 
     options: dict[str, Any] = {"scale": 3.0, "in_batch": False, "refresh_stalest": 2, "evict": "fifo"}
     queries = queries_of(2)
-    out = negcache_fn.step(state, queries, batch, encode, **options)
-    clean = negcache_fn.step(state, queries, batch, tower, **options)
+    out = negcache_fn.step(state, queries, batch, encode, **step_keywords(**options))
+    clean = negcache_fn.step(state, queries, batch, tower, **step_keywords(**options))
     assert float(out.metrics["non_finite"]) == 2
     assert float(clean.metrics["non_finite"]) == 0
     assert torch.equal(out.loss, clean.loss)
@@ -119,9 +118,8 @@ def test_masked_rows_are_not_counted_as_non_finite() -> None:
         queries_of(2),
         batch,
         lambda features: tower(features) + torch.tensor([[0.0], [0.0], [math.nan]] + [[0.0]] * 2),
-        num_samples=1,
-        in_batch=False,
-        mask=torch.tensor([True, True, False]),
+        options=negcache_fn.StepOptions(draws_per_query=1, in_batch=False),
+        cacheable=torch.tensor([True, True, False]),
     )
     assert float(out.metrics["non_finite"]) == 0
     assert bool(torch.isfinite(out.loss))
@@ -134,7 +132,7 @@ def test_step_on_any_state(case: strategies.Case, data: st.DataObject) -> None:
     table = unit(997, dim, 5, case.queries.dtype).requires_grad_()
     queries = case.queries.clone().requires_grad_()
     options = case.loss_options | {
-        "num_samples": case.num_samples,
+        "draws_per_query": case.draws_per_query,
         "replacement": case.replacement,
         "top_k": case.top_k,
         "reduction": "mean",
@@ -147,7 +145,7 @@ def test_step_on_any_state(case: strategies.Case, data: st.DataObject) -> None:
     options |= {"share_draws": data.draw(st.booleans())}
     few = data.draw(st.none() | st.sampled_from([m for m in range(1, len(queries) + 1) if len(queries) % m == 0]))
     if few is not None:
-        options |= {"num_samples": 1, "replacement": True, "num_draws": few, "share_draws": True}
+        options |= {"draws_per_query": 1, "replacement": True, "num_draws": few, "share_draws": True}
     options |= {"staleness_correction": data.draw(st.sampled_from(["none", "self_normalized", "unnormalized"]))}
     features = {"x": torch.arange(2 * len(case.documents)).view(-1, 2) + 500}
 
@@ -156,9 +154,9 @@ def test_step_on_any_state(case: strategies.Case, data: st.DataObject) -> None:
 
     if len(case.documents) > capacity:
         with pytest.raises(ValueError, match="documents"):
-            negcache_fn.step(case.state, queries, features, encode, **options)
+            negcache_fn.step(case.state, queries, features, encode, **step_keywords(**options))
         return
-    out = negcache_fn.step(case.state, queries, features, encode, **options)
+    out = negcache_fn.step(case.state, queries, features, encode, **step_keywords(**options))
     assert bool(torch.isfinite(out.loss))
     for gradient in torch.autograd.grad(out.loss, [queries, table], allow_unused=True):
         assert gradient is None or bool(torch.isfinite(gradient).all())
@@ -189,7 +187,9 @@ def test_step_under_autocast(storage: torch.dtype) -> None:
             return tower(features).bfloat16() if low else tower(features).bfloat16().float()
 
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
-            out = negcache_fn.step(state, queries, batch, encode, scale=20.0, num_samples=2)
+            out = negcache_fn.step(
+                state, queries, batch, encode, scale=20.0, options=negcache_fn.StepOptions(draws_per_query=2)
+            )
         results.append((out, torch.autograd.grad(out.loss, [queries, tower.table])))
     (one, low_gradients), (other, gradients) = results
     assert torch.equal(one.draw.slot, other.draw.slot)
@@ -207,6 +207,8 @@ def test_shorter_documents_are_padded_before_the_encoder() -> None:
     tower = Tower()
     long = torch.randint(1, 50, (2, 4), generator=torch.Generator().manual_seed(0))
     state = negcache_fn.update(state, long, tower(long))
-    out = negcache_fn.step(state, queries_of(2), long[:, :2], tower.counted, num_samples=1)
+    out = negcache_fn.step(
+        state, queries_of(2), long[:, :2], tower.counted, options=negcache_fn.StepOptions(draws_per_query=1)
+    )
     assert tower.calls == [(Tensor, 4)]
     assert out.state["items", "features"][2:].tolist() == [[*row, 0, 0] for row in long[:, :2].tolist()]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from negcache_fn.state import live
 from tensordict import TensorDictBase
 
 import negcache_fn
+from negcache_fn._cache.state import live
 from tests.support import strategies
 
 

@@ -18,7 +18,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from negcache_fn.storage import memory_mapped, offload_features
 from tensordict import TensorDictBase
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,8 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import negcache_fn
+from negcache_fn._cache.offload import memory_mapped, offload_features
 from tests.support.builders import assert_same_state, same_snapshot, snapshot, unit
 from tests.support.checks.steps import Tower, documents, warm
+from tests.support.options import step_keywords
 
 COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 STATM = Path("/proc/self/statm")
@@ -72,9 +73,9 @@ def encode(features: Any) -> torch.Tensor:
 
 
 def stepped(function: Callable[..., Any], state: TensorDictBase, device: str) -> TensorDictBase:
-    """A step that refreshes, with ids, and backward."""
+    """A step that split_refresh, with ids, and backward."""
     queries, ids = torch.zeros(3, 6, device="meta", requires_grad=True), torch.arange(3, device="meta")
-    out = function(state, queries, batch_on(device), encode, num_samples=2, refresh_stalest=3, ids=ids)
+    out = function(state, queries, batch_on(device), encode, draws_per_query=2, refresh_stalest=3, ids=ids)
     out.loss.backward()
     assert {value.device.type for value in out.metrics.values()} == {"meta"}
     return out.state
@@ -88,7 +89,7 @@ def limited(state: TensorDictBase, device: str) -> TensorDictBase:
 
 
 def updated(function: Callable[..., Any], state: TensorDictBase, device: str) -> TensorDictBase:
-    """An update that refreshes."""
+    """An update that split_refresh."""
     fresh = torch.zeros(3, 6, device="meta")
     return function(state, batch_on(device), fresh, refresh=(torch.arange(3, device="meta"), fresh))
 
@@ -181,8 +182,10 @@ def trained(state: TensorDictBase, steps: range) -> TensorDictBase:
     """Steps in place: drawn, refreshed, replaced by id, evicted."""
     tower = Tower()
     for n in steps:
-        options: dict[str, Any] = {"ids": torch.arange(4) + 3 * n, "num_samples": 2, "refresh_stalest": 1}
-        state = negcache_fn.step_(state, unit(3, 6, n), documents(4, n), tower, scale=8.0, **options).state
+        options: dict[str, Any] = {"ids": torch.arange(4) + 3 * n, "draws_per_query": 2, "refresh_stalest": 1}
+        state = negcache_fn.step_(
+            state, unit(3, 6, n), documents(4, n), tower, scale=8.0, **step_keywords(**options)
+        ).state
         state = negcache_fn.update_(state, documents(2, 50 + n), unit(2, 6, 50 + n))
     return state
 
@@ -226,7 +229,7 @@ def test_live_rows_are_copied_into_files_of_their_size(
     if 0 < rows <= capacity:
         state = negcache_fn.update(state, features[:rows], unit(rows, 2, 0), ids=torch.arange(rows))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("negcache_fn.storage._COPY_BYTES", copied_bytes)
+        patch.setattr("negcache_fn._cache.offload._COPY_BYTES", copied_bytes)
         mapped = memory_mapped(state, tmp_path, capacity=capacity + more)
     assert_same_state(mapped, negcache_fn.resize(state, capacity + more))
     assert (tmp_path / "0-features.bin").stat().st_size == (capacity + more) * (width + 1) * dtype.itemsize

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from negcache_fn.freshness import reembed, reembed_
-from negcache_fn.storage import memory_mapped
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import negcache_fn
 from negcache_fn import distributed
+from negcache_fn._cache.offload import memory_mapped
+from negcache_fn._cache.reembed import reembed, reembed_
 from negcache_fn._kernels.cpu import call as cpu
 from tests.support import sharded_training as training
 from tests.support import strategies
@@ -82,7 +82,7 @@ def test_the_lowest_priorities_leave_first(data: st.DataObject) -> None:
             batch["mask"] = data.draw(strategies.masks(rows))
             priority = data.draw(priorities(capacity))
             model.update(**batch, evict=priority.tolist())
-            state = negcache_fn.update(state, **batch, evict=priority)
+            state = negcache_fn.update(state, **batch, priorities=priority)
             updates.agree(state, model)
 
 
@@ -98,7 +98,7 @@ def test_a_batch_as_large_as_the_cache_shows_the_order(dtype: torch.dtype, nativ
     state = make_state(unit(capacity, 2, 0))
     numbers = {"x": torch.arange(capacity)[:, None].repeat(1, 2)}
     with by_native_code(native):
-        after = negcache_fn.update(state, numbers, unit(capacity, 2, 1), evict=priority)
+        after = negcache_fn.update(state, numbers, unit(capacity, 2, 1), priorities=priority)
     keys = [counted(value) for value in priority.tolist()]
     order = sorted(range(capacity), key=lambda slot: (keys[slot], slot))
     assert after["items", "features", "x"][order, 0].tolist() == list(range(capacity))
@@ -109,19 +109,19 @@ def test_empty_slots_go_before_the_lowest_priority(lowest: Tensor) -> None:
     """Whatever priority they are given."""
     state = make_state(unit(4, 2, 0), live=[True, False, True, False], step=1)
     priority = torch.where(torch.tensor([True, False, True, False]), lowest, 5)
-    after = negcache_fn.update(state, {"x": torch.ones(3, 2, dtype=torch.int64)}, unit(3, 2, 1), evict=priority)
+    after = negcache_fn.update(state, {"x": torch.ones(3, 2, dtype=torch.int64)}, unit(3, 2, 1), priorities=priority)
     assert after["items", "inserted_at"].tolist() == [1, 1, 0, 1]
 
 
 @pytest.mark.parametrize(
     ("wrong", "error", "says"),
     [
-        ("random", ValueError, r"evict is 'random'; expected 'lru', 'fifo' or a tensor"),
-        ([1.0, 2.0, 3.0], ValueError, r"evict is \[1.0, 2.0, 3.0\]; expected 'lru'"),
-        (torch.zeros(2), ValueError, r"evict has shape \(2,\); expected \[3\]"),
-        (torch.zeros(3, 1), ValueError, r"evict has shape \(3, 1\); expected \[3\]"),
-        (torch.zeros(3, dtype=torch.int32), TypeError, r"evict has dtype torch.int32; expected a floating dtype"),
-        (torch.zeros(3, device="meta"), ValueError, r"evict is on meta; expected cpu"),
+        ("random", TypeError, r"priorities is a str; expected a tensor"),
+        ([1.0, 2.0, 3.0], TypeError, r"priorities is a list; expected a tensor"),
+        (torch.zeros(2), ValueError, r"priorities has shape \(2,\); expected \[3\]"),
+        (torch.zeros(3, 1), ValueError, r"priorities has shape \(3, 1\); expected \[3\]"),
+        (torch.zeros(3, dtype=torch.int32), TypeError, r"priorities has dtype torch.int32; expected a floating dtype"),
+        (torch.zeros(3, device="meta"), ValueError, r"priorities is on meta; expected cpu"),
     ],
 )
 def test_what_is_no_eviction_is_named(wrong: Any, error: type[Exception], says: str) -> None:
@@ -129,7 +129,7 @@ def test_what_is_no_eviction_is_named(wrong: Any, error: type[Exception], says: 
     state = make_state(unit(3, 2, 0))
     before = snapshot(state)
     with pytest.raises(error, match=says):
-        negcache_fn.update_(state, {"x": torch.zeros(1, 2, dtype=torch.int64)}, unit(1, 2, 1), evict=wrong)
+        negcache_fn.update_(state, {"x": torch.zeros(1, 2, dtype=torch.int64)}, unit(1, 2, 1), priorities=wrong)
     assert same_snapshot(before, snapshot(state))
 
 
@@ -139,7 +139,7 @@ def test_a_step_evicts_by_priority(function: Any) -> None:
     tower, priority = Tower(), torch.tensor([5.0, 0.0, 7.0, math.nan, 6.0, 1.0, 8.0, 9.0])
     state = warm(tower, 8)
     now = int(state["step"])
-    out = function(state, unit(3, 6, 0), documents(3, 1), tower, num_samples=4, scale=3.0, evict=priority)
+    out = function(state, unit(3, 6, 0), documents(3, 1), tower, options=negcache_fn.StepOptions(draws_per_query=4), scale=3.0, priorities=priority)
     assert (out.state["items", "inserted_at"] == now).nonzero().flatten().tolist() == [1, 3, 5]
 
 
@@ -153,8 +153,8 @@ def test_eviction_by_priority_is_one_frame(dtype: torch.dtype) -> None:
     expected, one = state, {"x": torch.ones(5, 2, dtype=torch.int64)}
     for n in range(3):
         priority = torch.tensor([FLOATS, INTEGERS][dtype == torch.int64] * 2, dtype=dtype).roll(n)[:20]
-        state = compiled(state, one, unit(5, 2, n), evict=priority)
-        expected = negcache_fn.update(expected, one, unit(5, 2, n), evict=priority)
+        state = compiled(state, one, unit(5, 2, n), priorities=priority)
+        expected = negcache_fn.update(expected, one, unit(5, 2, n), priorities=priority)
         assert_same_state(state, expected)
     assert counter.frame_count == 1
 
@@ -272,7 +272,7 @@ def of_ranks(rank: int, world: int, *, alone: bool = False) -> list[Any]:
         given = priority if dtype != torch.int64 else priority.nan_to_num(-9).long()
         embeddings = ids[:, None] * torch.linspace(-1, 1, training.DIM, dtype=torch.float64)
         state = negcache_fn.update(
-            state, training.features(ids, torch.float64), embeddings, ids=ids, evict=given.to(dtype), group=group
+            state, training.features(ids, torch.float64), embeddings, ids=ids, priorities=given.to(dtype), group=group
         )
         states.append(state if group is None else distributed.unshard(state, group))
     if group is not None:
@@ -281,11 +281,11 @@ def of_ranks(rank: int, world: int, *, alone: bool = False) -> list[Any]:
                 priority if rank else priority.nan_to_num().long(),
                 "priorities of torch.int64.*priorities of torch.float32",
             ),
-            (priority[rank:], r"evict has shape \(3071,\); expected \[3072\]"),
+            (priority[rank:], r"priorities has shape \(3071,\); expected \[3072\]"),
         ]
         for given, says in wrong:
             with pytest.raises(ValueError, match=says):
-                negcache_fn.update(state, training.features(ids, torch.float64), embeddings, evict=given, group=group)
+                negcache_fn.update(state, training.features(ids, torch.float64), embeddings, priorities=given, group=group)
     return states
 
 

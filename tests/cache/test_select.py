@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import negcache_fn
-from negcache_fn import state as state_module
+from negcache_fn._cache import select
 
 CAPACITY, DIM = 9000, 16
 
@@ -23,8 +23,8 @@ def test_segments_do_not_show(slots: int, monkeypatch: pytest.MonkeyPatch) -> No
     excluded = held[torch.randint(0, 4000, (40, 3), generator=generator)]
 
     def observe() -> list[torch.Tensor]:
-        own = negcache_fn.sample_gumbel(state, queries, num_samples=3, exclude_ids=excluded)
-        common = negcache_fn.sample_gumbel(state, queries, num_samples=3, exclude_ids=excluded.flatten())
+        own = negcache_fn.sample_gumbel(state, queries, draws_per_query=3, exclude_ids=excluded)
+        common = negcache_fn.sample_gumbel(state, queries, draws_per_query=3, exclude_ids=excluded.flatten())
         batch = (torch.ones(500, 2), torch.ones(500, DIM))
         updated = negcache_fn.update(state, *batch, ids=held[2000:4500:5], evict="fifo")
         leaves = [updated["items", name] for name in ("embedding", "id", "inserted_at")]
@@ -34,7 +34,7 @@ def test_segments_do_not_show(slots: int, monkeypatch: pytest.MonkeyPatch) -> No
     normalizers = [
         negcache_fn.sample_gumbel(state, queries, exclude_ids=ids).log_normalizer for ids in (excluded, None)
     ]
-    monkeypatch.setattr(state_module, "_SEGMENT", slots)
+    monkeypatch.setattr(select, "_SEGMENT", slots)
     for whole, parts in zip(in_one, observe(), strict=True):
         assert torch.equal(whole, parts)
     for ids, expected in zip((excluded, None), normalizers, strict=True):

@@ -25,7 +25,7 @@ NAN = math.nan
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Random insertions, refreshes, masks, repeated ids, both evictions, saving and loading, in any order."""
+    """Random insertions, split_refresh, masks, repeated ids, both evictions, saving and loading, in any order."""
 
     pure = staticmethod(negcache_fn.update)
     in_place: Any = staticmethod(negcache_fn.update_)
@@ -62,7 +62,7 @@ class CacheMachine(RuleBasedStateMachine):
         if data.draw(st.booleans()):
             options["ids"] = torch.tensor(data.draw(st.lists(st.integers(-1, 9), min_size=rows, max_size=rows)))
         if data.draw(st.booleans()):
-            options["mask"] = torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))
+            options["cacheable"] = torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))
         if data.draw(st.booleans()):
             weights = st.sampled_from([0.0, 1.5, -2.0, -math.inf, math.inf, NAN])
             options["log_weights"] = torch.tensor(data.draw(st.lists(weights, min_size=rows, max_size=rows)))

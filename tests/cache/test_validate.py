@@ -41,7 +41,7 @@ def test_the_user_chooses_error_or_left_out(function: Callable[..., Any], value:
     tower, batch = Tower(), documents(5, 1)
     state, queries = warm(tower, 9), unit(3, 6, 0).requires_grad_()
     encode, before = poisoned(tower, 4, value), snapshot(state)
-    function = functools.partial(function, num_samples=1)
+    function = functools.partial(function, draws_per_query=1)
     with pytest.raises(ValueError, match="encode gave 1 of 8 rows that are not finite, the first of them row 4"):
         function(state, queries, batch, negcache_fn.require_finite(encode))
     assert same_snapshot(before, snapshot(state))

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from negcache_fn.collectives import ALONE
-from negcache_fn.estimator import estimate_cache_logit, pool_draws
-from negcache_fn.scoring import Similarity
 from torch import Tensor
 
 import negcache_fn
+from negcache_fn._loss.cache_class import estimate_cache_logit, gather_draws
+from negcache_fn._ranks.group import ALONE
+from negcache_fn._scores.definition import Similarity
 from negcache_fn.nn import NegativeCacheLoss
 from tests.draws.test_sample import varied
 from tests.support import strategies
@@ -23,6 +23,7 @@ from tests.support.builders import at_step, is_close, make_state, unit
 from tests.support.checks import fewer, losses, steps
 from tests.support.checks.problems import Problem, Scenario, scenarios
 from tests.support.checks.steps import Tower, documents, warm
+from tests.support.options import step_keywords
 
 sample, loss = negcache_fn.sample_gumbel, negcache_fn.loss
 CORRECTIONS = ("none", "self_normalized", "unnormalized")
@@ -76,7 +77,7 @@ def test_expected_weights_are_the_probabilities(name: str) -> None:
     mean = torch.zeros_like(problem.stale_scores)
     for slots, chance in problem.outcomes():
         draw, flat = problem.draw(slots), torch.tensor([max(j, 0) for row in slots for j in row])
-        pool = pool_draws(encoded[flat], draw, ALONE)
+        pool = gather_draws(encoded[flat], draw, ALONE)
         cache = estimate_cache_logit(similarity, queries, encoded[flat], draw, pool, staleness_correction="none")
         weight = cache.log_importance.exp()
         assert bool((weight <= len(queries) / len(flat) * (1 + 1e-12)).all())
@@ -136,8 +137,8 @@ def test_as_many_draws_as_queries_are_one_for_each(staleness_correction: str) ->
     tower, batch = Tower(), documents(5, 1)
     state, queries = warm(tower, 40, ids=True), unit(3, 6, 77)
     options: dict[str, Any] = {"scale": 9.0, "staleness_correction": staleness_correction}
-    without = negcache_fn.step(state, queries, batch, tower, num_samples=1, **options)
-    given = negcache_fn.step(state, queries, batch, tower, num_draws=3, **options)
+    without = negcache_fn.step(state, queries, batch, tower, **step_keywords(draws_per_query=1, **options))
+    given = negcache_fn.step(state, queries, batch, tower, **step_keywords(num_draws=3, **options))
     for one, other in zip(given.draw, without.draw, strict=True):
         assert torch.equal(one, other)
     assert torch.equal(given.loss, without.loss)
@@ -154,7 +155,9 @@ def test_encoder_sees_the_draws_alone() -> None:
         return tower(features)
 
     state = warm(tower, 40)
-    out = negcache_fn.step(state, unit(6, 6, 77), batch, encode, num_draws=2, refresh_stalest=3)
+    out = negcache_fn.step(
+        state, unit(6, 6, 77), batch, encode, options=negcache_fn.StepOptions(num_draws=2, refresh_stalest=3)
+    )
     assert seen == [8 + 2 + 3]
     assert out.draw.slot.shape == (2, 1)
     renewed = state["items", "embedded_at"] != out.state["items", "embedded_at"]
@@ -173,10 +176,7 @@ def test_queries_that_can_use_no_draw(in_batch: bool, staleness_correction: str)
         queries,
         batch,
         tower,
-        num_draws=2,
-        staleness_correction=staleness_correction,
-        reduction="none",
-        **options,
+        **step_keywords(num_draws=2, staleness_correction=staleness_correction, reduction="none", **options),
     )
     assert int(out.draw.slot.min()) >= 0
     exact = negcache_fn.exact_loss(state, queries, tower(batch), reduction="none", **options)
@@ -205,11 +205,10 @@ def test_a_query_without_documents_draws_nothing(staleness_correction: str) -> N
             queries,
             batch,
             tower,
-            num_draws=1,
+            options=negcache_fn.StepOptions(
+                num_draws=1, in_batch=False, staleness_correction=staleness_correction, reduction="none"
+            ),
             ids=torch.tensor([5, 6]),
-            in_batch=False,
-            staleness_correction=staleness_correction,
-            reduction="none",
             scale=4.0,
         )
         who = int(out.draw.query)
@@ -240,10 +239,9 @@ def test_empty_cache(in_batch: bool, staleness_correction: str) -> None:
         queries,
         batch,
         tower,
-        num_draws=2,
-        in_batch=in_batch,
-        staleness_correction=staleness_correction,
-        refresh_stalest=2,
+        options=negcache_fn.StepOptions(
+            num_draws=2, in_batch=in_batch, staleness_correction=staleness_correction, refresh_stalest=2
+        ),
     )
     expected = steps.oracles.cross_entropy(queries, tower(batch), torch.full((4,), -math.inf), in_batch=in_batch)
     assert is_close(out.loss, expected.mean(), 1e-6)
@@ -258,7 +256,7 @@ def test_any_draw(case: strategies.Case, data: st.DataObject) -> None:
     """Nothing stale: the exact loss; "unnormalized" is between that of the batch and that of B caches."""
     rows = len(case.queries)
     num_draws = data.draw(st.sampled_from([m for m in range(1, rows + 1) if rows % m == 0]))
-    options = case.sample_options | {"num_samples": 1, "replacement": True}
+    options = case.sample_options | {"draws_per_query": 1, "replacement": True}
     draw = sample(case.state, case.queries, num_draws=num_draws, **options)
     assert not any(bool(torch.isnan(value).any()) for value in draw if value.is_floating_point())
     exact = negcache_fn.exact_loss(case.state, case.queries, case.documents, **case.exact_options)
@@ -290,7 +288,7 @@ def test_fewer_draws_do_not_merge() -> None:
     for a, b, name in ((some, whole, "a"), (whole, some, "b")):
         with pytest.raises(ValueError, match=rf"^{name} has draws of 2 of 4 queries; expected .* other queries"):
             negcache_fn.merge_draws(a, b)
-    merged = negcache_fn.merge_draws(whole, sample(varied(40, seed=3), queries, num_samples=1))
+    merged = negcache_fn.merge_draws(whole, sample(varied(40, seed=3), queries, draws_per_query=1))
     assert merged.slot.shape == (4, 1)
 
 
@@ -300,7 +298,7 @@ def test_fewer_draws_do_not_merge() -> None:
         ({"num_draws": 3}, "num_draws is 3; expected a divisor of 4, the number of queries"),
         ({"num_draws": 8}, "num_draws is 8; expected a divisor of 4, the number of queries"),
         ({"num_draws": 0}, "num_draws is 0; expected at least 1"),
-        ({"num_draws": 2, "num_samples": 2}, "num_draws is 2 with num_samples=2 .* expected num_samples=1"),
+        ({"num_draws": 2, "draws_per_query": 2}, "num_draws is 2 with draws_per_query=2 .* expected draws_per_query=1"),
         ({"num_draws": 2, "replacement": False}, "num_draws is 2 with .* replacement=False; expected"),
     ],
 )
@@ -312,7 +310,7 @@ def test_errors(options: dict[str, Any], says: str) -> None:
         sample(state, queries, **options)
     for function in (negcache_fn.step, negcache_fn.step_):
         with pytest.raises(ValueError, match=says):
-            function(state, queries, batch, tower, **options)
+            function(state, queries, batch, tower, **step_keywords(**options))
 
 
 def test_errors_of_types_and_sharing() -> None:
@@ -322,7 +320,7 @@ def test_errors_of_types_and_sharing() -> None:
     with pytest.raises(TypeError, match=r"num_draws is 2\.0, a float; expected an integer"):
         sample(state, queries, num_draws=2.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_draws is 2 with share_draws=False; expected share_draws=True"):
-        negcache_fn.step(state, queries, batch, tower, num_draws=2, share_draws=False)
+        negcache_fn.step(state, queries, batch, tower, options=negcache_fn.StepOptions(num_draws=2, share_draws=False))
     draw = sample(state, queries, num_draws=2)
     own = tower(batch).detach()
     with pytest.raises(ValueError, match="share_draws is False, and 2 of 4 queries have drawn; expected"):
@@ -335,6 +333,6 @@ def test_errors_of_types_and_sharing() -> None:
 
 def test_option_of_the_module() -> None:
     """It goes by the name that it has in `step`."""
-    criterion = NegativeCacheLoss(warm(Tower(), 40), num_draws=1, top_k=5)
+    criterion = NegativeCacheLoss(warm(Tower(), 40), options=negcache_fn.StepOptions(num_draws=1, top_k=5))
     value = criterion(unit(4, 6, 1), documents(5, 1), Tower())
     assert bool(torch.isfinite(value)) and "num_draws=1" in repr(criterion)

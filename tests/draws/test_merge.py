@@ -50,7 +50,7 @@ def test_features_and_refreshes_are_those_of_the_source(
         cache(size, n + step, 100 * n, torch.zeros(size, dtype=torch.bool) if n == emptied else None)
         for n, size in enumerate(capacities)
     ]
-    draw = merged(states, unit(5, 4, 99), num_samples=samples, scale=2.0)
+    draw = merged(states, unit(5, 4, 99), draws_per_query=samples, scale=2.0)
     taken = negcache_fn.take_drawn(states, draw)
     slots, sources = draw.slot.flatten().tolist(), draw.source.flatten().tolist()
     for row, (slot, source) in enumerate(zip(slots, sources, strict=True)):
@@ -58,7 +58,7 @@ def test_features_and_refreshes_are_those_of_the_source(
             assert int(taken["name"][row]) == 100 * source + slot
             assert float(taken["nested", "twice"][row]) == 2.0 * (100 * source + slot)
     embeddings = unit(len(slots), 4, 5)
-    given_back = negcache_fn.refreshes(draw, embeddings)
+    given_back = negcache_fn.split_refresh(draw, embeddings)
     assert len(given_back) == len(states)
     for source, (of_source, fresh) in enumerate(given_back):
         expected = [slot if mine == source else -1 for slot, mine in zip(slots, sources, strict=True)]
@@ -69,10 +69,10 @@ def test_features_and_refreshes_are_those_of_the_source(
 def test_refresh_goes_to_the_right_cache() -> None:
     """After an update of each, exactly the drawn slots have the fresh embedding, each in its own cache."""
     states = [cache(9, 1, 0), cache(40, 2, 100), cache(5, 3, 200)]
-    draw = merged(states, unit(6, 4, 9), num_samples=2, scale=2.0)
+    draw = merged(states, unit(6, 4, 9), draws_per_query=2, scale=2.0)
     fresh = unit(12, 4, 7)
     nothing = torch.zeros(1, dtype=torch.bool)
-    for source, (state, refresh) in enumerate(zip(states, negcache_fn.refreshes(draw, fresh), strict=True)):
+    for source, (state, refresh) in enumerate(zip(states, negcache_fn.split_refresh(draw, fresh), strict=True)):
         example = {"name": torch.zeros(1).long(), "nested": {"twice": torch.zeros(1, 1)}}
         after = negcache_fn.update(state, example, unit(1, 4, 0), mask=nothing, refresh=refresh)
         expected = state["items", "embedding"].clone()
@@ -92,7 +92,7 @@ def test_caches_for_some_queries_only() -> None:
     shut = [torch.where(mine == n, torch.inf, -torch.inf) for n in range(2)]
     parts = [
         negcache_fn.sample_gumbel(
-            state, queries, num_samples=50, scale=2.0, false_negatives=negcache_fn.FalseNegatives(max_score=limit)
+            state, queries, draws_per_query=50, scale=2.0, false_negatives=negcache_fn.FalseNegatives(max_score=limit)
         )
         for state, limit in zip(states, shut, strict=True)
     ]
@@ -126,7 +126,7 @@ def two_caches(rank: int, world: int, *, alone: bool = False) -> dict[str, Any]:
     if group is not None:
         states = [distributed.shard(state, group) for state in states]
     queries = unit(8, 4, 9).view(world, -1, 4)[rank]
-    draw = merged(states, queries, num_samples=2, scale=3.0, group=group)
+    draw = merged(states, queries, draws_per_query=2, scale=3.0, group=group)
     taken = negcache_fn.take_drawn(states, draw, group=group)
     fresh = torch.sin(taken["name"][:, None] * torch.arange(1.0, 5.0))
     example = {"name": taken["name"][:1], "nested": {"twice": taken["nested", "twice"][:1]}}
@@ -134,7 +134,7 @@ def two_caches(rank: int, world: int, *, alone: bool = False) -> dict[str, Any]:
         negcache_fn.update(
             state, example, fresh[:1], mask=torch.zeros(1, dtype=torch.bool), refresh=refresh, group=group
         )
-        for state, refresh in zip(states, negcache_fn.refreshes(draw, fresh), strict=True)
+        for state, refresh in zip(states, negcache_fn.split_refresh(draw, fresh), strict=True)
     ]
     if group is not None:
         after = [distributed.unshard(state, group) for state in after]
@@ -156,9 +156,9 @@ def test_compiles_whole() -> None:
     states, queries = [cache(70, 1, 0), cache(200, 2, 1000)], unit(3, 4, 9)
 
     def whole(first: TensorDictBase, second: TensorDictBase) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        draw = merged([first, second], queries, scale=2.0, num_samples=2)
+        draw = merged([first, second], queries, scale=2.0, draws_per_query=2)
         taken = negcache_fn.take_drawn([first, second], draw)
-        return taken["name"], negcache_fn.refreshes(draw, draw.embedding.flatten(0, 1))
+        return taken["name"], negcache_fn.split_refresh(draw, draw.embedding.flatten(0, 1))
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(whole, fullgraph=True, backend=counter)
@@ -183,7 +183,7 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"states\[1\] has features .*expected those of states\[0\]"):
         negcache_fn.take_drawn([states[0], other], draw)
     with pytest.raises(ValueError, match=r"embeddings has shape \(2, 4\); expected \[12, 4\]"):
-        negcache_fn.refreshes(draw, unit(2, 4, 0))
+        negcache_fn.split_refresh(draw, unit(2, 4, 0))
     with pytest.raises(TypeError, match="draw is a tuple; expected a Draw"):
         negcache_fn.take_drawn(states, (1, 2))  # pyright: ignore[reportArgumentType]
     assert same_snapshot(before, snapshot(states, draw))

@@ -109,10 +109,10 @@ def test_a_limit_shuts_a_query_out_of_a_cache() -> None:
     """-inf for some queries, +inf for others: caches for some queries only."""
     state, queries = varied(200), unit(2, 8, 9)
     known = negcache_fn.FalseNegatives(max_score=torch.tensor([-math.inf, math.inf]))
-    draw = sample(state, queries, num_samples=3, false_negatives=known)
+    draw = sample(state, queries, draws_per_query=3, false_negatives=known)
     assert draw.slot[0].tolist() == [-1] * 3
     assert float(draw.log_normalizer[0]) == -math.inf
-    assert torch.equal(draw.slot[1], sample(state, queries, num_samples=3).slot[1])
+    assert torch.equal(draw.slot[1], sample(state, queries, draws_per_query=3).slot[1])
 
 
 def test_distribution_with_a_transform() -> None:
@@ -150,7 +150,7 @@ def test_perturbed_values_are_maxima(capacity: int) -> None:
 
 def test_seeds_and_steps_differ_and_repeat() -> None:
     """Same (seed, step): same draw, bit for bit. Another: another."""
-    queries, options = unit(4, 8, 9), {"num_samples": 16, "scale": 3.0}
+    queries, options = unit(4, 8, 9), {"draws_per_query": 16, "scale": 3.0}
     first = sample(varied(500), queries, **options)
     for a, b in zip(first, sample(varied(500), queries, **options), strict=True):
         assert torch.equal(a, b)
@@ -163,8 +163,8 @@ def test_seeds_and_steps_differ_and_repeat() -> None:
 def test_rows_are_counted_from_the_first() -> None:
     """A query draws the same whatever rows follow it."""
     state, queries = varied(2500), unit(7, 8, 9)
-    whole = sample(state, queries, num_samples=3, scale=5.0)
-    part = sample(state, queries[:4], num_samples=3, scale=5.0)
+    whole = sample(state, queries, draws_per_query=3, scale=5.0)
+    part = sample(state, queries[:4], draws_per_query=3, scale=5.0)
     assert torch.equal(whole.slot[:4], part.slot)
 
 
@@ -186,7 +186,7 @@ def test_fields_of_any_draw(case: strategies.Case) -> None:
 def _ties(case: strategies.Case) -> bool:
     """Whether two candidates score nearly the same, so that the k-th best is a matter of rounding."""
     options = case.sample_options | {"top_k": None}
-    del options["num_samples"], options["replacement"]
+    del options["draws_per_query"], options["replacement"]
     scores = draws.exact_scores(case.state, case.queries, **options).sort(dim=-1).values
     gaps = (scores[:, 1:] - scores[:, :-1]) / (1 + scores[:, 1:].abs())
     return bool((gaps < 1e-5).any())
@@ -204,17 +204,17 @@ def test_ties_at_the_cutoff_draw_nothing_below() -> None:
     values = state["items", "embedding"][:, 0]
     for top_k, floor in ((5, 3.0), (20, 2.0), (len(values), 0.0)):
         for step in range(5):
-            draw = sample(at_step(state, step), torch.ones(4, 1), num_samples=50, top_k=top_k, scale=0.1)
+            draw = sample(at_step(state, step), torch.ones(4, 1), draws_per_query=50, top_k=top_k, scale=0.1)
             assert float(values[draw.slot].min()) >= floor
 
 
 def test_nothing_to_draw() -> None:
     """Empty, or everything excluded for one query: slot -1 and a normaliser of -inf there, no NaN."""
-    empty = sample(make_state(unit(70, 4, 0), live=[False] * 70), unit(3, 4, 1), num_samples=2)
+    empty = sample(make_state(unit(70, 4, 0), live=[False] * 70), unit(3, 4, 1), draws_per_query=2)
     assert torch.equal(empty.slot, torch.full((3, 2), -1))
     assert torch.equal(empty.log_normalizer, torch.full((3,), -math.inf))
     state = make_state(unit(3, 4, 0), ids=[1, 2, 3])
-    some = sample(state, unit(2, 4, 1), num_samples=5, exclude_ids=torch.tensor([[1, 2, 3], [1, 2, -1]]))
+    some = sample(state, unit(2, 4, 1), draws_per_query=5, exclude_ids=torch.tensor([[1, 2, 3], [1, 2, -1]]))
     assert torch.equal(some.slot, torch.tensor([[-1] * 5, [2] * 5]))
     assert float(some.log_normalizer[0]) == -math.inf
     assert not any(bool(torch.isnan(value).any()) for value in (*empty, *some) if value.is_floating_point())
@@ -236,7 +236,7 @@ def test_merged_draws_are_draws_of_the_union(options: dict[str, Any]) -> None:
 def test_merging_is_associative_and_commutative() -> None:
     """Up to the numbers of the sources."""
     queries, merge = unit(3, 8, 9), negcache_fn.merge_draws
-    a, b, c = (sample(varied(n, seed=n), queries, num_samples=40, scale=4.0, top_k=9) for n in (30, 70, 110))
+    a, b, c = (sample(varied(n, seed=n), queries, draws_per_query=40, scale=4.0, top_k=9) for n in (30, 70, 110))
     left, right = merge(merge(a, b), c), merge(a, merge(b, c))
     for name, one, other in zip(left._fields, left, right, strict=True):
         assert is_close(one, other, 1e-6) if name == "log_normalizer" else torch.equal(one, other), name
@@ -251,8 +251,8 @@ def test_merging_is_associative_and_commutative() -> None:
 def test_merging_with_an_empty_cache_changes_nothing() -> None:
     """The empty draw is the neutral element."""
     queries = unit(3, 8, 9)
-    full = sample(varied(30, seed=1), queries, num_samples=4)
-    empty = sample(make_state(unit(5, 8, 0), live=[False] * 5, seed=2), queries, num_samples=4)
+    full = sample(varied(30, seed=1), queries, draws_per_query=4)
+    empty = sample(make_state(unit(5, 8, 0), live=[False] * 5, seed=2), queries, draws_per_query=4)
     for merged, source in ((negcache_fn.merge_draws(full, empty), 0), (negcache_fn.merge_draws(empty, full), 1)):
         for name in ("slot", "score", "perturbed", "embedding", "id", "log_weight", "log_normalizer"):
             assert torch.equal(getattr(merged, name), getattr(full, name)), name
@@ -268,6 +268,6 @@ def test_log_normalizer_is_exact(data: st.DataObject) -> None:
     case = data.draw(strategies.cases())
     options = case.sample_options | {"top_k": None}
     draw = sample(case.state, case.queries, **options)
-    del options["num_samples"], options["replacement"]
+    del options["draws_per_query"], options["replacement"]
     exact = oracles.log_normalizer(draws.exact_scores(case.state, case.queries, **options))
     assert is_close(draw.log_normalizer, exact, 1e-12 if case.queries.dtype == torch.float64 else 1e-5)

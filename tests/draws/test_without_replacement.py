@@ -12,14 +12,16 @@ from hypothesis import given
 from torch import Tensor
 
 import negcache_fn
-from negcache_fn import choosing, estimator
-from negcache_fn import state as state_module
+from negcache_fn._cache import select
+from negcache_fn._draws import gumbel_tree
+from negcache_fn._loss import cache_class
 from tests.draws.test_sample import varied
 from tests.support import strategies
 from tests.support.builders import is_close, make_state, unit
 from tests.support.checks import distinct, draws, steps
 from tests.support.checks.problems import Scenario, scenarios
 from tests.support.checks.steps import Tower, documents
+from tests.support.options import step_keywords
 
 sample, loss = negcache_fn.sample_gumbel, negcache_fn.loss
 SCENARIOS = scenarios()
@@ -41,11 +43,11 @@ def sparse(places: list[int], *, ties: bool = False, seed: int = 0) -> Any:
     return make_state(embedding, live=live, ids=torch.arange(2500), log_weight=weights, seed=seed)
 
 
-@pytest.mark.parametrize("num_samples", [1, 2, 3])
+@pytest.mark.parametrize("draws_per_query", [1, 2, 3])
 @pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
-def test_law_of_ordered_draws(places: list[int], num_samples: int) -> None:
+def test_law_of_ordered_draws(places: list[int], draws_per_query: int) -> None:
     """Each ordered draw of k of five documents has the chance of Plackett-Luce, wherever they are in the tree."""
-    distinct.ordered_law(sample, sparse(places), unit(2, 4, 1), num_samples=num_samples, scale=2.0)
+    distinct.ordered_law(sample, sparse(places), unit(2, 4, 1), draws_per_query=draws_per_query, scale=2.0)
 
 
 @pytest.mark.parametrize(
@@ -63,26 +65,26 @@ def test_law_of_ordered_draws(places: list[int], num_samples: int) -> None:
 )
 def test_law_with_exclusions_and_limits(options: dict[str, Any]) -> None:
     """What is no negative is not among them, and the others are as if it was not there."""
-    distinct.ordered_law(sample, sparse(PLACES["many groups"]), unit(2, 4, 1), num_samples=2, scale=2.0, **options)
+    distinct.ordered_law(sample, sparse(PLACES["many groups"]), unit(2, 4, 1), draws_per_query=2, scale=2.0, **options)
 
 
 def test_law_of_ties() -> None:
     """Equal documents: all orders alike."""
-    distinct.ordered_law(sample, sparse([5, 6, 1030, 1095, 2400], ties=True), unit(2, 4, 1), num_samples=3)
+    distinct.ordered_law(sample, sparse([5, 6, 1030, 1095, 2400], ties=True), unit(2, 4, 1), draws_per_query=3)
 
 
 @pytest.mark.parametrize("scale", [0.1, 5.0, 20.0])
 @pytest.mark.parametrize("capacity", [65, 5000])
 def test_joint_law_of_slots_and_perturbed_scores(capacity: int, scale: float) -> None:
     """Slots, perturbed scores and threshold together, where the draws are too many to count."""
-    distinct.race_law(sample, varied(capacity), unit(2, 8, 1), num_samples=4, scale=scale)
+    distinct.race_law(sample, varied(capacity), unit(2, 8, 1), draws_per_query=4, scale=scale)
 
 
 def test_joint_law_restricted_to_the_best() -> None:
     """With `top_k`, and in float64."""
-    distinct.race_law(sample, varied(2500), unit(2, 8, 1), num_samples=4, scale=5.0, top_k=20)
+    distinct.race_law(sample, varied(2500), unit(2, 8, 1), draws_per_query=4, scale=5.0, top_k=20)
     queries = unit(2, 8, 1, torch.float64)
-    distinct.race_law(sample, varied(200, torch.float64), queries, num_samples=3, scale=5.0, copies=500)
+    distinct.race_law(sample, varied(200, torch.float64), queries, draws_per_query=3, scale=5.0, copies=500)
 
 
 @pytest.mark.parametrize("top_k", [None, 9])
@@ -97,9 +99,9 @@ def test_fields_of_any_draw(case: strategies.Case) -> None:
     """Live, not excluded, different; all of them if there are no more than k."""
     tolerance = 1e-14 if case.queries.dtype == torch.float64 else 2e-6
     options = case.sample_options | {"replacement": False, "top_k": None}
-    for num_samples in (case.num_samples, 40):
+    for draws_per_query in (case.draws_per_query, 40):
         draw = draws.fields(
-            sample, case.state, case.queries, tolerance=tolerance, **options | {"num_samples": num_samples}
+            sample, case.state, case.queries, tolerance=tolerance, **options | {"draws_per_query": draws_per_query}
         )
         assert not any(bool(torch.isnan(value).any()) for value in draw if value.is_floating_point())
     restricted = sample(case.state, case.queries, **case.sample_options | {"replacement": False})
@@ -112,14 +114,14 @@ def test_fewer_documents_than_draws() -> None:
     """All of them, then -1; without any, -1 alone and a normaliser of -inf."""
     state, queries = sparse([5, 1030]), unit(3, 4, 1)
     excluded = torch.tensor([[-1, -1], [5, -1], [5, 1030]])
-    draw = sample(state, queries, num_samples=4, replacement=False, exclude_ids=excluded)
+    draw = sample(state, queries, draws_per_query=4, replacement=False, exclude_ids=excluded)
     assert draw.slot.sort(dim=1).values.tolist() == [[-1, -1, 5, 1030], [-1, -1, -1, 1030], [-1] * 4]
     assert torch.equal(draw.threshold, torch.full((3, 1), -math.inf))
     assert torch.equal(draw.log_normalizer == -math.inf, torch.tensor([False, False, True]))
-    none_left = sample(state, queries, num_samples=2, replacement=False)
+    none_left = sample(state, queries, draws_per_query=2, replacement=False)
     assert bool((none_left.slot >= 0).all())
     assert torch.equal(none_left.threshold, torch.full((3, 1), -math.inf))
-    one_left = sample(state, queries, num_samples=1, replacement=False)
+    one_left = sample(state, queries, draws_per_query=1, replacement=False)
     assert torch.equal(one_left.threshold, none_left.perturbed[:, 1:])
 
 
@@ -127,9 +129,9 @@ def test_fewer_documents_than_draws() -> None:
 def test_segments_do_not_show(segment: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The groups of a long cache are chosen a segment at a time."""
     state, queries = varied(20_000), unit(30, 8, 1)
-    whole = sample(state, queries, num_samples=5, replacement=False, scale=4.0)
-    monkeypatch.setattr(state_module, "_SEGMENT", segment)
-    parts = sample(state, queries, num_samples=5, replacement=False, scale=4.0)
+    whole = sample(state, queries, draws_per_query=5, replacement=False, scale=4.0)
+    monkeypatch.setattr(select, "_SEGMENT", segment)
+    parts = sample(state, queries, draws_per_query=5, replacement=False, scale=4.0)
     for name, one, other in zip(whole._fields, whole, parts, strict=True):
         assert is_close(one, other, 1e-6) if name == "log_normalizer" else torch.equal(one, other), name
 
@@ -138,17 +140,19 @@ def test_merged_draws_are_draws_of_the_union() -> None:
     """Of two and of three caches of different sizes, one with fewer documents than draws."""
     states = [varied(100, seed=1), varied(3, seed=2), varied(300, seed=3)]
     for some in (states[:2], states):
-        distinct.merged_law(sample, negcache_fn.merge_draws, some, unit(1, 8, 1), num_samples=4, scale=4.0)
+        distinct.merged_law(sample, negcache_fn.merge_draws, some, unit(1, 8, 1), draws_per_query=4, scale=4.0)
 
 
 def test_merging_is_associative_and_commutative() -> None:
     """Up to the numbers of the sources; the empty draw changes nothing."""
     queries, merge = unit(5, 8, 1), negcache_fn.merge_draws
-    a, b, c = (sample(varied(n, seed=n), queries, num_samples=4, replacement=False, scale=4.0) for n in (30, 3, 110))
+    a, b, c = (
+        sample(varied(n, seed=n), queries, draws_per_query=4, replacement=False, scale=4.0) for n in (30, 3, 110)
+    )
     for one, other in ((merge(merge(a, b), c), merge(a, merge(b, c))), (merge(a, b), merge(b, a))):
         for name in ("slot", "score", "perturbed", "threshold", "embedding", "id", "log_weight"):
             assert torch.equal(getattr(one, name), getattr(other, name)), name
-    nothing = sample(make_state(unit(5, 8, 0), live=[False] * 5, seed=2), queries, num_samples=4, replacement=False)
+    nothing = sample(make_state(unit(5, 8, 0), live=[False] * 5, seed=2), queries, draws_per_query=4, replacement=False)
     for one in (merge(a, nothing), merge(nothing, a)):
         for name in ("slot", "perturbed", "threshold", "log_normalizer"):
             assert torch.equal(getattr(one, name), getattr(a, name)), name
@@ -162,7 +166,7 @@ def test_the_two_kinds_do_not_merge(replacement: bool) -> None:
     """Their perturbed scores mean different things."""
     states = (varied(30, seed=1), varied(30, seed=2))
     a, b = (
-        sample(state, unit(2, 8, 1), num_samples=2, replacement=kind)
+        sample(state, unit(2, 8, 1), draws_per_query=2, replacement=kind)
         for state, kind in zip(states, (replacement, not replacement), strict=True)
     )
     with pytest.raises(ValueError, match=f"b was drawn with replacement={not replacement}; expected"):
@@ -252,7 +256,7 @@ def test_all_documents_drawn_is_exact_softmax(name: str, share_draws: bool) -> N
 def test_inclusion_probabilities_are_stable(dtype: torch.dtype, tolerance: float) -> None:
     """Logarithms of probabilities from e^-1000 to 1, against series and libm in float64."""
     above = [-1000.0, -300.0, -87.5, -41.0, -40.0, -39.0, -20.0, -5.0, -1.0, 0.0, 0.5, 1.0, 3.0, 5.0, 50.0, math.inf]
-    given_value = estimator._log_inclusion(torch.tensor(above, dtype=dtype), torch.zeros((), dtype=dtype))
+    given_value = cache_class._log_inclusion(torch.tensor(above, dtype=dtype), torch.zeros((), dtype=dtype))
     for x, value in zip(above, given_value.tolist(), strict=True):
         if x < -15.0:
             expected = x - math.exp(x) / 2
@@ -267,7 +271,7 @@ def test_inclusion_probabilities_are_stable(dtype: torch.dtype, tolerance: float
 def test_weights_are_finite_where_softmaxes_hardly_overlap(share_draws: bool) -> None:
     """Scale 3000 in float32: probabilities of the draws of others are far below what a float can hold."""
     queries = unit(6, 4, 1).requires_grad_()
-    draw = sample(make_state(unit(200, 4, 0)), queries, num_samples=3, replacement=False, scale=3000.0)
+    draw = sample(make_state(unit(200, 4, 0)), queries, draws_per_query=3, replacement=False, scale=3000.0)
     negatives = draw.embedding.flatten(0, 1).clone().requires_grad_()
     for correction in CORRECTIONS:
         value = loss(
@@ -291,8 +295,14 @@ def test_steps_on_a_cache_that_fills(share_draws: bool, correction: str) -> None
     state = negcache_fn.init_cache(40, 6, documents(1, 0))
     for n in range(6):
         batch = documents(3, n)
-        options = {"share_draws": share_draws, "staleness_correction": correction, "scale": 5.0, "num_samples": 5}
-        out = negcache_fn.step(state, queries_tower(documents(2, 50 + n)), batch, tower, replacement=False, **options)
+        options = {"share_draws": share_draws, "staleness_correction": correction, "scale": 5.0, "draws_per_query": 5}
+        out = negcache_fn.step(
+            state,
+            queries_tower(documents(2, 50 + n)),
+            batch,
+            tower,
+            **step_keywords(replacement=False, **options),
+        )
         held = int((state["items", "embedded_at"] >= 0).sum())
         assert int((out.draw.slot >= 0).sum()) == 2 * min(held, 5)
         assert all(bool(torch.isfinite(value)) for value in out.metrics.values())
@@ -307,7 +317,7 @@ def test_steps_on_a_cache_that_fills(share_draws: bool, correction: str) -> None
 def test_what_stands_in_has_no_part() -> None:
     """Encodings of draws that are not there may be anything: the loss and its gradients are the same."""
     state, queries, own = sparse([5, 1030]), unit(3, 4, 1).requires_grad_(), unit(3, 4, 2)
-    draw = sample(state, queries, num_samples=4, replacement=False)
+    draw = sample(state, queries, draws_per_query=4, replacement=False)
     clean = draw.embedding.flatten(0, 1)
     missing = draw.slot.flatten() < 0
     for share_draws in (True, False):
@@ -326,7 +336,13 @@ def test_effective_sample_size_of_own_draws() -> None:
     state = steps.warm(tower, 9)
     queries = unit(3, 6, 0)
     out = negcache_fn.step(
-        state, queries, batch, tower, num_samples=3, replacement=False, share_draws=False, staleness_correction="none"
+        state,
+        queries,
+        batch,
+        tower,
+        options=negcache_fn.StepOptions(
+            draws_per_query=3, replacement=False, share_draws=False, staleness_correction="none"
+        ),
     )
     probability = torch.exp(out.draw.score - out.draw.log_normalizer[:, None]).double()
     weights = probability / (1 - torch.exp(-torch.exp((out.draw.score - out.draw.threshold).double())))
@@ -338,14 +354,14 @@ def test_several_caches() -> None:
     """What is drawn of each is taken from it and goes back to it; what is not drawn goes nowhere."""
     left, right = sparse([5, 1030], seed=1), sparse([7], seed=2)
     queries = unit(2, 4, 1)
-    a, b = (sample(state, queries, num_samples=5, replacement=False) for state in (left, right))
+    a, b = (sample(state, queries, draws_per_query=5, replacement=False) for state in (left, right))
     merged = negcache_fn.merge_draws(a, b)
     assert (merged.slot >= 0).sum(1).tolist() == [3, 3]
     found = negcache_fn.take_drawn([left, right], merged)
     for row, (slot, source) in enumerate(zip(merged.slot.flatten(), merged.source.flatten(), strict=True)):
         if int(slot) >= 0:
             assert torch.equal(found[row]["x"], (left, right)[int(source)]["items", "features", "x"][int(slot)])
-    for source, (slots, _) in enumerate(negcache_fn.refreshes(merged, torch.ones(10, 4))):
+    for source, (slots, _) in enumerate(negcache_fn.split_refresh(merged, torch.ones(10, 4))):
         wanted = torch.where(merged.source == source, merged.slot, -1).flatten()
         assert torch.equal(slots, wanted)
 
@@ -359,6 +375,6 @@ def test_children_that_ignore_their_parent_are_found(fault: str, monkeypatch: py
         nothing = (perturbed == -math.inf) | (maximum == -math.inf)[..., None]
         return (perturbed + shift).masked_fill(nothing, -math.inf)
 
-    monkeypatch.setattr(choosing, "_given_maximum", broken)
+    monkeypatch.setattr(gumbel_tree, "_given_maximum", broken)
     with pytest.raises(AssertionError):
-        distinct.race_law(sample, varied(5000), unit(2, 8, 1), num_samples=2, scale=3.0)
+        distinct.race_law(sample, varied(5000), unit(2, 8, 1), draws_per_query=2, scale=3.0)

@@ -96,7 +96,9 @@ def test_a_step_in_chunks_is_the_step() -> None:
         state = negcache_fn.init_cache(32, 4, features(1), embedding_dtype=torch.float64)
         for n in range(3):
             queries = torch.randn(5, 4, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-            out = negcache_fn.step_(state, queries, features(5, n), encode, num_samples=2, scale=3.0)
+            out = negcache_fn.step_(
+                state, queries, features(5, n), encode, options=negcache_fn.StepOptions(draws_per_query=2), scale=3.0
+            )
             out.loss.backward()
         results.append((out.loss.detach(), tower.inner.weight.grad, state["items", "embedding"]))
     for one, other in zip(*results, strict=True):
@@ -132,7 +134,7 @@ def test_chunks_compile_whole() -> None:
         state = steps.warm(tower, 40).clone().lock_()
         for n in range(3):
             queries = unit(3, 6, n).requires_grad_()
-            loss = function(state, queries, steps.documents(5, n), encode, scale=5.0, num_samples=2).loss
+            loss = function(state, queries, steps.documents(5, n), encode, scale=5.0, draws_per_query=2).loss
             gradients = torch.autograd.grad(loss, [queries, *tower.parameters()])
         results.append((loss.detach(), *gradients))
     assert counter.frame_count == 1

@@ -34,6 +34,7 @@ from transformers import (
 import negcache_fn
 from negcache_fn import distributed
 from negcache_fn.nn import NegativeCacheLoss
+from tests.support.options import step_keywords
 from tests.support.processes import run_ranks
 
 WORDS, DIM, BATCH, CAPACITY = 40, 32, 16, 2048
@@ -81,7 +82,7 @@ def criterion(group: dist.ProcessGroup | None) -> NegativeCacheLoss:
     slots = distributed.local_capacity(CAPACITY, group)
     state = negcache_fn.init_cache(slots, DIM, features=collate([0])["documents"])
     options: Any = {} if group is None else {"group": group, "in_batch": "global"}
-    return NegativeCacheLoss(state, scale=10.0, learnable_scale=True, num_samples=2, **options)
+    return NegativeCacheLoss(state, scale=10.0, learnable_scale=True, **step_keywords(draws_per_query=2, **options))
 
 
 class DualEncoder(nn.Module):

@@ -28,6 +28,7 @@ from negcache_fn import distributed
 from negcache_fn.integrations import lightning as integration
 from negcache_fn.integrations.lightning import NegativeCacheCallback
 from negcache_fn.nn import NegativeCacheLoss
+from tests.support.options import step_keywords
 from tests.support.processes import run_ranks
 
 pytestmark = [
@@ -100,8 +101,8 @@ class DualEncoder(LightningModule):
             example = torch.zeros(1, WIDTH, dtype=torch.int64)
             dtype = self.query_encoder[1].weight.dtype
             state = negcache_fn.init_cache(self.capacity, DIM, example, seed=self.seed, embedding_dtype=dtype)
-            options = {"scale": 10.0, "learnable_scale": True, "num_samples": 2} | self.loss_options
-            self.criterion = NegativeCacheLoss(state, **options)
+            options = {"scale": 10.0, "learnable_scale": True, "draws_per_query": 2} | self.loss_options
+            self.criterion = NegativeCacheLoss(state, **step_keywords(**options))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         queries = self.query_encoder(batch["queries"])

@@ -29,6 +29,7 @@ import negcache_fn
 from negcache_fn.integrations.port import convert_cache, convert_caches, main
 from tests.support import oracles
 from tests.support.builders import make_state, same_snapshot, snapshot, unit
+from tests.support.options import step_keywords
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = [os.environ.get("NEGATIVE_CACHE_PORT"), ROOT.parent / "shared" / "reference"]
@@ -41,7 +42,7 @@ needs_port = pytest.mark.skipif(
 B, C, D, F = 3, 12, 4, 5
 BETA = 3.0
 PORTS_LOSS: dict[str, Any] = {"in_batch": False, "share_draws": False, "staleness_correction": "none"}
-PORTS_ESTIMATOR = PORTS_LOSS | {"num_samples": 1}
+PORTS_ESTIMATOR = PORTS_LOSS | {"draws_per_query": 1}
 STANDARD_ERRORS = 6.5  # of 24 means or more: a two-sided t test, at most 1.3e-6 for each number compared
 
 
@@ -181,9 +182,7 @@ def test_same_draws_same_gradient(
             {"x": problem.positives},
             problem.encode,
             scale=scale,
-            score_transform=transform,
-            reduction=reduction,
-            **PORTS_ESTIMATOR,
+            options=negcache_fn.StepOptions(score_transform=transform, reduction=reduction, **PORTS_ESTIMATOR),
         )
         drawn.add(tuple(out.draw.slot.flatten().tolist()))
         loss._retrieval_fn.slots = out.draw.slot
@@ -228,7 +227,14 @@ def test_same_draws_same_training(port: Any, use_lru: bool, evict: str) -> None:
     close(state["items", "embedding"], mine.embedding)
     for step in range(30):
         queries, batch = unit(B, D, 50 + step, torch.float64), documents(B, 100 + step)
-        out = negcache_fn.step(state, queries, {"x": batch}, mine.encode, scale=BETA, evict=evict, **PORTS_ESTIMATOR)
+        out = negcache_fn.step(
+            state,
+            queries,
+            {"x": batch},
+            mine.encode,
+            scale=BETA,
+            options=negcache_fn.StepOptions(evict=evict, **PORTS_ESTIMATOR),
+        )
         loss._retrieval_fn.slots = out.draw.slot
         training_loss = handler.update_cache_and_compute_loss(
             theirs.encode, queries, theirs.encode(batch), {"x": batch}
@@ -304,9 +310,10 @@ def test_full_cache_same_expected_gradient(port: Any) -> None:
         state = negcache_fn.resize(problem.state(), 16 * B)
         state["step"].fill_(1 + step)
         queries, right = problem.queries.repeat(16, 1), {"x": problem.positives.repeat(16, 1)}
-        options = PORTS_ESTIMATOR | {"share_draws": True, "num_samples": 8}
+        options = PORTS_ESTIMATOR | {"share_draws": True, "draws_per_query": 8}
         return gradients(
-            negcache_fn.step(state, queries, right, problem.encode, scale=BETA, **options).loss, problem.leaves()
+            negcache_fn.step(state, queries, right, problem.encode, scale=BETA, **step_keywords(**options)).loss,
+            problem.leaves(),
         )
 
     assert off(means(shared, rounds=24), expected) < STANDARD_ERRORS
@@ -448,7 +455,7 @@ def test_top_k_must_divide_the_capacity_there(port: Any) -> None:
         classification_loss(port, top_k=5)(
             problem.encode, problem.queries, problem.encode(problem.positives), {"cache": problem.cache(port)}
         )
-    assert negcache_fn.sample_gumbel(problem.state(), problem.queries, num_samples=1, top_k=5).slot.shape == (B, 1)
+    assert negcache_fn.sample_gumbel(problem.state(), problem.queries, draws_per_query=1, top_k=5).slot.shape == (B, 1)
 
 
 @needs_port
@@ -484,7 +491,7 @@ def test_gumbel_max_retrieval(port: Any, inv_temp: float) -> None:
     probability = oracles.probabilities(inv_temp * scores)[0]
     torch.manual_seed(3)
     theirs = port.retrieval_fns.GumbelMaxRetrievalFn(inv_temp)(scores.repeat(draws, 1))
-    ours = negcache_fn.sample_gumbel(state, query, num_samples=draws, scale=inv_temp * BETA).slot
+    ours = negcache_fn.sample_gumbel(state, query, draws_per_query=draws, scale=inv_temp * BETA).slot
     for slots in (theirs, ours):
         counts = torch.bincount(slots.flatten(), minlength=C).numpy()
         assert oracles.chi_square_pvalue(counts, probability) > oracles.FALSE_ALARM
@@ -499,7 +506,7 @@ def test_max_score_retrieval(port: Any) -> None:
     state, right = problem.state(), problem.encode(problem.positives)
     best = port.retrieval_fns.MaxScoreRetrievalFn()(negcache_fn.score(state, problem.queries))
     assert torch.equal(best, negcache_fn.top_negatives(state, problem.queries, 1)[1])
-    draw = negcache_fn.sample_gumbel(state, problem.queries, num_samples=1, scale=BETA, top_k=1)
+    draw = negcache_fn.sample_gumbel(state, problem.queries, draws_per_query=1, scale=BETA, top_k=1)
     assert torch.equal(best, draw.slot)
     loss = classification_loss(port)
     loss._retrieval_fn = port.retrieval_fns.MaxScoreRetrievalFn()
@@ -706,7 +713,12 @@ def test_handler_writes_what_metrics_hold(port: Any) -> None:
     handler.cache_loss._retrieval_fn = Drawn()
     state = problem.state()
     out = negcache_fn.step(
-        state, problem.queries, {"x": problem.positives}, problem.encode, scale=BETA, **PORTS_ESTIMATOR
+        state,
+        problem.queries,
+        {"x": problem.positives},
+        problem.encode,
+        scale=BETA,
+        options=negcache_fn.StepOptions(**PORTS_ESTIMATOR),
     )
     handler.cache_loss._retrieval_fn.slots = out.draw.slot
     writer = SimpleNamespace(add_scalar=lambda name, value, step: written.update({name: (value, step)}))
@@ -757,7 +769,7 @@ def test_several_caches(port: Any) -> None:
     handler.cache = caches
 
     draw = negcache_fn.merge_draws(
-        *(negcache_fn.sample_gumbel(state, problem.queries, num_samples=1, scale=BETA) for state in states.values())
+        *(negcache_fn.sample_gumbel(state, problem.queries, draws_per_query=1, scale=BETA) for state in states.values())
     )
     assert draw.source.unique().numel() == 2  # both are drawn from
     loss._retrieval_fn.slots = draw.slot + draw.source * sizes["body"]
@@ -776,7 +788,7 @@ def test_several_caches(port: Any) -> None:
         {name: problem.encode(rows) for name, rows in arriving.items()},
         {name: {"x": rows} for name, rows in arriving.items()},
     )
-    for (name, state), refresh in zip(states.items(), negcache_fn.refreshes(draw, negatives), strict=True):
+    for (name, state), refresh in zip(states.items(), negcache_fn.split_refresh(draw, negatives), strict=True):
         after = negcache_fn.update(state, {"x": arriving[name]}, problem.encode(arriving[name]), refresh=refresh)
         close(after["items", "embedding"], handler.cache[name].data["embedding"])
         close(after["items", "features", "x"], handler.cache[name].data["x"])
@@ -801,7 +813,7 @@ def test_nothing_is_renewed_over_several_gpus_there(
     state = problem.state()
     options: dict[str, Any] = {"scale": BETA, **PORTS_ESTIMATOR}
     out = negcache_fn.step(
-        state, problem.queries, {"x": problem.positives}, problem.encode, group=group_of_one, **options
+        state, problem.queries, {"x": problem.positives}, problem.encode, group=group_of_one, **step_keywords(**options)
     )
     # It asks twice: for a slot in each part, and for a part, of which there is one.
     answers = itertools.cycle([out.draw.slot, torch.zeros_like(out.draw.slot)])

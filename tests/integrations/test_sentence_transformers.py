@@ -23,9 +23,11 @@ from sentence_transformers.sentence_transformer.losses import (
 from sentence_transformers.util import dot_score, euclidean_sim
 from torch import Tensor, nn
 
+import negcache_fn
 from negcache_fn.integrations.sentence_transformers import NegativeCacheLoss
 from negcache_fn.integrations.sentence_transformers.texts import Texts, content_ids
 from tests.support import tiny
+from tests.support.options import step_keywords
 
 Columns = list[dict[str, Any]]
 
@@ -88,13 +90,13 @@ def plain(model: SentenceTransformer, anchors: list[str], batch: list[str], cach
     return nn.functional.cross_entropy(scores, torch.arange(len(anchors)))
 
 
-@pytest.mark.parametrize("draws", [{"num_samples": 3}, {"num_draws": 1}])
+@pytest.mark.parametrize("draws", [{"draws_per_query": 3}, {"num_draws": 1}])
 @pytest.mark.parametrize("dims", [[32], [32, 16, 4], [16]])
 def test_value_over_batch_and_cache(model: SentenceTransformer, dims: list[int], draws: Any) -> None:
     """Nothing is stale, so the value is exact; the positive of one anchor is in the cache already, and no negative."""
     earlier, anchors, batch = tiny.texts(10, 1), tiny.texts(6, 2), tiny.texts(12, 3)
     batch[2] = earlier[4]
-    inner = NegativeCacheLoss(model, 64, staleness_correction="none", **draws)
+    inner = NegativeCacheLoss(model, 64, **step_keywords(staleness_correction="none", **draws))
     loss: nn.Module = inner if dims == [32] else MatryoshkaLoss(model, inner, dims)
     with torch.no_grad():
         before = [model.preprocess(part) for part in (earlier[:5], earlier[:5], earlier[5:])]
@@ -117,7 +119,11 @@ def test_mean_gradient_is_that_of_the_exact_loss() -> None:
     model, samples = tiny.static(), 150
     earlier, anchors, batch = tiny.texts(10, 1), tiny.texts(3, 2), tiny.texts(3, 3)
     inner = NegativeCacheLoss(
-        model, 64, num_samples=2, max_length=24, share_draws=False, staleness_correction="none", scale=5.0
+        model,
+        64,
+        options=negcache_fn.StepOptions(draws_per_query=2, share_draws=False, staleness_correction="none"),
+        max_length=24,
+        scale=5.0,
     )
     loss = MatryoshkaLoss(model, inner, [32, 8])
     loss([model.preprocess(part) for part in (earlier, earlier)], None)
@@ -203,7 +209,9 @@ def test_mini_batches_change_nothing(folder: Path, kind: str) -> None:
     first, second = columns(model, 9, 3, 1), columns(model, 9, 3, 2)
     values = []
     for size in (None, 4):
-        loss = NegativeCacheLoss(model, 64, num_samples=2, mini_batch_size=size, max_length=24)
+        loss = NegativeCacheLoss(
+            model, 64, options=negcache_fn.StepOptions(draws_per_query=2), mini_batch_size=size, max_length=24
+        )
         loss(copied(first), None)
         found = loss(copied(second), None)
         values.append((found, gradients(model, found)))
@@ -249,7 +257,7 @@ def test_evaluation_writes_nothing(model: SentenceTransformer) -> None:
 
 
 def test_copies_are_independent(model: SentenceTransformer) -> None:
-    loss = NegativeCacheLoss(model, 64, learnable_scale=True, num_samples=2)
+    loss = NegativeCacheLoss(model, 64, learnable_scale=True, options=negcache_fn.StepOptions(draws_per_query=2))
     loss(columns(model, 4, 2, 1), None)
     for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert other.state is not None
@@ -264,7 +272,7 @@ def test_says_what_does_not_fit(model: SentenceTransformer) -> None:
     with pytest.raises(ValueError, match=r"similarity_fct is .*; expected cos_sim or dot_score"):
         NegativeCacheLoss(model, similarity_fct=euclidean_sim)
     with pytest.raises(TypeError, match=r"options are \['in_batch'\]; expected others"):
-        NegativeCacheLoss(model, in_batch=False)
+        NegativeCacheLoss(model, options=negcache_fn.StepOptions(in_batch=False))
     with pytest.raises(TypeError, match=r"options are \['draws'\]; expected some of"):
         NegativeCacheLoss(model, draws=3)  # pyright: ignore[reportCallIssue]
     with pytest.raises(ValueError, match="document_ids is 'text'; expected one of 'tokens', 'labels'"):
@@ -294,9 +302,9 @@ def test_says_what_does_not_fit(model: SentenceTransformer) -> None:
 
 
 def test_model_card(model: SentenceTransformer) -> None:
-    loss = NegativeCacheLoss(model, scale=30.0, num_samples=4)
+    loss = NegativeCacheLoss(model, scale=30.0, options=negcache_fn.StepOptions(draws_per_query=4))
     config = loss.get_config_dict()
     assert config["scale"] == pytest.approx(30)
     assert config["similarity_fct"] == "cos_sim"
-    assert config["num_samples"] == 4
+    assert config["draws_per_query"] == 4
     assert "Lindgren" in loss.citation

@@ -20,6 +20,7 @@ from tensordict import TensorDictBase
 from torch import nn
 from transformers import TrainerCallback
 
+import negcache_fn
 from negcache_fn.integrations.sentence_transformers import NegativeCacheCallback, NegativeCacheLoss
 from tests.support import tiny
 from tests.support.processes import run_ranks
@@ -79,7 +80,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, given: str) -> N
 
     def start() -> tuple[SentenceTransformer, NegativeCacheLoss]:
         model = tiny.transformer(tmp_path / "model")
-        return model, NegativeCacheLoss(model, 128, num_samples=2, learnable_scale=True)
+        return model, NegativeCacheLoss(
+            model, 128, options=negcache_fn.StepOptions(draws_per_query=2), learnable_scale=True
+        )
 
     model, loss = start()
     trained(model, loss, data, arguments(tmp_path / "run", **saving))
@@ -159,7 +162,10 @@ def test_several_data_sets_and_matryoshka(tmp_path: Path) -> None:
     data = DatasetDict({"pairs": tiny.dataset(64, 2), "triplets": triplets})
 
     def losses() -> dict[str, nn.Module]:
-        first, second = NegativeCacheLoss(model, 64), NegativeCacheLoss(model, 96, num_samples=2)
+        first, second = (
+            NegativeCacheLoss(model, 64),
+            NegativeCacheLoss(model, 96, options=negcache_fn.StepOptions(draws_per_query=2)),
+        )
         return {"pairs": first, "triplets": MatryoshkaLoss(model, second, [32, 8])}
 
     args = arguments(tmp_path, max_steps=8, save_strategy="steps", save_steps=4)
@@ -179,7 +185,7 @@ def test_several_data_sets_and_matryoshka(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_accumulation_steps": 2}])
 def test_half_precision_and_accumulation(tmp_path: Path, options: dict[str, Any]) -> None:
     model = tiny.transformer(tmp_path / "model")
-    loss = NegativeCacheLoss(model, 128, num_samples=2, mini_batch_size=8)
+    loss = NegativeCacheLoss(model, 128, options=negcache_fn.StepOptions(draws_per_query=2), mini_batch_size=8)
     trainer = trained(model, loss, tiny.dataset(160, 1), arguments(tmp_path, max_steps=10, **options))
     assert loss.state is not None
     assert loss.state["items", "embedding"].dtype == torch.float32
@@ -198,7 +204,7 @@ def training(rank: int, world: int, *, folder: str, gather: bool, mini_batch_siz
     loss = NegativeCacheLoss(
         model,
         2048,
-        num_samples=2,
+        options=negcache_fn.StepOptions(draws_per_query=2),
         gather_across_devices=gather,
         learnable_scale=True,
         mini_batch_size=mini_batch_size,

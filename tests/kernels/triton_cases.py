@@ -131,7 +131,7 @@ def test_the_passes_take_the_kernel(storage: torch.dtype, monkeypatch: pytest.Mo
         total = streaming.cache_logsumexp(matrix._replace(queries=leaf))
         total.sum().backward()
         assert leaf.grad is not None
-        draw = negcache_fn.sample_gumbel(state, queries, scale=10.0, num_samples=3)
+        draw = negcache_fn.sample_gumbel(state, queries, scale=10.0, draws_per_query=3)
         return [streaming.reduce_blocks(matrix, "logsumexp"), total.detach(), leaf.grad, draw.slot, draw.log_normalizer]
 
     monkeypatch.setattr(cpu, "supports", lambda *_: False)

@@ -53,7 +53,7 @@ def symmetric(sides: Sides, states: list[TensorDictBase], **options: Any) -> tup
         queries, documents = embeddings[1 - n], embeddings[n]
         shared: dict[str, Any] = {"scale": SCALE, "group": options.get("group")}
         draw = negcache_fn.sample_gumbel(
-            states[n], queries, exclude_ids=sides.ids, num_samples=options.get("num_samples", 2), **shared
+            states[n], queries, exclude_ids=sides.ids, draws_per_query=options.get("draws_per_query", 2), **shared
         )
         slots = draw.slot.flatten()
         negatives = sides.encoder(n)(negcache_fn.take(states[n], slots, group=shared["group"]))
@@ -95,7 +95,7 @@ def test_gradient_is_that_of_the_exact_symmetric_softmax() -> None:
     assert float(right.norm()) > 0.1
     gradients = []
     for step in range(100):
-        value, _ = symmetric(sides, [at_step(state, step) for state in sides.states], num_samples=60)
+        value, _ = symmetric(sides, [at_step(state, step) for state in sides.states], draws_per_query=60)
         assert relative_error(value, expected) < 1e-12
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, sides.weights)]))
     found = torch.stack(gradients)

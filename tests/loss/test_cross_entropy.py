@@ -113,7 +113,7 @@ def test_empty_cache_gives_in_batch_or_zero_loss(share_draws: bool, staleness_co
     state = make_state(torch.full((5, 4), 7.0), live=[False] * 5)
     leaves = [unit(3, 4, 1).requires_grad_(), unit(4, 4, 2).requires_grad_(), unit(6, 4, 3).requires_grad_()]
     scale = torch.tensor(5.0, requires_grad=True)
-    draw = negcache_fn.sample_gumbel(state, leaves[0], num_samples=2, scale=scale)
+    draw = negcache_fn.sample_gumbel(state, leaves[0], draws_per_query=2, scale=scale)
     value = negcache_fn.loss(
         *leaves,
         draw,
@@ -168,7 +168,7 @@ def test_extreme_drift_does_not_overflow(correction: str, share_draws: bool) -> 
     state = make_state(unit(1, 4, 0))
     queries, documents, negatives = (unit(1, 4, n).requires_grad_() for n in (1, 2, 3))
     for sign in (1.0, -1.0):
-        draw = negcache_fn.sample_gumbel(state, queries, num_samples=1, scale=1000.0 * sign)
+        draw = negcache_fn.sample_gumbel(state, queries, draws_per_query=1, scale=1000.0 * sign)
         options: dict[str, Any] = {"share_draws": share_draws, "staleness_correction": correction}
         value = negcache_fn.loss(queries, documents, negatives, draw, scale=1000.0 * sign, **options)
         fresh = 1000.0 * sign * (queries.double() * negatives.double()).sum(-1)

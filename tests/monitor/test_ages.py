@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from hypothesis import example, given
 from hypothesis import strategies as st
-from negcache_fn.monitoring import age_histogram, bin_width, count_ages
 from tensordict import TensorDictBase
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import negcache_fn
+from negcache_fn._monitor.ages import age_histogram, bin_width, count_ages
 from tests.support.builders import make_state, same_snapshot, snapshot
 
 CAPACITY = 5120  # five groups of slots: two ranks have unequal parts

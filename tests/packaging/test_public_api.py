@@ -85,7 +85,7 @@ def test_functions_document_every_argument(name: str) -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_are_typed(name: str) -> None:
     # The recursive alias `Features` is a string that names what its own module imports.
-    names = {**vars(importlib.import_module("negcache_fn.features")), **vars(inspect.getmodule(FUNCTIONS[name]))}
+    names = {**vars(importlib.import_module("negcache_fn._features")), **vars(inspect.getmodule(FUNCTIONS[name]))}
     hints = typing.get_type_hints(FUNCTIONS[name], globalns=names)
     assert set(hints) == {*inspect.signature(FUNCTIONS[name]).parameters, "return"}
 

@@ -378,7 +378,7 @@ def encode(features: Tensor) -> Tensor:
 
 rows = torch.zeros(4, 8)
 state = negcache_fn.init_cache(64, 8, features=rows)
-out = negcache_fn.step(state, rows, rows, nn.Linear(8, 8), num_samples=2, scale=torch.ones(()))
+out = negcache_fn.step(state, rows, rows, nn.Linear(8, 8), draws_per_query=2, scale=torch.ones(()))
 loss, state, metrics, draw = out
 reveal_type(out)  # StepOutput
 reveal_type(loss)  # Tensor
@@ -394,7 +394,7 @@ reveal_type(negcache_fn.loss(rows, rows, draw.embedding, draw))  # Tensor
 reveal_type(negcache_fn.FalseNegatives(max_score=0.9).max_score)  # float | Tensor | ((Tensor) -> Tensor) | None
 reveal_type(negcache_fn.__version__)  # str
 kept = out.state  # reportUnknownMemberType, reportUnknownVariableType
-negcache_fn.step(state, rows, rows, encode, num_samples="two")  # reportArgumentType
+negcache_fn.step(state, rows, rows, encode, draws_per_query="two")  # reportArgumentType
 negcache_fn.step(state, rows, rows, encode, number=2)  # reportCallIssue
 negcache_fn.step(state, rows, rows, print)  # reportArgumentType
 negcache_fn.nonsense  # reportAttributeAccessIssue, reportUnknownMemberType

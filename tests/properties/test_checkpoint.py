@@ -12,6 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 import negcache_fn
 from tests.support.builders import assert_same_state, same_bits, unit
 from tests.support.checks.steps import Tower, documents, warm
+from tests.support.options import step_keywords
 
 
 def through_torch_save(state: TensorDictBase, folder: Path) -> TensorDictBase:
@@ -60,8 +61,8 @@ class Run:
         losses = []
         for n in range(start, stop):
             queries, batch = self.towers[0](documents(3, 100 + n)), documents(4, n)
-            options: dict[str, Any] = {"ids": torch.arange(4) + n, "num_samples": 2, "refresh_stalest": 1}
-            out = negcache_fn.step(self.state, queries, batch, self.towers[1], scale=8.0, **options)
+            options: dict[str, Any] = {"ids": torch.arange(4) + n, "draws_per_query": 2, "refresh_stalest": 1}
+            out = negcache_fn.step(self.state, queries, batch, self.towers[1], scale=8.0, **step_keywords(**options))
             out.loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -78,7 +79,7 @@ def test_round_trip(way: str, tmp_path: Path) -> None:
     back = WAYS[way](state, tmp_path)
     assert_same_state(back, state)
     assert back["items"].batch_size == torch.Size([9])
-    options: dict[str, Any] = {"scale": 5.0, "num_samples": 3}
+    options: dict[str, Any] = {"scale": 5.0, "draws_per_query": 3}
     for one, other in zip(
         negcache_fn.sample_gumbel(back, unit(3, 6, 0), **options),
         negcache_fn.sample_gumbel(state, unit(3, 6, 0), **options),

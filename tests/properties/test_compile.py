@@ -16,11 +16,12 @@ import negcache_fn
 from tests.support import strategies
 from tests.support.builders import is_close
 from tests.support.checks.steps import Tower, documents
+from tests.support.options import step_keywords
 
 ROWS, TOTAL, CAPACITY, STEPS = 3, 5, 150, 5
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "shared, ids, stalest": {"num_samples": 2, "ids": True, "refresh_stalest": 3},
+    "shared, ids, stalest": {"draws_per_query": 2, "ids": True, "refresh_stalest": 3},
     "top_k, transform, own": {
         "top_k": 20,
         "score_transform": strategies.soft_cap,
@@ -30,18 +31,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "ids": True,
         "evict": "fifo",
     },
-    "false negatives": {"evict": True, "num_samples": 2, "ids": True, "false_negatives": True, "refresh_stalest": 0.02},
-    "without replacement": {"replacement": False, "num_samples": 7, "ids": True, "refresh_stalest": 3},
+    "false negatives": {
+        "evict": True,
+        "draws_per_query": 2,
+        "ids": True,
+        "false_negatives": True,
+        "refresh_stalest": 0.02,
+    },
+    "without replacement": {"replacement": False, "draws_per_query": 7, "ids": True, "refresh_stalest": 3},
     "without replacement, own, top_k": {
         "replacement": False,
-        "num_samples": 4,
+        "draws_per_query": 4,
         "top_k": 9,
         "share_draws": False,
         "staleness_correction": "unnormalized",
     },
     "fewer draws, ids": {"num_draws": 1, "ids": True, "false_negatives": True, "refresh_stalest": 3},
     "fewer draws, top_k": {"num_draws": 1, "top_k": 2, "in_batch": False, "staleness_correction": "none"},
-    "unnormalised, weights, mask": {"staleness_correction": "unnormalized", "log_weights": True, "mask": True},
+    "unnormalised, weights, mask": {"staleness_correction": "unnormalized", "log_weights": True, "cacheable": True},
 }
 
 
@@ -61,8 +68,8 @@ def options_at(n: int, variant: dict[str, Any]) -> dict[str, Any]:
     made = {
         "ids": torch.arange(TOTAL) * 7 % 11 + 5 * n,
         "log_weights": torch.linspace(-1, 1, TOTAL) * n,
-        "mask": torch.arange(TOTAL) != n,
-        "evict": torch.linspace(0, 1, CAPACITY) * n if variant.get("evict") is True else variant.get("evict"),
+        "cacheable": torch.arange(TOTAL) != n,
+        "priorities": torch.linspace(0, 1, CAPACITY) * n,
         "false_negatives": negcache_fn.FalseNegatives(
             torch.arange(2 * ROWS).view(ROWS, 2) + 5 * n - 9, lambda positive: positive + 4.0
         ),
@@ -79,7 +86,7 @@ def train(
     state = negcache_fn.init_cache(CAPACITY, 6, documents(1, 0), seed=4)
 
     def forward(state: TensorDictBase, questions: Any, batch: Any, options: dict[str, Any]) -> Any:
-        return function(state, queries_tower(questions), batch, tower, scale=scale, **options)
+        return function(state, queries_tower(questions), batch, tower, scale=scale, **step_keywords(**options))
 
     forward = wrap(forward)
     losses, metrics = [], []
@@ -138,7 +145,7 @@ def test_sizes_may_vary_without_a_new_frame(kind: str) -> None:
     tower, frames = Tower(), []
     for queries, capacity, samples, top_k in ((3, 150, 2, 20), (5, 400, 3, 30), (4, 230, 4, 25)):
         rows = queries
-        options: dict[str, Any] = {"num_samples": samples, "replacement": kind == "with replacement"}
+        options: dict[str, Any] = {"draws_per_query": samples, "replacement": kind == "with replacement"}
         if kind == "fewer draws":
             rows, options = 3 * (samples + 1), {"num_draws": samples + 1}
         outputs = []
@@ -172,9 +179,9 @@ def test_pieces_compile() -> None:
     queries, own = tower(documents(ROWS, 9)).detach(), tower(documents(TOTAL, 10)).detach()
     calls: dict[str, Callable[..., Any]] = {
         "score": lambda s: negcache_fn.score(s, queries, scale=5.0),
-        "sample": lambda s: negcache_fn.sample_gumbel(s, queries, scale=5.0, num_samples=2),
+        "sample": lambda s: negcache_fn.sample_gumbel(s, queries, scale=5.0, draws_per_query=2),
         "sample without replacement": lambda s: negcache_fn.sample_gumbel(
-            s, queries, scale=5.0, num_samples=2, replacement=False
+            s, queries, scale=5.0, draws_per_query=2, replacement=False
         ),
         "sample fewer": lambda s: negcache_fn.sample_gumbel(s, queries, scale=5.0, num_draws=1),
         "mine": lambda s: negcache_fn.top_negatives(s, queries, 7, scale=5.0),

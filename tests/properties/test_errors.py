@@ -35,7 +35,7 @@ def encode(features: Any) -> Tensor:
 
 def sampled(state: TensorDictBase, rows: int = 2) -> negcache_fn.Draw:
     """A good draw."""
-    return negcache_fn.sample_gumbel(state, unit(rows, DIM, 1), num_samples=2)
+    return negcache_fn.sample_gumbel(state, unit(rows, DIM, 1), draws_per_query=2)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def good(function: str, state: TensorDictBase) -> dict[str, Any]:
         "loss": {"queries": queries, "documents": documents, "negatives": unit(4, DIM, 4), "draw": sampled(state)},
         "exact_loss": {"state": state, "queries": queries, "documents": documents},
         "update": {"state": state, "features": batch, "embeddings": embeddings},
-        "step": {"state": state, "queries": queries, "documents": batch, "encode": encode, "num_samples": 1},
+        "step": {"state": state, "queries": queries, "documents": batch, "encode": encode, "draws_per_query": 1},
         "top_negatives": {"state": state, "queries": queries, "n": 2},
         "stalest": {"state": state, "n": 2},
         "occupancy": {"state": state},
@@ -140,9 +140,9 @@ def calls() -> dict[str, Call]:
 
     for name in ("sample_gumbel", "step", "step_"):
         for value in (0, -1):
-            add(f"num_samples {value}", name, "num_samples", value, ValueError, (str(value),))
+            add(f"draws_per_query {value}", name, "draws_per_query", value, ValueError, (str(value),))
             add(f"top_k {value}", name, "top_k", value, ValueError, (str(value),))
-        add("num_samples type", name, "num_samples", 1.5, TypeError, ("1.5",))
+        add("draws_per_query type", name, "draws_per_query", 1.5, TypeError, ("1.5",))
     add("top_k", "exact_loss", "top_k", 0, ValueError, ("0",))
     add("top_k large", "sample_gumbel", "top_k", 7, ValueError, ("7", "6"))
     for value in (0, -1, 7):
@@ -208,8 +208,8 @@ def calls() -> dict[str, Call]:
             )
             add(f"{argument} {what}", name, argument, value, error, says, **known)
         add("evict", name, "evict", "random", ValueError, ("'random'", "'lru'", "'fifo'"))
-        add("mask rows", name, "mask", torch.ones(2, dtype=torch.bool), ValueError, ("2", "3"))
-        add("mask dtype", name, "mask", torch.ones(3), TypeError, ("float32", "bool"))
+        add("mask rows", name, "cacheable", torch.ones(2, dtype=torch.bool), ValueError, ("2", "3"))
+        add("mask dtype", name, "cacheable", torch.ones(3), TypeError, ("float32", "bool"))
     for name in ("update", "update_"):
         add("embeddings D", name, "embeddings", unit(3, 5, 0), ValueError, ("5", "4"))
         add("embeddings rows", name, "embeddings", unit(2, DIM, 0), ValueError, ("2", "3"))

@@ -54,7 +54,7 @@ def whole(problem: dict[str, Any], **options: Any) -> Any:
     """Sampling, loss and backward."""
     queries = problem["queries"].clone().requires_grad_()
     draw = negcache_fn.sample_gumbel(
-        problem["state"], queries, scale=10.0, num_samples=2, exclude_ids=problem["ids"], **options
+        problem["state"], queries, scale=10.0, draws_per_query=2, exclude_ids=problem["ids"], **options
     )
     negatives = draw.embedding.flatten(0, 1).clone().requires_grad_()
     value = negcache_fn.loss(queries, problem["documents"], negatives, draw, scale=10.0, ids=problem["ids"])
@@ -116,7 +116,12 @@ def test_in_place_copies_no_embeddings(name: str, problem: dict[str, Any]) -> No
     else:
         largest, _ = largest_allocation_bytes(
             lambda: negcache_fn.step_(
-                state, problem["queries"], batch, lambda f: f["x"] + torch.ones(DIM), scale=10.0, refresh_stalest=4
+                state,
+                problem["queries"],
+                batch,
+                lambda f: f["x"] + torch.ones(DIM),
+                scale=10.0,
+                options=negcache_fn.StepOptions(refresh_stalest=4),
             )
         )
     assert largest < CAPACITY * DIM * 4

@@ -13,15 +13,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from negcache_fn.guards import validate
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import normalize
 
 import negcache_fn
+from negcache_fn._cache.validate import validate
 from tests.support import oracles, strategies
 from tests.support.builders import assert_same_state, make_state, same_snapshot, snapshot, unit
+from tests.support.options import step_keywords
 
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALVES, torch.float32, torch.float64)
@@ -126,7 +127,7 @@ def problems(draw: st.DrawFn) -> Sampled:
     queries = draw(strategies.vectors(rows, dim, draw(dtypes)))
     documents = draw(strategies.vectors(total, dim, draw(dtypes)))
     scale = torch.tensor(draw(st.sampled_from([1e-3, 1.0, 20.0, 100.0, 1000.0])), dtype=draw(dtypes))
-    found = negcache_fn.sample_gumbel(state, queries, num_samples=samples, scale=scale)
+    found = negcache_fn.sample_gumbel(state, queries, draws_per_query=samples, scale=scale)
     generator = torch.Generator().manual_seed(draw(strategies.seeds))
     stale = torch.where(found.slot[..., None] >= 0, found.embedding.double(), 0.5).flatten(0, 1)
     drift = torch.randn(stale.shape, generator=generator).double() / max(10.0, 3 * float(scale))
@@ -168,7 +169,7 @@ def test_losses_and_gradients_of_any_mixture(problem: Sampled, low: torch.dtype 
 
 
 SEARCHES: list[Callable[[TensorDictBase, Tensor, float], Any]] = [
-    lambda state, queries, scale: negcache_fn.sample_gumbel(state, queries, scale=scale, num_samples=2),
+    lambda state, queries, scale: negcache_fn.sample_gumbel(state, queries, scale=scale, draws_per_query=2),
     lambda state, queries, scale: negcache_fn.sample_gumbel(state, queries, scale=scale, top_k=1),
     lambda state, queries, scale: negcache_fn.top_negatives(state, queries, 1, scale=scale),
     lambda state, queries, scale: negcache_fn.score(state, queries, scale=torch.tensor(scale).bfloat16()),
@@ -204,7 +205,7 @@ def topics(dtype: torch.dtype, storage: torch.dtype, scale: float, *, length: fl
     cached = normalize(topic + 0.3 * unit(capacity, dim, 2, torch.float64), dim=1)
     queries = length * normalize(centres + 0.3 * unit(rows, dim, 3).double(), dim=1)
     state = make_state(cached.to(storage))
-    draw = negcache_fn.sample_gumbel(state, queries.to(dtype), num_samples=2, scale=scale)
+    draw = negcache_fn.sample_gumbel(state, queries.to(dtype), draws_per_query=2, scale=scale)
     fresh = draw.embedding.double().flatten(0, 1) + 0.05 / scale * unit(2 * rows, dim, 4).double()
     leaves = [queries.to(dtype), documents.to(dtype), fresh.to(dtype), torch.tensor(scale, dtype=dtype)]
     return Sampled(state, draw, [leaf.requires_grad_() for leaf in leaves])
@@ -340,8 +341,8 @@ def test_rows_too_large_for_storage_are_counted() -> None:
     cached, new = torch.ones(6, 2), torch.tensor([[1.0, 2.0], [1e5, 0.0], [0.0, -7e4]])
     cached[3:] = 1e6
     state = make_state(unit(6, 2, 0, torch.float16), features=cached, step=5)
-    draws = {"in_batch": False, "num_samples": 4, "scale": 0.01}
-    out = negcache_fn.step(state, torch.zeros(1, 2), new, lambda rows: rows, **draws)
+    draws = {"in_batch": False, "draws_per_query": 4, "scale": 0.01}
+    out = negcache_fn.step(state, torch.zeros(1, 2), new, lambda rows: rows, **step_keywords(**draws))
     slots = out.draw.slot.flatten().tolist()
     assert any(slot >= 3 for slot in slots)
     assert int(out.metrics["non_finite"]) == 2 + sum(slot >= 3 for slot in slots)
@@ -391,9 +392,9 @@ def test_whole_step(low: torch.dtype | None, storage: torch.dtype, function: Cal
     state = negcache_fn.init_cache(24, 6, features, embedding_dtype=storage)
     state = negcache_fn.update(state, features[:20], tower.encode(features[:20]) + 0.01)
     before = state.clone()
-    options = {"scale": 20.0, "num_samples": 2, "ids": torch.arange(30, 36)}
+    options = {"scale": 20.0, "draws_per_query": 2, "ids": torch.arange(30, 36)}
     with autocast(low):
-        out = function(state, questions(unit(4, 5, 1, wide)), features[30:36], tower, **options)
+        out = function(state, questions(unit(4, 5, 1, wide)), features[30:36], tower, **step_keywords(**options))
     out.loss.backward()
     queries, embeddings = questions.given, tower.given
     assert queries.dtype == embeddings.dtype == (low or torch.float64)
@@ -503,7 +504,9 @@ def test_compiled_under_autocast_equals_eager_under_autocast(low: torch.dtype) -
             with torch.autocast("cpu", dtype=low):
                 queries = questions(rows)
                 exact = negcache_fn.exact_loss(state, queries, tower(rows), scale=100.0)
-                return negcache_fn.step(state, queries, rows, tower, scale=100.0, num_samples=2), exact
+                return negcache_fn.step(
+                    state, queries, rows, tower, scale=100.0, options=negcache_fn.StepOptions(draws_per_query=2)
+                ), exact
 
         call = torch.compile(forward, fullgraph=True, backend=counter) if compiled else forward
         for rows in features.split(8):

@@ -29,9 +29,9 @@ def calls() -> dict[str, Callable[[], Any]]:
     queries, own = unit(3, 6, 0), tower(batch).detach()
     ids, weights = torch.tensor([4, 90, 0, 7, 90]), torch.linspace(-1, 1, 5)
     scale = torch.tensor(3.0, requires_grad=True)
-    draw = negcache_fn.sample_gumbel(state, queries, num_samples=2, scale=3.0, exclude_ids=ids)
-    other = negcache_fn.sample_gumbel(state, queries, num_samples=2, scale=3.0, exclude_ids=ids)
-    distinct = negcache_fn.sample_gumbel(state, queries, num_samples=2, replacement=False, scale=3.0)
+    draw = negcache_fn.sample_gumbel(state, queries, draws_per_query=2, scale=3.0, exclude_ids=ids)
+    other = negcache_fn.sample_gumbel(state, queries, draws_per_query=2, scale=3.0, exclude_ids=ids)
+    distinct = negcache_fn.sample_gumbel(state, queries, draws_per_query=2, replacement=False, scale=3.0)
     negatives = unit(6, 6, 4)
     refresh = (draw.slot.flatten(), negatives)
     mask = torch.tensor([True, False, True, True, True])
@@ -53,7 +53,7 @@ def calls() -> dict[str, Callable[[], Any]]:
                 negcache_fn.sample_gumbel,
                 state,
                 queries,
-                num_samples=2,
+                draws_per_query=2,
                 replacement=replacement,
                 exclude_ids=ids,
                 false_negatives=known,
@@ -76,7 +76,7 @@ def calls() -> dict[str, Callable[[], Any]]:
             values={"words": 3},
         ),
         "reembed": lambda: pure(negcache_fn.reembed, state, tower, batch_size=4),
-        "refreshes": lambda: pure(negcache_fn.refreshes, draw, negatives),
+        "split_refresh": lambda: pure(negcache_fn.split_refresh, draw, negatives),
         "take": lambda: pure(negcache_fn.take, state, draw.slot),
         "loss": lambda: [
             pure(negcache_fn.loss, queries, own, negatives, kind, false_negatives=by_margin, **shared, **batchwise)
@@ -91,7 +91,7 @@ def calls() -> dict[str, Callable[[], Any]]:
             batch,
             own,
             refresh=refresh,
-            mask=mask,
+            cacheable=mask,
             evict=torch.linspace(1, 0, 9),
             **batchwise,
         ),
@@ -104,7 +104,7 @@ def calls() -> dict[str, Callable[[], Any]]:
                 tower,
                 replacement=replacement,
                 refresh_stalest=2,
-                mask=mask,
+                cacheable=mask,
                 false_negatives=by_margin,
                 **shared,
                 **batchwise,
@@ -195,7 +195,7 @@ def test_backward_works_after_the_state_was_written() -> None:
     state, gradients = warm(tower, 9), []
     for function in (negcache_fn.step, negcache_fn.step_):
         queries = unit(3, 6, 0).requires_grad_()
-        out = function(state.clone().lock_(), queries, batch, tower, scale=5.0, num_samples=2)
+        out = function(state.clone().lock_(), queries, batch, tower, scale=5.0, draws_per_query=2)
         gradients.append(torch.autograd.grad(out.loss, [queries, *tower.parameters()]))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -213,7 +213,7 @@ def test_new_state_shares_no_storage_that_is_written() -> None:
 def test_draws_do_not_alias_the_state() -> None:
     """A draw is a value too: writing the state in place later does not change it."""
     state = warm(Tower(), 9).clone().lock_()
-    draw = negcache_fn.sample_gumbel(state, unit(3, 6, 0), num_samples=2)
+    draw = negcache_fn.sample_gumbel(state, unit(3, 6, 0), draws_per_query=2)
     before: Any = snapshot(draw)
     negcache_fn.update_(state, documents(5, 1), unit(5, 6, 1))
     assert same_snapshot(before, snapshot(draw))
@@ -224,7 +224,7 @@ def test_inference_mode_and_no_grad() -> None:
     tower, batch = Tower(), documents(5, 1)
     state = warm(tower, 9)
     before = snapshot(state)
-    expected = negcache_fn.step(state, unit(3, 6, 0), batch, tower, refresh_stalest=2)
+    expected = negcache_fn.step(state, unit(3, 6, 0), batch, tower, options=negcache_fn.StepOptions(refresh_stalest=2))
     for context in (torch.no_grad(), torch.inference_mode()):
         for function in (negcache_fn.step, negcache_fn.step_):
             with context:
@@ -235,7 +235,7 @@ def test_inference_mode_and_no_grad() -> None:
             assert same_snapshot(before, snapshot(state))
         file = io.BytesIO()
         torch.save(out.loss, file)
-    again = negcache_fn.step(state, unit(3, 6, 0), batch, tower, refresh_stalest=2)
+    again = negcache_fn.step(state, unit(3, 6, 0), batch, tower, options=negcache_fn.StepOptions(refresh_stalest=2))
     assert_same_state(expected.state, again.state)
 
 

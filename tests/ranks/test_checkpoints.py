@@ -54,13 +54,13 @@ def load_and_save(rank: int, world: int, *, folder: Path) -> tuple[Any, ...]:
     step = distributed.load_checkpoint(folder, saved, group=group)
     assert step is not None
     distributed.save_checkpoint(folder, step + 1, saved, group=group)  # for the next number of ranks
-    draw = negcache_fn.sample_gumbel(state, queries().view(world, -1, DIM)[rank], num_samples=2, group=group)
+    draw = negcache_fn.sample_gumbel(state, queries().view(world, -1, DIM)[rank], draws_per_query=2, group=group)
     return step, saved["note"], distributed.unshard(state, group), draw.slot
 
 
 def test_four_two_one_three_eight(tmp_path: Path) -> None:
     expected = whole()
-    drawn = negcache_fn.sample_gumbel(expected, queries(), num_samples=2).slot
+    drawn = negcache_fn.sample_gumbel(expected, queries(), draws_per_query=2).slot
     checkpoints = tmp_path / "checkpoints"
     run_ranks(4, {"case": (save_first, {"folder": checkpoints})}, _made(tmp_path / "4"))
     for number, world in enumerate((2, 1, 3, 8)):

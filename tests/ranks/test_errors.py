@@ -14,6 +14,7 @@ from tensordict import TensorDictBase
 
 import negcache_fn
 from negcache_fn import distributed
+from tests.support.options import step_keywords
 from tests.support.processes import run_ranks
 from tests.support.sharded_training import DIM, Tower, features, whole_cache
 
@@ -27,7 +28,7 @@ def arguments(rank: int, world: int) -> dict[str, Any]:
     return {
         "state": distributed.shard(whole_cache(torch.float32), group),
         "queries": torch.ones(4, DIM),
-        "documents": features(ids, torch.float32),
+        "features": features(ids, torch.float32),
         "encode": Tower(torch.float32, 1),
         "ids": ids,
         "in_batch": "global",
@@ -39,18 +40,18 @@ def shorter_batch(rank: int, given: dict[str, Any]) -> None:
     if rank == 1:
         given |= {
             "queries": torch.ones(3, DIM),
-            "documents": features(torch.arange(3), torch.float32),
+            "features": features(torch.arange(3), torch.float32),
             "ids": torch.arange(3),
         }
 
 
 def more_documents(rank: int, given: dict[str, Any]) -> None:
     if rank == 1:
-        given |= {"documents": features(torch.arange(6), torch.float32), "ids": torch.arange(6)}
+        given |= {"features": features(torch.arange(6), torch.float32), "ids": torch.arange(6)}
 
 
 def other_samples(rank: int, given: dict[str, Any]) -> None:
-    given["num_samples"] = 1 + rank
+    given["draws_per_query"] = 1 + rank
 
 
 def other_draws(rank: int, given: dict[str, Any]) -> None:
@@ -68,7 +69,7 @@ def no_ids_on_one(rank: int, given: dict[str, Any]) -> None:
 
 def wrong_on_one(rank: int, given: dict[str, Any]) -> None:
     if rank == 1:
-        given["documents"] = {"text": given["documents"]["text"]}
+        given["features"] = {"text": given["features"]["text"]}
 
 
 def unequal_shards(rank: int, given: dict[str, Any]) -> None:
@@ -86,7 +87,7 @@ def other_seed(rank: int, given: dict[str, Any]) -> None:
 
 
 def empty(capacity: int, given: dict[str, Any]) -> TensorDictBase:
-    state = negcache_fn.init_cache(capacity, DIM, given["documents"])
+    state = negcache_fn.init_cache(capacity, DIM, given["features"])
     state["step"].copy_(given["state"]["step"])
     return state
 
@@ -95,7 +96,7 @@ MISTAKES: dict[Callable[[int, dict[str, Any]], None], tuple[str, str]] = {
     # What rank 0 is told, and rank 1.
     shorter_batch: (r"queries differs between the ranks of the group: \[4, 3\]",) * 2,
     more_documents: (r"documents differs between the ranks of the group: \[4, 6\]",) * 2,
-    other_samples: (r"num_samples differs between the ranks of the group: \[1, 2\]",) * 2,
+    other_samples: (r"draws_per_query differs between the ranks of the group: \[1, 2\]",) * 2,
     other_draws: (r"num_draws differs between the ranks of the group: \[2, 1\]",) * 2,
     other_options: ("the ranks of the group were given different arguments: .*evict=lru.*evict=fifo",) * 2,
     no_ids_on_one: ("the ranks of the group were given different arguments",) * 2,
@@ -117,10 +118,10 @@ def mistaken(rank: int, world: int, *, mistake: Callable[[int, dict[str, Any]], 
     mistake(rank, given)
     started = time.perf_counter()
     with pytest.raises((ValueError, TypeError)) as caught:
-        negcache_fn.step_(**given)
+        negcache_fn.step_(**step_keywords(**given))
     seconds = time.perf_counter() - started
     untouched = bool((correct["state"] == before).all())
-    negcache_fn.step_(**correct).loss.backward()
+    negcache_fn.step_(**step_keywords(**correct)).loss.backward()
     return str(caught.value), seconds, untouched
 
 

@@ -39,12 +39,12 @@ def together(rank: int, world: int, *, alone: bool = False) -> dict[str, Any]:
     ids = part["ids"]
     scores, slots = negcache_fn.top_negatives(state, queries, 70, exclude_ids=ids, **options)
     most, most_slots = negcache_fn.top_negatives(state, queries, CAPACITY - 3, **options)
-    draw = negcache_fn.sample_gumbel(state, queries, num_samples=3, exclude_ids=ids, **options)
-    own = negcache_fn.sample_gumbel(state, queries, num_samples=3, exclude_ids=ids[:, None], top_k=9, **options)
+    draw = negcache_fn.sample_gumbel(state, queries, draws_per_query=3, exclude_ids=ids, **options)
+    own = negcache_fn.sample_gumbel(state, queries, draws_per_query=3, exclude_ids=ids[:, None], top_k=9, **options)
     limit = torch.linspace(-1.0, 4.0, BATCH, dtype=torch.float64).view(world, -1)[rank]
     known = negcache_fn.FalseNegatives(ids[:, None] + torch.tensor([1, 7]), limit)
     options["false_negatives"] = known
-    limited = negcache_fn.sample_gumbel(state, queries, num_samples=3, exclude_ids=ids, **options)
+    limited = negcache_fn.sample_gumbel(state, queries, draws_per_query=3, exclude_ids=ids, **options)
     below, below_slots = negcache_fn.top_negatives(state, queries, 70, exclude_ids=ids[:, None], **options)
     del options["false_negatives"]
     taken = negcache_fn.take(state, draw.slot, group=group)

@@ -41,13 +41,15 @@ def measure(rank: int, world: int, *, step: Step) -> Counter[str]:
             torch.ones(step.batch, step.dim, requires_grad=True),
             features,
             lambda batch: encoder(batch["tokens"].float()),
-            num_samples=step.samples,
-            replacement=step.replacement,
-            num_draws=step.num_draws,
+            options=negcache_fn.StepOptions(
+                draws_per_query=step.samples,
+                replacement=step.replacement,
+                num_draws=step.num_draws,
+                in_batch=step.in_batch,
+                share_draws=step.share_draws,
+                refresh_stalest=step.refresh_stalest,
+            ),
             ids=torch.arange(step.documents) + rank * 100,
-            in_batch=step.in_batch,
-            share_draws=step.share_draws,
-            refresh_stalest=step.refresh_stalest,
             group=group,
         ).loss.backward()
     return counter

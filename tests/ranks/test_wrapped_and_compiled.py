@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 from functorch.compile import make_boxed_func
-from negcache_fn.collectives import distribute
 from torch._dynamo.backends.common import aot_autograd
 
+from negcache_fn._ranks.group import ranks_of
 from tests.ranks.test_equivalence import DOUBLE, assert_same
 from tests.support.processes import run_ranks
 from tests.support.sharded_training import train
 
 MESSAGES = torch.ops.negcache_fn
 COMPILED: dict[str, dict[str, Any]] = {
-    "global": DOUBLE | {"steps": 5, "in_batch": "global", "num_samples": 2, "refresh_stalest": 3},
-    "distinct": DOUBLE | {"steps": 3, "in_batch": "global", "num_samples": 2, "replacement": False},
+    "global": DOUBLE | {"steps": 5, "in_batch": "global", "draws_per_query": 2, "refresh_stalest": 3},
+    "distinct": DOUBLE | {"steps": 3, "in_batch": "global", "draws_per_query": 2, "replacement": False},
     "top-k": DOUBLE | {"steps": 3, "in_batch": False, "top_k": 40, "share_draws": False},
     "fewer": DOUBLE | {"steps": 3, "in_batch": "global", "num_draws": 4},
 }
@@ -55,7 +55,7 @@ def gradients_sent(rank: int, world: int, *, chained: bool) -> list[bool]:
         return make_boxed_func(graph.forward)
 
     def send_twice(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        ranks = distribute(torch.distributed.group.WORLD)
+        ranks = ranks_of(torch.distributed.group.WORLD)
         received = ranks.gather(values)
         ranks.total(values.detach())
         if not chained:

@@ -52,7 +52,7 @@ class ListCache:
         *,
         ids: Sequence[int] | None = None,
         log_weights: Sequence[float] | None = None,
-        mask: Sequence[bool] | None = None,
+        cacheable: Sequence[bool] | None = None,
         refresh: tuple[Sequence[int], Tensor] | None = None,
         evict: str = "lru",
     ) -> None:
@@ -63,7 +63,7 @@ class ListCache:
         for n in range(len(embeddings)):
             identity = int(ids[n]) if ids is not None else -1
             weight = float(log_weights[n]) if log_weights is not None else 0.0
-            if not self.keeps(embeddings[n], weight, True if mask is None else bool(mask[n])):
+            if not self.keeps(embeddings[n], weight, True if cacheable is None else bool(cacheable[n])):
                 continue
             if identity >= 0:
                 rows = [row for row in rows if row["id"] != identity]

@@ -156,7 +156,7 @@ def sampled_cache_logits(
     stale: Tensor,
     probability: Tensor,
     normalizer: Tensor,
-    num_samples: int,
+    draws_per_query: int,
     *,
     share_draws: bool,
     staleness_correction: str,
@@ -168,17 +168,17 @@ def sampled_cache_logits(
     is how many draws of it are expected of every query, `k` times its probability with replacement.
     """
     stale = stale.detach()
-    expected = num_samples * probability if expected is None else expected
+    expected = draws_per_query * probability if expected is None else expected
     logits = []
     for i in range(len(fresh)):
-        first, weight_sum, ratio_sum, linear = i * num_samples, 0.0, 0.0, 0.0
+        first, weight_sum, ratio_sum, linear = i * draws_per_query, 0.0, 0.0, 0.0
         for m in range(fresh.shape[1]):
             if float(probability[i, m]) == 0.0:
                 continue
             if share_draws:
                 weight = float(probability[i, m]) / sum(float(n) for n in expected[:, m])
             else:
-                weight = float(probability[i, m] / expected[i, m]) if first <= m < first + num_samples else 0.0
+                weight = float(probability[i, m] / expected[i, m]) if first <= m < first + draws_per_query else 0.0
             if weight > 0.0:
                 weight_sum = weight_sum + weight
                 ratio_sum = ratio_sum + weight * torch.exp(fresh[i, m] - stale[i, m])
@@ -195,9 +195,9 @@ def sampled_cache_logits(
 
 
 def joint_outcomes(
-    probability: np.ndarray, num_samples: int, num_draws: int | None = None
+    probability: np.ndarray, draws_per_query: int, num_draws: int | None = None
 ) -> Iterator[tuple[list[list[int]], float]]:
-    """Every joint draw of `num_samples` slots by each query, with its probability: `C^(B*k)` outcomes.
+    """Every joint draw of `draws_per_query` slots by each query, with its probability: `C^(B*k)` outcomes.
 
     A query that can draw nothing draws -1. With `num_draws` M only one of each B / M consecutive queries draws, each
     with the same chance; the others have an empty list.
@@ -206,10 +206,10 @@ def joint_outcomes(
     each = rows // (num_draws or rows)
     choices = [[j for j in range(probability.shape[1]) if row[j] > 0] or [-1] for row in probability]
     for who in itertools.product(*(range(first, first + each) for first in range(0, rows, each))):
-        for flat in itertools.product(*(choices[i] for i in who for _ in range(num_samples))):
+        for flat in itertools.product(*(choices[i] for i in who for _ in range(draws_per_query))):
             slots: list[list[int]] = [[] for _ in range(rows)]
             for n, i in enumerate(who):
-                slots[i] = list(flat[n * num_samples : (n + 1) * num_samples])
+                slots[i] = list(flat[n * draws_per_query : (n + 1) * draws_per_query])
             weight = math.prod(float(probability[i, j]) for i, row in enumerate(slots) for j in row if j >= 0)
             yield slots, weight / each ** len(who)
 
@@ -225,13 +225,13 @@ def inclusion(score: float, slot: int, drawn: Sequence[int], last: float, thresh
     return 1.0 if limit == -math.inf else -math.expm1(-math.exp(score - limit))
 
 
-def ordered_draws(probability: np.ndarray, num_samples: int) -> Iterator[tuple[tuple[int, ...], float]]:
+def ordered_draws(probability: np.ndarray, draws_per_query: int) -> Iterator[tuple[tuple[int, ...], float]]:
     """Every ordered draw of different slots from one softmax, each from what is left (Plackett-Luce), and its chance.
 
-    `num_samples` of them, or all if there are fewer.
+    `draws_per_query` of them, or all if there are fewer.
     """
     support = [j for j in range(len(probability)) if probability[j] > 0]
-    for slots in itertools.permutations(support, min(num_samples, len(support))):
+    for slots in itertools.permutations(support, min(draws_per_query, len(support))):
         chance = 1.0
         for n, j in enumerate(slots):
             chance *= float(probability[j]) / sum(float(probability[left]) for left in support if left not in slots[:n])
@@ -239,7 +239,7 @@ def ordered_draws(probability: np.ndarray, num_samples: int) -> Iterator[tuple[t
 
 
 def distinct_draws(
-    probability: np.ndarray, num_samples: int, width: float
+    probability: np.ndarray, draws_per_query: int, width: float
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, np.ndarray]]:
     """Every set of k slots of one query with nodes of a quadrature over its k-th and (k+1)-th largest perturbed value.
 
@@ -250,15 +250,15 @@ def distinct_draws(
     are too few), both values at the nodes, and weights; their sum over everything is 1.
     """
     support = [j for j in range(len(probability)) if probability[j] > 0]
-    if len(support) <= num_samples:
-        last = np.full(1, 0.0 if len(support) == num_samples else -math.inf)
-        missing = [-1] * (num_samples - len(support))
+    if len(support) <= draws_per_query:
+        last = np.full(1, 0.0 if len(support) == draws_per_query else -math.inf)
+        missing = [-1] * (draws_per_query - len(support))
         yield support + missing, last, np.full(1, -math.inf), np.ones(1)
         return
     place = np.arange(-3.0, 3.7, width)
     node = np.exp(place - np.exp(-place))
     weight = width * node * (1 + np.exp(-place))
-    for slots in itertools.combinations(support, num_samples):
+    for slots in itertools.combinations(support, draws_per_query):
         rates = [float(probability[j]) for j in slots]
         rest = sum(float(probability[j]) for j in support if j not in slots)
         slowest = rest + min(rates)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from negcache_fn.false_negatives import NO_FALSE_NEGATIVES
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from negcache_fn import Draw, FalseNegatives
+from negcache_fn._scores.exclude import NO_FALSE_NEGATIVES
 from tests.support.model import ListCache
 
 SAMPLING_FAULTS = (
@@ -95,10 +95,10 @@ UPDATE_FAULTS = (
     "lru for fifo",
     "duplicate id takes a new slot",
     "first of repeated ids counts",
-    "first of repeated refreshes counts",
+    "first of repeated split_refresh counts",
     "writes non-finite rows",
     "refresh counts as insertion",
-    "refreshes empty slots",
+    "split_refresh empty slots",
     "mask ignored",
     "log-weight not written",
     "step not counted",
@@ -129,7 +129,7 @@ class Reference:
         state: TensorDictBase,
         queries: Tensor,
         *,
-        num_samples: int = 1,
+        draws_per_query: int = 1,
         scale: Any = 1.0,
         score_transform: Any = None,
         exclude_ids: Tensor | None = None,
@@ -162,7 +162,7 @@ class Reference:
             scores = scores.masked_fill(scores < cutoff, -math.inf)
         count = 0 if self.fault == "noise ignores the step" else int(state["step"])
         generator = torch.Generator().manual_seed(1_000_003 * int(state["seed"]) + count)
-        uniform = torch.rand(rows, num_samples, capacity, generator=generator, dtype=torch.float64)
+        uniform = torch.rand(rows, draws_per_query, capacity, generator=generator, dtype=torch.float64)
         if self.fault == "one noise for all rows":
             uniform = uniform[:1].expand_as(uniform)
         if self.fault == "one noise for all samples":
@@ -176,7 +176,7 @@ class Reference:
         perturbed, slot = noisy.max(-1)
         threshold = perturbed[:, :0]
         if not replacement:
-            perturbed, slot, threshold = self._distinct(noisy, num_samples)
+            perturbed, slot, threshold = self._distinct(noisy, draws_per_query)
         normalizer = torch.logsumexp(scores, -1)
         normalizer = normalizer.nan_to_num(nan=-math.inf)
         if self.fault == "normalizer off":
@@ -370,7 +370,7 @@ class Reference:
         if self.fault == "lru for fifo":
             options["evict"] = "lru"
         if self.fault == "mask ignored":
-            options["mask"] = None
+            options["cacheable"] = None
         if options.get("refresh") is not None:
             options["refresh"] = (options["refresh"][0].tolist(), options["refresh"][1])
         cache.update(dict(given), embeddings, **options)
@@ -402,10 +402,10 @@ class _Faulty(ListCache):
 
     def refresh(self, slots: Any, embeddings: Tensor) -> None:
         pairs = list(zip(slots, embeddings, strict=True))
-        if self.fault == "first of repeated refreshes counts":
+        if self.fault == "first of repeated split_refresh counts":
             pairs = pairs[::-1]
         for slot, embedding in pairs:
-            if self.fault == "refreshes empty slots" and self.slots[slot] is None:
+            if self.fault == "split_refresh empty slots" and self.slots[slot] is None:
                 blank = {k: torch.zeros_like(v) for k, v in self.feature_slots.items()}
                 self.slots[slot] = {"id": -1, "log_weight": 0.0, "inserted_at": self.step, **blank}
                 self.slots[slot]["embedding"] = torch.zeros_like(embedding)  # type: ignore[index]
@@ -421,7 +421,7 @@ class _Faulty(ListCache):
                     self.slots[j] = {**held, "id": -1}
         if self.fault == "first of repeated ids counts" and options.get("ids") is not None:
             names = [int(x) for x in options["ids"]]
-            mask = options.get("mask")
+            mask = options.get("cacheable")
             seen = [n not in names[:i] or n < 0 for i, n in enumerate(names)]
-            options["mask"] = [s and (mask is None or bool(mask[i])) for i, s in enumerate(seen)]
+            options["cacheable"] = [s and (mask is None or bool(mask[i])) for i, s in enumerate(seen)]
         super().update(features, embeddings, **options)

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import negcache_fn
 from negcache_fn import distributed
+from tests.support.options import step_keywords
 
 CAPACITY = 7 * 1024  # 7 groups: parts of 4 and 3, of 3, 3 and 1, of 2, 2, 2 and 1
 DIM, WIDTH = 8, 5
@@ -126,8 +127,8 @@ def train(
             scale=scale,
             ids=ids[own] if with_ids else None,
             log_weights=weights[own].to(dtype) if with_weights else None,
-            mask=mask[own],
-            **options,
+            cacheable=mask[own],
+            **step_keywords(**options),
         )
         optimizer.zero_grad()
         out.loss.backward()

@@ -104,7 +104,7 @@ class Case:
     in_batch: bool
     scale: float
     transform: Callable[[Tensor], Tensor] | None
-    num_samples: int
+    draws_per_query: int
     replacement: bool
     top_k: int | None
     log_weights: Tensor | None
@@ -127,7 +127,7 @@ class Case:
     def sample_options(self) -> dict[str, Any]:
         """For `sample_gumbel`."""
         return {
-            "num_samples": self.num_samples,
+            "draws_per_query": self.draws_per_query,
             "replacement": self.replacement,
             "scale": self.scale,
             "score_transform": self.transform,
@@ -174,7 +174,7 @@ def cases(draw: st.DrawFn, *, max_scale: float = 100.0) -> Case:
         in_batch=draw(st.booleans()),
         scale=draw(st.sampled_from([0.01, 1.0, 20.0, max_scale])),
         transform=draw(transforms),
-        num_samples=draw(st.integers(1, 3)),
+        draws_per_query=draw(st.integers(1, 3)),
         replacement=draw(st.booleans()),
         top_k=draw(st.sampled_from([None, None, *(k for k in (1, 2, 40, capacity) if k <= capacity)])),
         log_weights=torch.randn(total, generator=generator) if draw(st.booleans()) else None,

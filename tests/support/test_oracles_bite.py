@@ -39,7 +39,7 @@ def check_sampling(it: Reference) -> None:
     queries, names = unit(2, 4, 1), torch.tensor([0, 2, 38, 36, 34, 32])
     limit = negcache_fn.FalseNegatives(max_score=torch.tensor([0.5, 1.0]))
     for options in ({}, {"exclude_ids": names}, {"top_k": 6}, {"false_negatives": limit}):
-        draws.fields(it.sample_gumbel, state, queries, scale=3.0, num_samples=9, **options)
+        draws.fields(it.sample_gumbel, state, queries, scale=3.0, draws_per_query=9, **options)
         draws.distribution(it.sample_gumbel, state, queries, scale=3.0, copies=256, **options)
     draws.cutoff_separates(it.sample_gumbel, state, queries, 6, scale=3.0)
     draws.many_steps(it.sample_gumbel, state, queries[0], steps=400, scale=3.0)
@@ -86,11 +86,11 @@ def check_distinct_sampling(it: Reference) -> None:
     limit = negcache_fn.FalseNegatives(max_score=torch.tensor([0.5, 1.0]))
     for options in ({}, {"exclude_ids": names}, {"top_k": 6}, {"false_negatives": limit}):
         for samples in (3, 60):
-            options = options | {"num_samples": samples, "replacement": False, "scale": 3.0}
+            options = options | {"draws_per_query": samples, "replacement": False, "scale": 3.0}
             draws.fields(it.sample_gumbel, state, queries, **options)
-    distinct.race_law(it.sample_gumbel, state, queries, num_samples=3, scale=3.0)
+    distinct.race_law(it.sample_gumbel, state, queries, draws_per_query=3, scale=3.0)
     small = make_state(unit(6, 4, 0), live=slots[:6] != 3, ids=slots[:6], log_weight=weights[::7])
-    distinct.ordered_law(it.sample_gumbel, small, queries, num_samples=2, exclude_ids=torch.tensor([5]), scale=2.0)
+    distinct.ordered_law(it.sample_gumbel, small, queries, draws_per_query=2, exclude_ids=torch.tensor([5]), scale=2.0)
 
 
 def check_distinct_loss(it: Reference) -> None:

@@ -47,17 +47,17 @@ def ordered_law(
     state: TensorDictBase,
     queries: Tensor,
     *,
-    num_samples: int,
+    draws_per_query: int,
     steps: int = 2,
     copies: int = 1200,
     **options: Any,
 ) -> None:
     """Chi-square over all ordered draws against Plackett-Luce, for each query (`oracles.FALSE_ALARM` each)."""
     exact = oracles.probabilities(exact_scores(state, queries, **options))
-    found = many(sample, state, queries, steps=steps, copies=copies, num_samples=num_samples, **options)
+    found = many(sample, state, queries, steps=steps, copies=copies, draws_per_query=draws_per_query, **options)
     slots = torch.cat([draw.slot.view(copies, len(queries), -1) for draw in found])
     for i in range(len(queries)):
-        law = dict(oracles.ordered_draws(exact[i], num_samples))
+        law = dict(oracles.ordered_draws(exact[i], draws_per_query))
         seen = dict.fromkeys(law, 0)
         for row in slots[:, i].tolist():
             drawn = tuple(j for j in row if j >= 0)
@@ -96,14 +96,14 @@ def race_law(
     state: TensorDictBase,
     queries: Tensor,
     *,
-    num_samples: int,
+    draws_per_query: int,
     steps: int = 2,
     copies: int = 1000,
     **options: Any,
 ) -> None:
     """The whole joint law: Kolmogorov-Smirnov of each uniform, chi-square of each pair (`oracles.FALSE_ALARM` each)."""
     scores = exact_scores(state, queries, **options)
-    found = many(sample, state, queries, steps=steps, copies=copies, num_samples=num_samples, **options)
+    found = many(sample, state, queries, steps=steps, copies=copies, draws_per_query=draws_per_query, **options)
     uniforms = np.concatenate([race(draw, scores.repeat(copies, 1)) for draw in found])
     for column in uniforms.T:
         assert stats.kstest(column, "uniform").pvalue > oracles.FALSE_ALARM
@@ -114,13 +114,13 @@ def race_law(
 
 def nested(sample: Sampler, state: TensorDictBase, queries: Tensor, **options: Any) -> None:
     """More draws are the same ones and others: the next is where the threshold was. The first is that of one sample."""
-    longest = sample(state, queries, num_samples=6, replacement=False, **options)
+    longest = sample(state, queries, draws_per_query=6, replacement=False, **options)
     ranked = torch.cat([longest.perturbed, longest.threshold], 1)
     for k in range(1, 6):
-        draw = sample(state, queries, num_samples=k, replacement=False, **options)
+        draw = sample(state, queries, draws_per_query=k, replacement=False, **options)
         assert torch.equal(draw.slot, longest.slot[:, :k])
         assert torch.equal(torch.cat([draw.perturbed, draw.threshold], 1), ranked[:, : k + 1])
-    assert torch.equal(longest.slot[:, :1], sample(state, queries, num_samples=1, **options).slot)
+    assert torch.equal(longest.slot[:, :1], sample(state, queries, draws_per_query=1, **options).slot)
 
 
 def merged_law(
@@ -129,7 +129,7 @@ def merged_law(
     states: list[TensorDictBase],
     queries: Tensor,
     *,
-    num_samples: int,
+    draws_per_query: int,
     scale: float,
     copies: int = 1500,
 ) -> None:
@@ -138,7 +138,7 @@ def merged_law(
     scores = torch.cat([exact_scores(state, queries, scale=scale) for state in states], 1).repeat(copies, 1)
     columns = []
     for step in range(1, 3):
-        options = {"steps": 1, "copies": copies, "num_samples": num_samples, "scale": scale}
+        options = {"steps": 1, "copies": copies, "draws_per_query": draws_per_query, "scale": scale}
         parts = [many(sample, state, queries, first_step=step, **options)[0] for state in states]
         merged = functools.reduce(merge, parts)
         assert is_close(merged.log_normalizer, oracles.log_normalizer(scores), 2e-5)
@@ -223,7 +223,7 @@ def sampled(sample: Sampler, problem: Problem, copies: int, step: int = 1) -> tu
     draw = sample(
         at_step(state, step),
         problem.leaves["queries"].detach().repeat(copies, 1),
-        num_samples=it.samples,
+        draws_per_query=it.samples,
         replacement=False,
         scale=it.scale,
         score_transform=it.transform,

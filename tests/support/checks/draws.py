@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from negcache_fn.false_negatives import NO_FALSE_NEGATIVES
 from scipy import stats
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn import FalseNegatives
+from negcache_fn._scores.exclude import NO_FALSE_NEGATIVES
 from tests.support import oracles
 from tests.support.builders import at_step, is_close, make_state, unit
 
@@ -86,14 +86,14 @@ def distribution(
     *,
     steps: int = 4,
     copies: int = 16,
-    num_samples: int = 64,
+    draws_per_query: int = 64,
     **options: Any,
 ) -> None:
     """Chi-square of the draws, over rows, samples and steps, against exact softmax (`oracles.FALSE_ALARM` a query)."""
-    drawn = counts(sample, state, queries, range(1, steps + 1), copies, num_samples=num_samples, **options)
+    drawn = counts(sample, state, queries, range(1, steps + 1), copies, draws_per_query=draws_per_query, **options)
     exact = oracles.probabilities(exact_scores(state, queries, **options))
     for i in range(len(queries)):
-        assert drawn[i].sum() == steps * copies * num_samples * (exact[i].sum() > 0)
+        assert drawn[i].sum() == steps * copies * draws_per_query * (exact[i].sum() > 0)
         assert oracles.chi_square_pvalue(drawn[i], exact[i]) > oracles.FALSE_ALARM, f"query {i}"
 
 
@@ -112,7 +112,7 @@ def joint_independence(sample: Sampler, *, steps: int = 60, copies: int = 100) -
     joint = np.einsum("a,b,c,d->abcd", exact[0], exact[0], exact[1], exact[1])
     seen = np.zeros_like(joint)
     for step in range(steps):
-        slots = sample(at_step(state, step), queries.repeat(copies, 1), scale=2.0, num_samples=2).slot
+        slots = sample(at_step(state, step), queries.repeat(copies, 1), scale=2.0, draws_per_query=2).slot
         for together in slots.view(copies, 4).tolist():
             seen[tuple(together)] += 1
     assert oracles.chi_square_pvalue(seen.ravel(), joint.ravel()) > oracles.FALSE_ALARM
@@ -121,7 +121,7 @@ def joint_independence(sample: Sampler, *, steps: int = 60, copies: int = 100) -
 def fields(sample: Sampler, state: TensorDictBase, queries: Tensor, *, tolerance: float = 2e-5, **options: Any) -> Any:
     """Each field says what the drawn slot is, and `log_normalizer` is the exact logsumexp."""
     draw = sample(state, queries, **options)
-    samples, replacement = options.pop("num_samples", 1), options.pop("replacement", True)
+    samples, replacement = options.pop("draws_per_query", 1), options.pop("replacement", True)
     scores = exact_scores(state, queries, **options)
     size = 1 + float(options.get("scale", 1.0))  # what a sum that cancels was made of
     items, rows = state["items"], len(queries)
@@ -172,7 +172,7 @@ def perturbed_values(
     """`perturbed - log_normalizer` is a standard Gumbel, the law of a maximum (false alarm `oracles.FALSE_ALARM`)."""
     values = []
     for step in range(steps):
-        draw = sample(at_step(state, step), queries, num_samples=64, **options)
+        draw = sample(at_step(state, step), queries, draws_per_query=64, **options)
         values.append((draw.perturbed - draw.log_normalizer[:, None]).flatten().double())
     assert stats.kstest(torch.cat(values).numpy(), "gumbel_r").pvalue > oracles.FALSE_ALARM
 
@@ -192,9 +192,9 @@ def merged_distribution(
     seen = np.zeros((len(queries), start[-1]))
     scores = torch.cat([exact_scores(state, queries, **options) for state in states], 1)
     for step in range(steps):
-        draw = sample(at_step(states[0], step), queries, num_samples=1000, **options)
+        draw = sample(at_step(states[0], step), queries, draws_per_query=1000, **options)
         for state in states[1:]:
-            draw = merge(draw, sample(at_step(state, step), queries, num_samples=1000, **options))
+            draw = merge(draw, sample(at_step(state, step), queries, draws_per_query=1000, **options))
         assert is_close(draw.log_normalizer, oracles.log_normalizer(scores), 2e-5)
         assert draw.cutoff.shape == (len(queries), len(states))
         for i in range(len(queries)):

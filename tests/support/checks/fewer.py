@@ -26,7 +26,7 @@ def those_of_some(
     for step in range(1, steps + 1):
         here = at_step(state, step)
         draw = sample(here, queries, num_draws=num_draws, **options)
-        everyone = sample(here, queries, num_samples=1, **options)
+        everyone = sample(here, queries, draws_per_query=1, **options)
         assert draw.query.shape == (num_draws,) and draw.query.dtype == torch.int64
         assert torch.equal(draw.query // each, torch.arange(num_draws))
         for name, given, whole in zip(draw._fields, draw, everyone, strict=True):

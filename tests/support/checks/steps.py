@@ -89,7 +89,7 @@ def composed(
     known = options.get("false_negatives", negcache_fn.FalseNegatives())
     limit = max_score_of(known, queries.detach(), encode(batch).detach(), shared)
     exclude = None if ids is None else (ids if in_batch else ids[:rows, None])
-    picks = {key: options[key] for key in ("num_samples", "num_draws", "top_k") if key in options}
+    picks = {key: options[key] for key in ("draws_per_query", "num_draws", "top_k") if key in options}
     stale_known = negcache_fn.FalseNegatives(known.ids, limit)
     draw = negcache_fn.sample_gumbel(
         state, queries, exclude_ids=exclude, false_negatives=stale_known, **picks, **shared
@@ -109,7 +109,7 @@ def composed(
         batch,
         own,
         refresh=(torch.cat([slots, oldest]), torch.cat([negatives, refreshed])),
-        **{key: options[key] for key in ("ids", "log_weights", "mask", "evict") if key in options},
+        **{key: options[key] for key in ("ids", "log_weights", "cacheable", "evict", "priorities") if key in options},
     )
     return value, after, naive_metrics(state, queries, own, negatives, draw, **options), draw
 

@@ -71,7 +71,7 @@ def history(init: Callable[..., TensorDictBase], update: Update) -> None:
         state = advance(state, model, batch(2, 4, ids=[8, 9]), evict=evict)
         state = advance(state, model, batch(1, 5, ids=[11]), evict=evict)
         state = advance(state, model, batch(3, 6, ids=[9, 9, 9]), evict=evict)
-        state = advance(state, model, batch(4, 7), evict=evict, mask=torch.tensor([True, False, False, True]))
+        state = advance(state, model, batch(4, 7), evict=evict, cacheable=torch.tensor([True, False, False, True]))
         state = advance(state, model, batch(2, 8) | {"embeddings": bad}, evict=evict)
         state = advance(state, model, batch(2, 9), evict=evict, refresh=(torch.tensor([1, 2]), bad))
         state = advance(state, model, batch(5, 10, ids=[1, 11, 1, -1, 4]), evict=evict)
