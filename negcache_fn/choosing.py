@@ -23,15 +23,16 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torch.nn.functional import pad
 
+from negcache_fn._kernels.blocks import BLOCK, GROUP
 from negcache_fn.collectives import Ranks
 from negcache_fn.ordering import after
 from negcache_fn.random import gumbel
 from negcache_fn.state import scalar, segments
-from negcache_fn.streaming import BLOCK, ScoreMatrix, reduce_blocks, score_blocks
+from negcache_fn.streaming import ScoreMatrix, reduce_blocks, score_blocks
 
 __all__ = ["Chosen", "Noise", "choose", "choose_among", "merge_shards"]
 
-_GROUP = 16  # blocks
+_GROUP = GROUP // BLOCK  # blocks
 _QUAD = 4  # variates that one Philox call gives
 _INFINITY = float("inf")
 # Noise levels.

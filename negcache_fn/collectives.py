@@ -26,6 +26,7 @@ from torch.distributed.distributed_c10d import (
     _resolve_process_group,  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 )
 
+from negcache_fn._kernels.blocks import GROUP
 from negcache_fn.features import moved
 from negcache_fn.ordering import after
 
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 PLACEMENTS = ("sharded", "replicated")
-SHARD_MULTIPLE = 1024  # slots; a group of the hierarchical draw must lie on one rank
+SHARD_MULTIPLE = GROUP  # slots; a group of the hierarchical draw must lie on one rank
 
 
 def _either(name: str, before: str) -> Callable[..., object]:
