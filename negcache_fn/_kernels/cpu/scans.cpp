@@ -79,8 +79,16 @@ void negcache_lowest(const int64_t* keys, const uint8_t* skip, int64_t capacity,
   {
     Lowest mine{(size_t)keep, {}};
 #pragma omp for schedule(static)
-    for (int64_t slot = 0; slot < capacity; ++slot)
-      if (!skip[slot]) mine.offer(keys[slot], slot);
+    for (int64_t first = 0; first < capacity; first += kBlock) {
+      const int64_t end = std::min(first + kBlock, capacity);
+      // The lowest key of a block is found by vectors, and rules out most blocks.
+      int64_t lowest = mine.threshold;
+      for (int64_t slot = first; slot < end; ++slot)
+        lowest = std::min(lowest, skip[slot] ? mine.threshold : keys[slot]);
+      if (lowest == mine.threshold) continue;
+      for (int64_t slot = first; slot < end; ++slot)
+        if (!skip[slot]) mine.offer(keys[slot], slot);
+    }
     of_threads[omp_get_thread_num()] = std::move(mine);
   }
   std::vector<Lowest::Entry> found;
