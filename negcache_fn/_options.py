@@ -172,6 +172,10 @@ class StepOptions:
         """The keywords of `sample_gumbel`."""
         return _some(self, "draws_per_query", "replacement", "num_draws", "top_k", "score_transform", "placement")
 
+    def of_update(self) -> dict[str, Any]:
+        """The keywords of `update`."""
+        return _some(self, "evict", "placement")
+
     def of_loss(self) -> dict[str, Any]:
         """The keywords of `loss`."""
         return _some(self, "score_transform", "in_batch", "share_draws", "staleness_correction", "reduction")
@@ -179,6 +183,10 @@ class StepOptions:
     def with_batch_of_all_ranks(self) -> "StepOptions":
         """The same options, for a batch that all ranks share."""
         return replace(self, in_batch="global")
+
+    def transformed(self, products: Tensor) -> Tensor:
+        """The scores, from scaled inner products."""
+        return products if self.score_transform is None else self.score_transform(products)
 
     def slots_to_refresh(self, capacity: int, most: int) -> int:
         """How many slots `refresh_stalest` is, of `capacity`; ValueError if it is more than `most`."""

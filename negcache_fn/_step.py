@@ -192,7 +192,7 @@ def step_(
             "gradients": training,
         },
     )
-    similarity = Similarity(dtype_of_scores(state, queries), scale, options.score_transform)
+    similarity = Similarity.of(options, scale, dtype_of_scores(state, queries))
     encoded_first = encode_checked(encode, features, rows, cached) if needs_positives(false_negatives) else None
     exclusions = _exclusions(similarity, queries, encoded_first, ids, false_negatives, options)
     columns = [*feature_leaves(state), stored(state, "embedded_at")]

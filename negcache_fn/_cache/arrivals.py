@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from negcache_fn._cache.evict import check_priorities
+from negcache_fn._cache.eviction import check_priorities
 from negcache_fn._checks import check_rows
 from negcache_fn._features import Features, leaves, nested_as
 from negcache_fn._ranks.group import Ranks, positives_first

@@ -57,15 +57,7 @@ def prefill(
         for batch in batches:
             features, ids = batch if isinstance(batch, tuple) else (batch, None)
             features = all_moved(features, stored(state, "embedding").device)
-            state = update_(
-                state,
-                features,
-                encode(features),
-                ids=ids,
-                evict=options.evict,
-                group=group,
-                placement=options.placement,
-            )
+            state = update_(state, features, encode(features), ids=ids, group=group, **options.of_update())
     return state
 
 

@@ -11,7 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from negcache_fn._cache.arrivals import Arrivals, check_facts
-from negcache_fn._cache.evict import eviction_key
+from negcache_fn._cache.eviction import eviction_key
 from negcache_fn._cache.ids import find_slots, last_of_each
 from negcache_fn._cache.select import lowest_slots
 from negcache_fn._cache.state import COLUMNS, check_state, lock, scalar, stored, stored_features

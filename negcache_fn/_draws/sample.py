@@ -138,7 +138,7 @@ def sample_gumbel(
         check_search(state, queries, scale, exclude_ids)
         check_false_negatives(false_negatives, queries, knows_positives=False)
         check_draws(state, queries, options, ranks)
-        similarity = Similarity(dtype_of_scores(state, queries), scale, options.score_transform)
+        similarity = Similarity.of(options, scale, dtype_of_scores(state, queries))
         exclusions = Exclusions.of(queries, exclude_ids, false_negatives, similarity.dtype)
     queries, shards = check_ranks_agree(
         ranks,

@@ -151,7 +151,7 @@ def loss_terms(
 ) -> Terms:
     """The logits that `loss` is made of; `shared` are the draws to share, None if each query uses its own."""
     queries, scale = in_dtype(queries, scale, draw.log_normalizer.dtype)
-    similarity = Similarity(draw.log_normalizer.dtype, scale, options.score_transform)
+    similarity = Similarity.of(options, scale, draw.log_normalizer.dtype)
     with full_precision(queries):
         batch_logits, positive = batch_scores(similarity, queries, classes, options, false_negatives)
         cache = estimate_cache_logit(similarity, queries, negatives, draw, shared, options)

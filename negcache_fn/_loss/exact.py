@@ -110,7 +110,7 @@ def exact_loss(
             },
         )
         queries, scale = in_dtype(queries, scale, dtype_of_scores(state, queries))
-        similarity = Similarity(queries.dtype, scale, score_transform)
+        similarity = Similarity.of(options, scale, queries.dtype)
         classes = batch_classes(rows, documents, ids, log_weights, options, ranks)
         batch_logits, positive = batch_scores(similarity, queries, classes, options, false_negatives)
         with torch.no_grad():  # a document is a negative or not

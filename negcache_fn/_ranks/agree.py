@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from negcache_fn._options import ScoreTransform, StepOptions
+from negcache_fn._options import StepOptions
 from negcache_fn._ranks.group import SHARD_MULTIPLE, Ranks, Shards, unsharded
 from negcache_fn._ranks.operators import gather_into, group_named
 
@@ -76,7 +76,7 @@ def check_ranks_agree(
         _agree_op(
             tensor,
             marks,
-            _transformed(options.score_transform, scale, tensor.device),
+            _transformed(options, scale, tensor.device),
             capacity,
             "\n".join(counted),  # an operator takes no lists of strings
             list(counted.values()),
@@ -90,12 +90,11 @@ def check_ranks_agree(
     return tensor, Shards(ranks, capacities[0] * ranks.rank, capacities[0], capacities.sum())
 
 
-def _transformed(transform: ScoreTransform | None, scale: float | Tensor, device: torch.device) -> Tensor:
+def _transformed(options: StepOptions, scale: float | Tensor, device: torch.device) -> Tensor:
     """[1 + probes] float64: the scale, and what the transform makes of some scores."""
     probes = torch.tensor(_PROBES, device=device)
     with torch.no_grad():  # compared, not trained
-        if transform is not None:
-            probes = transform(probes)
+        probes = options.transformed(probes)
         scale = scale.double() if isinstance(scale, Tensor) else torch.full_like(probes[0], scale, dtype=torch.float64)
         return torch.cat([scale.view(1), probes.double()])
 
@@ -192,7 +191,7 @@ def _check_transformed(of_ranks: list[list[float]]) -> None:
     for probe, *values in zip(_PROBES, *(values[1:] for values in of_ranks), strict=True):
         if not all(_close(value, values[0]) for value in values):
             raise ValueError(
-                f"score_transform gives {values} for a score of {probe} on the ranks of the group; expected the same "
+                f"the score transform gives {values} for a score of {probe} on the ranks of the group; expected the same "
                 f"function on every rank"
             )
 

@@ -21,7 +21,7 @@ from negcache_fn._checks import check_embeddings, check_ids, check_scale
 from negcache_fn._codec import decode, softmax_dtype
 from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._kernels.dispatch import Problem
-from negcache_fn._options import ScoreTransform
+from negcache_fn._options import ScoreTransform, StepOptions
 from negcache_fn._scores.exclude import NO_FALSE_NEGATIVES, Exclusions
 
 __all__ = [
@@ -44,6 +44,11 @@ class Similarity(NamedTuple):
     dtype: torch.dtype
     scale: float | Tensor
     transform: ScoreTransform | None
+
+    @classmethod
+    def of(cls, options: StepOptions, scale: float | Tensor, dtype: torch.dtype) -> "Similarity":
+        """As the options of a step say."""
+        return cls(dtype, scale, options.score_transform)
 
     def pairwise(self, queries: Tensor, documents: Tensor) -> Tensor:
         """[B, D], [M, D] -> [B, M]: every query with every document."""

@@ -75,7 +75,7 @@ def top_negatives(
         capacity = stored(state, "embedding").shape[0]
         check_size("n", n, most=capacity if group is None else None)
         check_false_negatives(false_negatives, queries, knows_positives=False)
-        similarity = Similarity(dtype_of_scores(state, queries), scale, options.score_transform)
+        similarity = Similarity.of(options, scale, dtype_of_scores(state, queries))
         exclusions = Exclusions.of(queries, exclude_ids, false_negatives, similarity.dtype)
     with torch.no_grad(), full_precision(queries):  # mining is a look-up
         queries, shards = check_ranks_agree(
