@@ -69,13 +69,13 @@ class StepOptions:
     """Restricts each query's softmax to its `top_k` highest cached scores."""
 
     score_transform: ScoreTransform | None = None
-    """An elementwise function of the scaled inner products. It must be the same on all ranks."""
+    """An elementwise function of the scaled inner products, the same on all ranks."""
 
     in_batch: InBatch = True
     """Whether all documents of the batch are classes of every query; "global": the documents of all ranks."""
 
     staleness_correction: StalenessCorrection = "self_normalized"
-    """How the loss accounts for stale embeddings, see `loss`."""
+    """How the loss accounts for stale embeddings: "none", "self_normalized" or "unnormalized", see `loss`."""
 
     reduction: Reduction = "mean"
     """"mean", "sum" or "none": over the queries."""
@@ -84,8 +84,8 @@ class StepOptions:
     """Which documents make room: those of the oldest embedding ("lru"), or those cached first ("fifo")."""
 
     refresh_stalest: float = 0
-    """How many of the oldest embeddings to compute again in each step, on each rank; a float below 1 is a share of the
-    slots (of each rank)."""
+    """How many of the oldest embeddings each rank computes again in each step; a float below 1 is that share of the
+    rank's slots."""
 
     placement: Placement = "sharded"
     """With a group: "sharded" if each rank holds a part of the cache, "replicated" if each holds all of it."""
@@ -206,7 +206,7 @@ class StepOptions:
         return {name: 0 if value is None else value for name, value in numbers.items()}
 
     def named_choices(self) -> dict[str, str]:
-        """The other options, except for the transform: two functions of different processes cannot be compared."""
+        """The other options, except for the transform: ranks compare what it makes of some scores."""
         return {
             "replacement": f"{self.replacement}",
             "share_draws": f"{self.share_draws}",

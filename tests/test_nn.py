@@ -218,7 +218,7 @@ def test_copies_are_independent_and_go_on_alike(kind: str) -> None:
 def test_copies_share_the_group(group_of_one: dist.ProcessGroup) -> None:
     criterion = NegativeCacheLoss(empty(1024), group=group_of_one)
     other = copy.deepcopy(criterion)
-    assert other.options.values["group"] is group_of_one
+    assert other.group is group_of_one
     assert other.state["items", "id"].data_ptr() != criterion.state["items", "id"].data_ptr()
 
 
@@ -244,8 +244,8 @@ def test_compiles_whole() -> None:
 
 
 def test_says_what_does_not_fit() -> None:
-    with pytest.raises(TypeError, match=r"options are \['draws'\]; expected some of .*draws_per_query"):
-        NegativeCacheLoss(empty(), draws=3)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match=r"options is a dict; expected negcache_fn\.StepOptions"):
+        NegativeCacheLoss(empty(), options={"draws_per_query": 3})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="state is a dict; expected a TensorDict"):
         NegativeCacheLoss({})  # type: ignore[arg-type]
     for scale in (0.0, -1.0, float("inf"), float("nan")):

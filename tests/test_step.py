@@ -80,7 +80,8 @@ def test_step_is_its_composition(name: str, capacity: int) -> None:
     results = []
     for function in (negcache_fn.step, steps.composed):
         queries = queries_of()
-        loss, after, metrics, draw = function(state, queries, batch, tower, **step_keywords(**options))
+        keywords = options if function is steps.composed else step_keywords(**options)
+        loss, after, metrics, draw = function(state, queries, batch, tower, **keywords)
         gradients = torch.autograd.grad(loss.sum(), [queries, *tower.parameters()])
         results.append((loss, after, metrics, draw, gradients))
     given, expected = results

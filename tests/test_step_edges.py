@@ -141,11 +141,11 @@ def test_step_on_any_state(case: strategies.Case, data: st.DataObject) -> None:
         "refresh_stalest": data.draw(st.integers(0, capacity)),
         "evict": data.draw(st.sampled_from(["lru", "fifo"])),
     }
-    options |= {"mask": data.draw(st.none() | strategies.masks(len(case.documents)))}
+    options |= {"cacheable": data.draw(st.none() | strategies.masks(len(case.documents)))}
     options |= {"share_draws": data.draw(st.booleans())}
     few = data.draw(st.none() | st.sampled_from([m for m in range(1, len(queries) + 1) if len(queries) % m == 0]))
     if few is not None:
-        options |= {"draws_per_query": 1, "replacement": True, "num_draws": few, "share_draws": True}
+        options |= {"draws_per_query": None, "replacement": True, "num_draws": few, "share_draws": True}
     options |= {"staleness_correction": data.draw(st.sampled_from(["none", "self_normalized", "unnormalized"]))}
     features = {"x": torch.arange(2 * len(case.documents)).view(-1, 2) + 500}
 
@@ -153,7 +153,7 @@ def test_step_on_any_state(case: strategies.Case, data: st.DataObject) -> None:
         return table[rows["x"][:, 0]]
 
     if len(case.documents) > capacity:
-        with pytest.raises(ValueError, match="documents"):
+        with pytest.raises(ValueError, match="features"):
             negcache_fn.step(case.state, queries, features, encode, **step_keywords(**options))
         return
     out = negcache_fn.step(case.state, queries, features, encode, **step_keywords(**options))

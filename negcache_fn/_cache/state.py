@@ -90,7 +90,7 @@ def init_cache(
         device: where the state lives; the device of the features by default.
 
     Returns:
-        The state, a locked TensorDict (see the module's schema).
+        The state, a locked TensorDict (see the schema of a state).
 
     Raises:
         ValueError: non-positive sizes; a feature without a row dimension; features on several devices.

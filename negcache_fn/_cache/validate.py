@@ -14,7 +14,7 @@ __all__ = ["validate"]
 
 
 def validate(state: TensorDictBase) -> None:
-    """Raises unless the values of a state keep the invariants of its schema (see `negcache_fn.state`).
+    """Raises unless the values of a state keep the invariants of its schema.
 
     For states that come from elsewhere: a checkpoint, a converter, your own hands. Of a sharded cache it looks at the
     part that is here.

@@ -147,7 +147,7 @@ def split_refresh(draw: Draw, embeddings: Tensor) -> list[tuple[Tensor, Tensor]]
         >>> left, right = (init_cache(8, 4, torch.zeros(1, 3), seed=seed) for seed in (0, 1))
         >>> right = update(right, torch.ones(2, 3), torch.randn(2, 4))
         >>> queries = torch.randn(3, 4)
-        >>> draw = merge_draws(*(sample_gumbel(state, queries, num_samples=1) for state in (left, right)))
+        >>> draw = merge_draws(*(sample_gumbel(state, queries, draws_per_query=1) for state in (left, right)))
         >>> [slots.max() >= 0 for slots, _ in split_refresh(draw, torch.ones(3, 4))]
         [tensor(False), tensor(True)]
     """

@@ -24,7 +24,7 @@ class Cache(nn.Module):
 
     `to`, `cuda` and the like move it; features that are on another device than the embeddings stay there. `half`,
     `double` and the like change the dtype of the embeddings alone. Its entries in a `state_dict` are named as in the
-    schema of `negcache_fn.state`: `items/embedding`, `items/features/input_ids`, ..., `step`, `seed`.
+    schema of a state: `items/embedding`, `items/features/input_ids`, ..., `step`, `seed`.
 
     Args:
         state: the cache, which is the module's from now on.

@@ -108,7 +108,7 @@ def test_prefill_is_a_loop_of_updates(with_ids: bool) -> None:
         ids = rows % 7 if with_ids else None
         expected = negcache_fn.update(expected, documents[rows], encoder(documents[rows]), ids=ids, evict="fifo")
     batches = ((documents[rows], rows % 7) if with_ids else documents[rows] for rows in torch.arange(20).split(6))
-    given_state = negcache_fn.prefill(state, batches, encoder, evict="fifo")
+    given_state = negcache_fn.prefill(state, batches, encoder, options=negcache_fn.StepOptions(evict="fifo"))
     assert bool((given_state == expected).all())
     assert float(negcache_fn.occupancy(state)) == 0
     assert not given_state["items", "embedding"].requires_grad

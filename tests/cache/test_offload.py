@@ -75,7 +75,9 @@ def encode(features: Any) -> torch.Tensor:
 def stepped(function: Callable[..., Any], state: TensorDictBase, device: str) -> TensorDictBase:
     """A step that split_refresh, with ids, and backward."""
     queries, ids = torch.zeros(3, 6, device="meta", requires_grad=True), torch.arange(3, device="meta")
-    out = function(state, queries, batch_on(device), encode, draws_per_query=2, refresh_stalest=3, ids=ids)
+    out = function(
+        state, queries, batch_on(device), encode, **step_keywords(draws_per_query=2, refresh_stalest=3, ids=ids)
+    )
     out.loss.backward()
     assert {value.device.type for value in out.metrics.values()} == {"meta"}
     return out.state

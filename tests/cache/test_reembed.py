@@ -79,7 +79,7 @@ def test_the_lowest_priorities_leave_first(data: st.DataObject) -> None:
             rows = data.draw(st.integers(1, capacity))
             ids = data.draw(st.lists(st.integers(-1, 9), min_size=rows, max_size=rows))
             batch = updates.batch(rows, n, ids=ids)
-            batch["mask"] = data.draw(strategies.masks(rows))
+            batch["cacheable"] = data.draw(strategies.masks(rows))
             priority = data.draw(priorities(capacity))
             model.update(**batch, evict=priority.tolist())
             state = negcache_fn.update(state, **batch, priorities=priority)
@@ -139,7 +139,15 @@ def test_a_step_evicts_by_priority(function: Any) -> None:
     tower, priority = Tower(), torch.tensor([5.0, 0.0, 7.0, math.nan, 6.0, 1.0, 8.0, 9.0])
     state = warm(tower, 8)
     now = int(state["step"])
-    out = function(state, unit(3, 6, 0), documents(3, 1), tower, options=negcache_fn.StepOptions(draws_per_query=4), scale=3.0, priorities=priority)
+    out = function(
+        state,
+        unit(3, 6, 0),
+        documents(3, 1),
+        tower,
+        options=negcache_fn.StepOptions(draws_per_query=4),
+        scale=3.0,
+        priorities=priority,
+    )
     assert (out.state["items", "inserted_at"] == now).nonzero().flatten().tolist() == [1, 3, 5]
 
 
@@ -279,13 +287,15 @@ def of_ranks(rank: int, world: int, *, alone: bool = False) -> list[Any]:
         wrong: list[tuple[Tensor, str]] = [
             (
                 priority if rank else priority.nan_to_num().long(),
-                "priorities of torch.int64.*priorities of torch.float32",
+                r"priorities differs between the ranks of the group: \[torch.int64, torch.float32\]",
             ),
             (priority[rank:], r"priorities has shape \(3071,\); expected \[3072\]"),
         ]
         for given, says in wrong:
             with pytest.raises(ValueError, match=says):
-                negcache_fn.update(state, training.features(ids, torch.float64), embeddings, priorities=given, group=group)
+                negcache_fn.update(
+                    state, training.features(ids, torch.float64), embeddings, priorities=given, group=group
+                )
     return states
 
 

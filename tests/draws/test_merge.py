@@ -74,7 +74,7 @@ def test_refresh_goes_to_the_right_cache() -> None:
     nothing = torch.zeros(1, dtype=torch.bool)
     for source, (state, refresh) in enumerate(zip(states, negcache_fn.split_refresh(draw, fresh), strict=True)):
         example = {"name": torch.zeros(1).long(), "nested": {"twice": torch.zeros(1, 1)}}
-        after = negcache_fn.update(state, example, unit(1, 4, 0), mask=nothing, refresh=refresh)
+        after = negcache_fn.update(state, example, unit(1, 4, 0), cacheable=nothing, refresh=refresh)
         expected = state["items", "embedding"].clone()
         for row, (slot, mine) in enumerate(zip(draw.slot.flatten(), draw.source.flatten(), strict=True)):
             if int(mine) == source:
@@ -132,7 +132,7 @@ def two_caches(rank: int, world: int, *, alone: bool = False) -> dict[str, Any]:
     example = {"name": taken["name"][:1], "nested": {"twice": taken["nested", "twice"][:1]}}
     after = [
         negcache_fn.update(
-            state, example, fresh[:1], mask=torch.zeros(1, dtype=torch.bool), refresh=refresh, group=group
+            state, example, fresh[:1], cacheable=torch.zeros(1, dtype=torch.bool), refresh=refresh, group=group
         )
         for state, refresh in zip(states, negcache_fn.split_refresh(draw, fresh), strict=True)
     ]

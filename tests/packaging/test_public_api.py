@@ -100,7 +100,7 @@ def test_options_are_keyword_only(name: str) -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_classes_type_their_fields(name: str) -> None:
-    fields = getattr(CLASSES[name], "_fields", ())
+    fields = getattr(CLASSES[name], "_fields", None) or tuple(CLASSES[name].__dataclass_fields__)
     assert fields
     assert set(typing.get_type_hints(CLASSES[name])) == set(fields)
     source = inspect.getsource(CLASSES[name]) + (inspect.getdoc(CLASSES[name]) or "")

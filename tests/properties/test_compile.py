@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "evict": "fifo",
     },
     "false negatives": {
-        "evict": True,
+        "priorities": True,
         "draws_per_query": 2,
         "ids": True,
         "false_negatives": True,
