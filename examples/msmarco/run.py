@@ -23,9 +23,9 @@ import negcache_fn
 from examples.code_search import checkpoint
 from examples.interruptions import InterruptedRunError, interruptions_deferred
 from examples.msmarco.data import Data, TrainingSet
+from examples.msmarco.estimators import step_options
 from examples.msmarco.evaluate import asked, evaluate
 from examples.msmarco.model import DualEncoder
-from examples.msmarco.estimators import step_options
 from examples.msmarco.options import Options
 from examples.msmarco.retrieval import autocast
 from examples.msmarco.storage import new_cache, restored_cache
