@@ -11,16 +11,19 @@ import torch.distributed as dist
 
 import negcache_fn
 from examples.benchmarks.traffic import Step, counted, messages
-from negcache_fn import distributed
+from negcache_fn import StepOptions, distributed
 from tests.support.processes import run_ranks
 
+ONE_DRAW = StepOptions(draws_per_query=1, in_batch="global")
 STEPS = {
-    "shared": Step(2, 4, 4, 16, feature_bytes=8 * 5 + 2),
-    "extras, bfloat16": Step(2, 4, 9, 32, samples=3, feature_bytes=42, storage_bytes=2, refresh_stalest=5),
-    "own": Step(2, 6, 8, 8, samples=2, feature_bytes=42, in_batch=False, share_draws=False),
-    "without replacement": Step(2, 4, 4, 16, samples=3, replacement=False, feature_bytes=42),
-    "fewer": Step(2, 4, 4, 16, num_draws=2, feature_bytes=42),
-    "own batch": Step(2, 6, 8, 8, feature_bytes=42, in_batch=True),
+    "shared": Step(2, 4, 4, 16, ONE_DRAW, feature_bytes=8 * 5 + 2),
+    "extras, bfloat16": Step(
+        2, 4, 9, 32, replace(ONE_DRAW, draws_per_query=3, refresh_stalest=5), feature_bytes=42, storage_bytes=2
+    ),
+    "own": Step(2, 6, 8, 8, StepOptions(draws_per_query=2, in_batch=False, share_draws=False), feature_bytes=42),
+    "without replacement": Step(2, 4, 4, 16, replace(ONE_DRAW, draws_per_query=3, replacement=False), feature_bytes=42),
+    "fewer": Step(2, 4, 4, 16, StepOptions(num_draws=2, in_batch="global"), feature_bytes=42),
+    "own batch": Step(2, 6, 8, 8, StepOptions(draws_per_query=1), feature_bytes=42),
 }
 
 
@@ -41,13 +44,8 @@ def measure(rank: int, world: int, *, step: Step) -> Counter[str]:
             torch.ones(step.batch, step.dim, requires_grad=True),
             features,
             lambda batch: encoder(batch["tokens"].float()),
-            num_samples=step.samples,
-            replacement=step.replacement,
-            num_draws=step.num_draws,
+            options=step.options,
             ids=torch.arange(step.documents) + rank * 100,
-            in_batch=step.in_batch,
-            share_draws=step.share_draws,
-            refresh_stalest=step.refresh_stalest,
             group=group,
         ).loss.backward()
     return counter
