@@ -52,10 +52,10 @@ def cache_step(
     """One step of the cache with its backward pass; the encoder gives rows that are there already.
 
     Args:
-        problem: says how many documents a query draws.
+        problem: the inputs; its shape decides how many documents a query draws.
         step: `_step`, or what is compiled of it.
         dtype: of the cached embeddings.
-        options: all others of the step.
+        options: of the step, apart from the draws.
     """
     state = problem.state(dtype)
 

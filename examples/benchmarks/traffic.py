@@ -28,7 +28,7 @@ class Step:
     """Of a rank's batch, the positives included."""
     dim: int
     options: StepOptions
-    """`refresh_stalest` as a number of slots; no `top_k`, `reduction` or `placement` but the defaults."""
+    """Their `refresh_stalest` is a number of slots; `top_k`, `reduction` and `placement` are the defaults."""
     feature_bytes: int = 64
     """Of one document."""
     storage_bytes: int = 4

@@ -16,8 +16,8 @@ from negcache_fn import StepOptions
 
 __all__ = ["described", "key_of"]
 
-_LATER_OPTIONS = ("top_k", "score_transform", "reduction", "placement")
-"""Not in the published lines: described where they are not the default."""
+_PUBLISHED_OPTIONS = ("in_batch", "num_draws", "replacement", "share_draws", "staleness_correction", "evict")
+"""Described whatever they are; options that the published lines do not have are described where they are changed."""
 
 
 def described(asked: Any) -> Any:
@@ -44,19 +44,14 @@ def _described_fields(asked: Any) -> dict[str, Any]:
 def _described_method(method: Method) -> dict[str, Any]:
     written = _described_fields(method)
     options, defaults = written.pop("options"), _described_fields(StepOptions())
-    later = {name: options[name] for name in _LATER_OPTIONS if options[name] != defaults[name]}
-    return {
-        **written,
-        "in_batch": options["in_batch"],
+    del options["draws_per_query"]
+    published = {
         "num_samples": method.options.samples if method.loss == "cache" else 1,
-        "num_draws": options["num_draws"],
-        "replacement": options["replacement"],
-        "share_draws": options["share_draws"],
-        "staleness_correction": options["staleness_correction"],
-        "refresh_stalest": options["refresh_stalest"] or 0.0,
-        "evict": options["evict"],
-        **later,
+        "refresh_stalest": options.pop("refresh_stalest") or 0.0,
+        **{name: options.pop(name) for name in _PUBLISHED_OPTIONS},
     }
+    changed = {name: value for name, value in options.items() if value != defaults[name]}
+    return {**written, **published, **changed}
 
 
 def _without_names(value: Any) -> Any:
