@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 import negcache_fn
 from examples.benchmarks.problem import SCALE, Problem
 from examples.benchmarks.shapes import Shape
+from negcache_fn import StepOptions
 
 __all__ = ["BASELINE", "OURS", "PLAIN", "Call", "Method", "UnavailableError", "cache_step"]
 
@@ -41,9 +42,22 @@ class Method:
     compiled: bool = False
 
 
-def cache_step(problem: Problem, step: Callable[..., negcache_fn.StepOutput], **options: Any) -> Call:
-    """One step of the cache with its backward pass; the encoder gives rows that are there already."""
-    state = problem.state(options.pop("dtype", torch.float32))
+def cache_step(
+    problem: Problem,
+    step: Callable[..., negcache_fn.StepOutput],
+    *,
+    dtype: torch.dtype = torch.float32,
+    options: StepOptions = StepOptions(),
+) -> Call:
+    """One step of the cache with its backward pass; the encoder gives rows that are there already.
+
+    Args:
+        problem: the inputs; its shape decides how many documents a query draws.
+        step: `_step`, or what is compiled of it.
+        dtype: of the cached embeddings.
+        options: of the step, apart from the draws.
+    """
+    state = problem.state(dtype)
 
     def call() -> None:
         problem.next_batch()
@@ -54,7 +68,7 @@ def cache_step(problem: Problem, step: Callable[..., negcache_fn.StepOutput], **
             problem.encoded,
             problem.ids,
             problem.shape.samples,
-            **options,
+            options,
         )
         out.loss.backward()
 
@@ -62,11 +76,10 @@ def cache_step(problem: Problem, step: Callable[..., negcache_fn.StepOutput], **
 
 
 def _step(
-    state: Any, queries: Tensor, features: Any, encoded: Tensor, ids: Tensor, samples: int, **options: Any
+    state: Any, queries: Tensor, features: Any, encoded: Tensor, ids: Tensor, samples: int, options: StepOptions
 ) -> negcache_fn.StepOutput:
-    return negcache_fn.step_(
-        state, queries, features, lambda _: encoded, scale=SCALE, ids=ids, num_samples=samples, **options
-    )
+    options = replace(options, draws_per_query=samples)  # here, so that one graph serves every number of draws
+    return negcache_fn.step_(state, queries, features, lambda _: encoded, options=options, scale=SCALE, ids=ids)
 
 
 # One graph for most sizes: what it calls for the pass over the cache is the same whatever the size. There are others
@@ -75,12 +88,20 @@ torch._dynamo.config.recompile_limit = 64
 _compiled_step = torch.compile(_step, fullgraph=True, dynamic=True)
 
 
-def _ours(name: str, label: str, *, compiled: bool = True, precision: str = "highest", **options: Any) -> Method:
+def _ours(
+    name: str,
+    label: str,
+    *,
+    compiled: bool = True,
+    precision: str = "highest",
+    dtype: torch.dtype = torch.float32,
+    options: StepOptions = StepOptions(),
+) -> Method:
     def make(problem: Problem) -> Call:
-        call = cache_step(problem, _compiled_step if compiled else _step, **options)
+        call = cache_step(problem, _compiled_step if compiled else _step, dtype=dtype, options=options)
         return call if precision == "highest" else _with_precision(call, precision)
 
-    swept = precision == "highest" and "top_k" not in options
+    swept = precision == "highest" and options.top_k is None
     return Method(name, label, make, swept=swept, compiled=compiled)
 
 
@@ -139,7 +160,7 @@ OURS = (
     _ours("ours-high", "`negcache_fn`, compiled, precision “high”", precision="high"),
     _ours("ours-bf16", "`negcache_fn`, bfloat16 storage, compiled", dtype=_BFLOAT16),
     _ours("ours-bf16-eager", "`negcache_fn`, bfloat16 storage, eager", dtype=_BFLOAT16, compiled=False),
-    _ours("ours-top64", "`negcache_fn`, `top_k=64`, compiled", top_k=64),
+    _ours("ours-top64", "`negcache_fn`, `top_k=64`, compiled", options=StepOptions(top_k=64)),
 )
 
 PLAIN = (

@@ -27,9 +27,10 @@ from examples.benchmarks.report import fill_page
 from examples.benchmarks.shapes import Shape
 from examples.benchmarks.traffic import Step, counted, messages, sent_bytes, watched
 from examples.command_line import CommandParser, positive, run
-from negcache_fn import distributed
+from negcache_fn import StepOptions, distributed
 
 GLOBAL = Shape(256, 2**17, 128)
+OPTIONS = StepOptions(draws_per_query=GLOBAL.samples, in_batch="global")
 ROUNDS = 15
 COLLECTIVES = ("all_gather", "all_to_all", "reduce_scatter", "all_reduce")
 SMALL, LARGE = 2**10, 2**22
@@ -103,7 +104,7 @@ def _work(rank: int, world: int, shape: Shape, folder: str) -> None:
 
 def _sharded(problem: Problem, group: dist.ProcessGroup | None) -> Callable[[], None]:
     state = problem.state()
-    in_batch: Any = True if group is None else "global"
+    options = StepOptions(draws_per_query=problem.shape.samples, in_batch=True if group is None else "global")
     offset = 0 if group is None else 2**30 * dist.get_rank(group)
 
     def call() -> None:
@@ -113,10 +114,9 @@ def _sharded(problem: Problem, group: dist.ProcessGroup | None) -> Callable[[], 
             problem.queries,
             problem.features,
             lambda _: problem.encoded,
+            options=options,
             scale=SCALE,
-            num_samples=problem.shape.samples,
             ids=problem.ids + offset,
-            in_batch=in_batch,
             group=group,
         )
         out.loss.backward()
@@ -196,7 +196,8 @@ def _measured_table(measured: dict[int, dict[str, Any]]) -> str:
         "| ---: | ---: | ---: | ---: |",
     ]
     for world, found in measured.items():
-        step = Step(world, GLOBAL.batch // world, GLOBAL.batch // world, GLOBAL.dim, feature_bytes=FEATURE_BYTES)
+        part = GLOBAL.batch // world
+        step = Step(world, part, part, GLOBAL.dim, OPTIONS, feature_bytes=FEATURE_BYTES)
 
         def seconds_of(name: str, count: int, size: float, line: Any = found["line"]) -> float:
             small, large = line[name]
@@ -220,7 +221,7 @@ def _overhead_text(found: dict[str, Any], world: int, shape: Shape) -> str:
 
 
 def _messages_table() -> str:
-    step = Step(64, 64, 64, 768, feature_bytes=1024, storage_bytes=2)
+    step = Step(64, 64, 64, 768, OPTIONS, feature_bytes=1024, storage_bytes=2)
     lines = ["| what | collective | messages | buffer of a rank | a rank sends |", "| --- | --- | ---: | ---: | ---: |"]
     total = 0.0
     for what, collective, count, size in messages(step):
@@ -238,7 +239,7 @@ def _clusters_table() -> str:
     ]
     for capacity in (10**8, 10**9):
         for world in (64, 256, 1024):
-            step = Step(world, 64, 64, 768, feature_bytes=1024, storage_bytes=2)
+            step = Step(world, 64, 64, 768, OPTIONS, feature_bytes=1024, storage_bytes=2)
             sent = [(sent_bytes(collective, size, world), what) for what, collective, _, size in messages(step)]
             passing = 2 * step.batch * capacity * step.dim / CLUSTER_FLOPS
             latency = sum(count for _, _, count, _ in messages(step)) * CLUSTER_SECONDS_PER_MESSAGE

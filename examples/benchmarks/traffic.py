@@ -11,7 +11,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from negcache_fn import collectives
+from negcache_fn import StepOptions
+from negcache_fn._ranks import agree, operators
 
 __all__ = ["Step", "counted", "messages", "sent_bytes", "watched"]
 
@@ -26,25 +27,22 @@ class Step:
     documents: int
     """Of a rank's batch, the positives included."""
     dim: int
-    samples: int = 1
-    replacement: bool = True
-    num_draws: int | None = None
+    options: StepOptions
+    """Their `refresh_stalest` is a number of slots; `top_k`, `reduction` and `placement` are the defaults."""
     feature_bytes: int = 64
     """Of one document."""
     storage_bytes: int = 4
     """Of a number of a stored embedding."""
-    in_batch: bool | str = "global"
-    share_draws: bool = True
-    refresh_stalest: int = 0
 
 
 def messages(step: Step) -> list[tuple[str, str, int, int]]:
     """(what for, collective, how many, bytes of a rank's whole buffer) of a step and its backward pass."""
-    drawing = step.batch if step.num_draws is None else step.num_draws
-    draws = drawing * step.samples
-    chosen = step.samples if step.replacement else step.samples + 1
+    options = step.options
+    drawing = step.batch if options.num_draws is None else options.num_draws
+    draws = drawing * options.samples
+    chosen = options.samples if options.replacement else options.samples + 1
     world, documents, dim = step.world, step.documents, step.dim
-    excluded = documents if step.in_batch else step.batch
+    excluded = documents if options.in_batch else step.batch
     numbers = 8 + 4 + 1  # of a new document: id, log-weight, mask
     found = [
         ("agreeing on sizes", "all_gather", 1, 8 * 13),
@@ -61,7 +59,7 @@ def messages(step: Step) -> list[tuple[str, str, int, int]]:
         ("slots to replace", "all_reduce", 1, 8 * world * documents),
         ("metrics", "all_reduce", 1, 8 * 19),
     ]
-    if step.in_batch == "global":
+    if options.in_batch == "global":
         found += [
             ("new documents: features and numbers", "all_gather", 1, documents * (step.feature_bytes + numbers)),
             ("new documents: embeddings", "all_gather", 1, 4 * documents * dim),
@@ -69,7 +67,7 @@ def messages(step: Step) -> list[tuple[str, str, int, int]]:
         ]
     else:
         found.append(("new documents", "all_gather", 1, documents * (step.feature_bytes + numbers + 4 * dim)))
-    if step.share_draws:
+    if options.share_draws:
         found += [
             ("draws: stale embeddings and numbers", "all_gather", 1, draws * (step.storage_bytes * dim + 8 * 3 + 4)),
             ("draws: fresh embeddings", "all_gather", 1, 4 * draws * dim),
@@ -78,12 +76,13 @@ def messages(step: Step) -> list[tuple[str, str, int, int]]:
         ]
     else:
         found.append(("draws: slots and fresh embeddings", "all_gather", 1, draws * (8 + 4 * dim)))
-    if step.refresh_stalest:
+    if options.refresh_stalest:
+        stalest = int(options.refresh_stalest)
         found += [
-            ("slots to renew", "all_gather", 1, 8 * world * step.refresh_stalest),
-            ("slots to renew, wanted", "all_gather", 1, 8 * step.refresh_stalest),
-            ("their features", "all_to_all", 1, world * step.refresh_stalest * step.feature_bytes),
-            ("their fresh embeddings", "all_gather", 1, 4 * step.refresh_stalest * dim),
+            ("slots to renew", "all_gather", 1, 8 * world * stalest),
+            ("slots to renew, wanted", "all_gather", 1, 8 * stalest),
+            ("their features", "all_to_all", 1, world * stalest * step.feature_bytes),
+            ("their fresh embeddings", "all_gather", 1, 4 * stalest * dim),
         ]
     return found
 
@@ -120,8 +119,10 @@ def watched(watch: Callable[[str, Tensor, Callable[[], Any]], Any]) -> Iterator[
 
         setattr(owner, attribute, replaced)
 
-    replace(collectives, "_all_gather", "all_gather", 1)
-    replace(collectives, "_reduce_scatter", "reduce_scatter", 1)
+    # Those are bound when the modules are imported: replacing them in torch.distributed would come too late.
+    replace(operators, "gather_into", "all_gather", 1)
+    replace(agree, "gather_into", "all_gather", 1)
+    replace(operators, "_reduce_scatter", "reduce_scatter", 1)
     replace(dist, "all_to_all_single", "all_to_all", 1)
     replace(dist, "all_reduce", "all_reduce", 0)
     try:

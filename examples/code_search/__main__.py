@@ -27,7 +27,7 @@ def _parser() -> CommandParser:
     train.add_argument("--steps", type=positive, default=2000, help="training steps of each run")
     train.add_argument("--batch-size", type=positive, default=16, help="queries in a step")
     train.add_argument("--cache-size", type=positive, default=8192, help="documents in the cache")
-    train.add_argument("--num-samples", type=positive, default=4, help="negatives each query draws from the cache")
+    train.add_argument("--draws-per-query", type=positive, default=4, help="negatives each query draws from the cache")
     train.add_argument("--embedding-dim", type=positive, default=256, help="of queries and documents")
     train.add_argument("--evaluate-every", type=positive, default=400, help="steps between evaluations")
     train.add_argument("--seed", type=int, default=0, help="of encoder, batches and draws")
@@ -64,7 +64,7 @@ def _train(options: argparse.Namespace) -> None:
         embedding_dim=options.embedding_dim,
         batch_size=options.batch_size,
         cache_size=options.cache_size,
-        num_samples=options.num_samples,
+        draws_per_query=options.draws_per_query,
         seed=options.seed,
         evaluate_every=options.evaluate_every,
     )

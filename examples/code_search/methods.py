@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import negcache_fn
 from examples.code_search.data import Batch
 from examples.code_search.model import DualEncoder
+from negcache_fn import StepOptions
 
 __all__ = ["METHODS", "Method", "cache_step", "in_batch_loss", "in_batch_step"]
 
@@ -29,9 +30,9 @@ class Method:
     extra: str
     """Random documents beside B positives: "none"; "stream", B; "match", B + B*k, as many as the cache run encodes."""
 
-    def random_documents(self, batch_size: int, num_samples: int) -> int:
+    def random_documents(self, batch_size: int, draws_per_query: int) -> int:
         """How many random documents come with a batch."""
-        return {"none": 0, "stream": batch_size, "match": batch_size * (1 + num_samples)}[self.extra]
+        return {"none": 0, "stream": batch_size, "match": batch_size * (1 + draws_per_query)}[self.extra]
 
 
 METHODS = (
@@ -47,7 +48,7 @@ def cache_step(
     batch: Batch,
     cache: TensorDictBase,
     *,
-    num_samples: int,
+    options: StepOptions,
     group: ProcessGroup | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and metrics with negatives from batch and cache; the cache is updated in place."""
@@ -56,10 +57,9 @@ def cache_step(
         encode(batch.queries, "queries"),
         batch.documents,
         lambda documents: encode(documents, "documents"),
+        options=options,
         scale=scale,
-        num_samples=num_samples,
         ids=batch.ids,
-        in_batch=True if group is None else "global",
         group=group,
     )
     return output.loss, output.metrics

@@ -29,7 +29,7 @@ from examples.code_search.model import DualEncoder, optimizers
 from examples.code_search.workers import ALONE, Workers
 from examples.interruptions import InterruptedRunError, interruptions_deferred
 from examples.threads import one_thread
-from negcache_fn import distributed
+from negcache_fn import StepOptions, distributed
 
 __all__ = ["Options", "Run"]
 
@@ -41,11 +41,16 @@ class Options:
     embedding_dim: int = 256
     batch_size: int = 16
     cache_size: int = 8192
-    num_samples: int = 4
+    draws_per_query: int = 4
     seed: int = 0
     evaluate_every: int = 400
     validation_queries: int = 1500
     """How many are asked at each evaluation; the final one asks all of the test modules."""
+
+    def described(self) -> dict[str, Any]:
+        """As checkpoints and summaries name them."""
+        described = asdict(self)
+        return {"num_samples": described.pop("draws_per_query"), **described}
 
 
 class Run:
@@ -65,6 +70,9 @@ class Run:
         self.model = DualEncoder(options.embedding_dim, seed=options.seed)
         self.encode = self.model if workers.group is None else DistributedDataParallel(self.model)
         self.optimizers = optimizers(self.model)
+        self.step_options = StepOptions(
+            draws_per_query=options.draws_per_query, in_batch=True if workers.group is None else "global"
+        )
         self.cache: TensorDictBase | None = None
         if method.cached:
             example = rows_of(data.documents, slice(0, 1))
@@ -76,7 +84,7 @@ class Run:
     @property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued."""
-        return {"method": self.method.name, "corpus": self.data.corpus.key, **asdict(self.options)}
+        return {"method": self.method.name, "corpus": self.data.corpus.key, **self.options.described()}
 
     def train(self, steps: int) -> None:
         """Goes on to ``steps`` steps, from the checkpoint if there is one.
@@ -119,7 +127,7 @@ class Run:
             self.options.seed,
             self.step,
             batch_size=self.options.batch_size,
-            random_documents=self.method.random_documents(self.options.batch_size, self.options.num_samples),
+            random_documents=self.method.random_documents(self.options.batch_size, self.options.draws_per_query),
         )
         metrics: dict[str, Tensor] = {}
         if self.cache is None:
@@ -130,7 +138,7 @@ class Run:
                 self.model.scale,
                 self.workers.part(batch),
                 self.cache,
-                num_samples=self.options.num_samples,
+                options=self.step_options,
                 group=self.workers.group,
             )
         loss.backward()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def train(
             checkpoint.save(build_index(run.model, data), out / INDEX_FILE)
 
     gap = results["with the cache"]["mrr@10"] - results["in-batch"]["mrr@10"]
-    summary = {"steps": steps, "mask_names": mask_names, **asdict(options), **sizes, "test": results, "gap": gap}
+    summary = {"steps": steps, "mask_names": mask_names, **options.described(), **sizes, "test": results, "gap": gap}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     draw(histories, lexical["validation"]["mrr@10"], out / "training.png")
     print(_table(results))
@@ -81,7 +80,7 @@ def _train_together(data: Data, out: Path, steps: int, options: Options, workers
 def _sizes(data: Data, options: Options) -> dict[str, Any]:
     corpus = data.corpus
     queries = {split: len(corpus.queries_of(split)) for split in SPLITS}
-    most_random = max(method.random_documents(options.batch_size, options.num_samples) for method in METHODS)
+    most_random = max(method.random_documents(options.batch_size, options.draws_per_query) for method in METHODS)
     if queries["train"] < options.batch_size or len(data.train_documents) < most_random:
         raise ValueError(
             f"training modules have {len(data.train_documents)} functions and {queries['train']} queries; a step "

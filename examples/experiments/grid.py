@@ -7,19 +7,19 @@ the first seed; the test queries are asked once for each budget and seed, by the
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import tomllib
 
 from examples.experiments.encoders import ENCODERS
+from examples.experiments.keys import key_of
 from examples.experiments.methods import Method
 from examples.experiments.tasks import Source
+from negcache_fn import StepOptions
 
-__all__ = ["BUDGETS", "Comparison", "GradientStudy", "Grid", "Lexical", "Setting", "Trial", "hashed", "read_grid"]
+__all__ = ["BUDGETS", "Comparison", "GradientStudy", "Grid", "Lexical", "Setting", "Trial", "read_grid"]
 
 BUDGETS = ("steps", "documents", "seconds")
 
@@ -53,7 +53,7 @@ class Trial:
     @property
     def key(self) -> str:
         """The same for the same trial, whatever comparison asks for it."""
-        return hashed(asdict(self))
+        return key_of(self)
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,7 @@ class Lexical:
     @property
     def key(self) -> str:
         """The same for the same source."""
-        return hashed(asdict(self))
-
-
-def hashed(described: dict[str, Any]) -> str:
-    """A key for what is described: the same under other names."""
-    text = json.dumps(_without_names(described), sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _without_names(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_names(inner) for key, inner in value.items() if key not in ("name", "label")}
-    return [_without_names(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return key_of(self)
 
 
 @dataclass(frozen=True)
@@ -181,7 +169,7 @@ class GradientStudy:
     @property
     def key(self) -> str:
         """The same for the same study."""
-        return hashed(asdict(self))
+        return key_of(self)
 
 
 @dataclass(frozen=True)
@@ -201,14 +189,19 @@ def read_grid(file: Path, *, beir: Path | None = None) -> Grid:
     with file.open("rb") as opened:
         written = tomllib.load(opened)
     try:
-        sources = {name: _made(Source, {"name": name, **given}) for name, given in written["tasks"].items()}
-        methods = {name: _made(Method, {"name": name, **given}) for name, given in written["methods"].items()}
+        sources = {name: _made(name, Source, {"name": name, **given}) for name, given in written["tasks"].items()}
+        methods = {name: _method(name, given) for name, given in written["methods"].items()}
         return Grid(
             tuple(_comparison(name, given, sources, methods, beir) for name, given in written["comparisons"].items()),
             tuple(_study(name, given, sources, methods, beir) for name, given in written.get("gradients", {}).items()),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def _method(name: str, given: dict[str, Any]) -> Method:
+    options = _made(name, StepOptions, given.get("options", {}))
+    return _made(name, Method, {"name": name, **given, "options": options})
 
 
 def _comparison(
@@ -261,8 +254,11 @@ def _source(given: dict[str, Any], sources: dict[str, Source], beir: Path | None
     return sources[given["task"]] if beir is None else Source(beir.name, str(beir.resolve()))
 
 
-def _made(kind: Any, given: dict[str, Any]) -> Any:
+def _made(name: str, kind: Any, given: dict[str, Any]) -> Any:
     unknown = set(given) - {field.name for field in fields(kind)}
     if unknown:
-        raise ValueError(f"{given['name']} has the keys {sorted(unknown)}, which a {kind.__name__} has not")
-    return kind(**given)
+        raise ValueError(f"{name} has the keys {sorted(unknown)}, which a {kind.__name__} has not")
+    try:
+        return kind(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error

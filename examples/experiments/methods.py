@@ -15,6 +15,7 @@ import negcache_fn
 from examples.code_search.features import rows_of
 from examples.experiments.encoders import DualEncoder
 from examples.experiments.tasks import Batch, Task
+from negcache_fn import StepOptions
 
 __all__ = ["CacheLearner", "Learner", "Method", "Outcome", "exhaustive_loss", "in_batch_loss", "learner"]
 
@@ -31,8 +32,6 @@ class Method:
     """ "in_batch": the documents of the batch; "memory": besides them cached embeddings as constants; "cache": draws
     from a cache; "exhaustive": all training documents, encoded at every step."""
     batch: int = 16
-    in_batch: bool = True
-    """Whether documents of other queries are negatives."""
     random: int = 0
     """Random documents that come with every batch."""
     mined: int = 0
@@ -43,13 +42,8 @@ class Method:
     """Slots of the cache; None: as many as there are training documents."""
     prefill: bool = True
     """Whether all slots are filled before the first step."""
-    num_samples: int = 1
-    num_draws: int | None = None
-    replacement: bool = True
-    share_draws: bool = True
-    staleness_correction: str = "self_normalized"
-    refresh_stalest: float = 0.0
-    evict: str = "lru"
+    options: StepOptions = StepOptions()
+    """Of the steps of "cache"; "memory" takes `in_batch` and `evict` from it, "in_batch" `in_batch` alone."""
 
 
 class Outcome(NamedTuple):
@@ -101,7 +95,7 @@ class _InBatch(Learner):
         if self.method.chunk is not None:
             encode = negcache_fn.chunked(encode, self.method.chunk)
         queries, documents = self.model.encode_queries(batch.queries), encode(batch.documents)
-        loss = in_batch_loss(queries, documents, batch, self.model.scale, in_batch=self.method.in_batch)
+        loss = in_batch_loss(queries, documents, batch, self.model.scale, in_batch=self.method.options.in_batch)
         return Outcome(loss, {})
 
 
@@ -128,7 +122,7 @@ class CacheLearner(Learner):
         rows = np.random.default_rng((seed, 0)).permutation(task.train_documents)[:capacity]
         parts = [rows[start : start + _ROWS_AT_ONCE] for start in range(0, len(rows), _ROWS_AT_ONCE)]
         batches = ((rows_of(task.documents, part), torch.from_numpy(part)) for part in parts)
-        return negcache_fn.prefill(state, batches, self.encode)
+        return negcache_fn.prefill(state, batches, self.encode, options=self.method.options)
 
     def __call__(self, batch: Batch) -> Outcome:
         queries = self.model.encode_queries(batch.queries)
@@ -142,34 +136,26 @@ class CacheLearner(Learner):
             queries,
             documents,
             scale=self.model.scale,
-            in_batch=self.method.in_batch,
+            in_batch=self.method.options.in_batch,
             ids=batch.ids,
             false_negatives=answers,
         )
         # Not in place: the backward pass of the loss reads the cache again.
         self.state = negcache_fn.update(
-            self.state, batch.documents, documents.detach(), ids=batch.ids, evict=self.method.evict
+            self.state, batch.documents, documents.detach(), ids=batch.ids, evict=self.method.options.evict
         )
         return Outcome(loss, {})
 
     def _cache_step(self, queries: Tensor, batch: Batch, answers: negcache_fn.FalseNegatives) -> Outcome:
-        method = self.method
         output = negcache_fn.step_(
             self.state,
             queries,
             batch.documents,
             self.encode,
+            options=self.method.options,
             scale=self.model.scale,
-            num_samples=method.num_samples,
-            num_draws=method.num_draws,
-            replacement=method.replacement,
-            in_batch=method.in_batch,
             ids=batch.ids,
             false_negatives=answers,
-            share_draws=method.share_draws,
-            staleness_correction=method.staleness_correction,
-            refresh_stalest=method.refresh_stalest,
-            evict=method.evict,
         )
         return Outcome(output.loss, output.metrics)
 

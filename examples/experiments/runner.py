@@ -7,7 +7,6 @@ import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from examples.experiments.gradients import run_gradients
 from examples.experiments.grid import Comparison, GradientStudy, Grid, Lexical, Trial
+from examples.experiments.keys import described
 from examples.experiments.tasks import Source, Task, load_task
 from examples.experiments.trial import run_lexical, run_trial
 from examples.interruptions import leave_interrupts_to_parent
@@ -74,7 +74,7 @@ def _run(pool: Executor, wanted: Sequence[_Asked], out: Path, found: Results, co
         for done in as_completed([pool.submit(_run_one, asked, out) for asked in missing]):
             asked, result = done.result()
             found[asked.key] = _rounded(result)
-            file.write(json.dumps({"key": asked.key, "asked": asdict(asked), "result": found[asked.key]}) + "\n")
+            file.write(json.dumps({"key": asked.key, "asked": described(asked), "result": found[asked.key]}) + "\n")
             file.flush()
             progress.update()
 

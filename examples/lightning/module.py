@@ -15,6 +15,7 @@ from examples.code_search.features import rows_of
 from examples.code_search.model import ResidualHead
 from examples.code_search.tokens import PADDING, VOCABULARY_SIZE
 from examples.lightning.data import CodeSearchData
+from negcache_fn import StepOptions
 from negcache_fn.nn import NegativeCacheLoss
 
 __all__ = ["CodeSearch"]
@@ -27,7 +28,12 @@ class CodeSearch(LightningModule):
     """One table of word vectors, a small residual network for each side, and a cache of functions."""
 
     def __init__(
-        self, dataset: CodeSearchData, *, dim: int = 128, cache_size: int = 4096, num_samples: int = 4
+        self,
+        dataset: CodeSearchData,
+        *,
+        dim: int = 128,
+        cache_size: int = 4096,
+        options: StepOptions = StepOptions(),
     ) -> None:
         super().__init__()
         self.dataset = dataset
@@ -35,7 +41,7 @@ class CodeSearch(LightningModule):
         self.query_head, self.document_head = ResidualHead(dim), ResidualHead(dim)
         example = rows_of(dataset.data.documents, slice(1))
         state = negcache_fn.init_cache(cache_size, dim, features=example)
-        self.criterion = NegativeCacheLoss(state, scale=SCALE, num_samples=num_samples)
+        self.criterion = NegativeCacheLoss(state, scale=SCALE, options=options)
 
     def encode_queries(self, features: dict[str, Tensor]) -> Tensor:
         """[B, dim] unit vectors of bags of words."""

@@ -66,11 +66,14 @@ def _parser() -> CommandParser:
         help="that come into the cache in each step",
     )
     train.add_argument(
-        "--num-samples", type=positive, default=defaults.num_samples, help="negatives each query draws from the cache"
+        "--draws-per-query",
+        type=positive,
+        default=defaults.draws_per_query,
+        help="negatives each query draws from the cache",
     )
     train.add_argument(
         "--estimator",
-        choices=tuple(ESTIMATORS),
+        choices=ESTIMATORS,
         default=defaults.estimator,
         help='"paper": own draws, no correction of staleness, no classes in the batch',
     )

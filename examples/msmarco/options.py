@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 __all__ = ["ESTIMATORS", "FORMATS", "POOLING", "PRECISIONS", "STORAGE", "TOWERS", "Options", "Shape", "Widths"]
 
@@ -12,12 +12,8 @@ TOWERS = ("shared", "separate")
 POOLING = ("mean", "cls")
 PRECISIONS = ("float32", "bfloat16")
 STORAGE = ("device", "cpu", "files")
-ESTIMATORS: dict[str, dict[str, Any]] = {
-    # What this package adds to the paper's estimator: docs/method.md.
-    "shared": {"share_draws": True, "staleness_correction": "self_normalized", "in_batch": True},
-    "paper": {"share_draws": False, "staleness_correction": "none", "in_batch": False},
-}
-"""Arguments of `negcache_fn.step_`."""
+ESTIMATORS = ("shared", "paper")
+"""With what this package adds to the paper's estimator, and without: docs/method.md."""
 
 
 class Shape(NamedTuple):
@@ -49,8 +45,8 @@ class Options:
     """Random passages to embed before the first step; as many as fill the cache by default."""
     random_passages: int = 8
     """That come into the cache in each step, beside the positives."""
-    num_samples: int = 4
-    estimator: str = "shared"
+    draws_per_query: int = 4
+    estimator: str = ESTIMATORS[0]
     rate: float = 1e-5
     scale_rate: float = 1e-3
     """Of the logarithm of the scale."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -23,9 +23,10 @@ import negcache_fn
 from examples.code_search import checkpoint
 from examples.interruptions import InterruptedRunError, interruptions_deferred
 from examples.msmarco.data import Data, TrainingSet
+from examples.msmarco.estimators import step_options
 from examples.msmarco.evaluate import asked, evaluate
 from examples.msmarco.model import DualEncoder
-from examples.msmarco.options import ESTIMATORS, Options
+from examples.msmarco.options import Options
 from examples.msmarco.retrieval import autocast
 from examples.msmarco.storage import new_cache, restored_cache
 from negcache_fn import FalseNegatives
@@ -46,6 +47,7 @@ class Run:
         self.device = device
         self.dtype = getattr(torch, options.precision)
         self.step = 0
+        self.step_options = step_options(options)
         self.model = model.to(device).train()
         passage_tower = model.passage_tower
         self.encode = (
@@ -66,7 +68,7 @@ class Run:
             "query_tokens": data.query_tokens,
             "model": model.digest(),
             **model.shape._asdict(),
-            **asdict(options),
+            **_described(options),
         }
         towers = [weight for name, weight in model.named_parameters() if name != "log_scale"]
         self.optimizer = torch.optim.Adam([{"params": towers}, {"params": [model.log_scale]}])
@@ -149,11 +151,10 @@ class Run:
                 self.model.query_tower({"input_ids": batch.queries}),
                 batch.passages,
                 self.encode,
+                options=self.step_options,
                 scale=self.model.scale,
-                num_samples=options.num_samples,
                 ids=batch.ids,
                 false_negatives=FalseNegatives(ids=batch.positives),
-                **ESTIMATORS[options.estimator],
             )
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
@@ -226,6 +227,12 @@ class Run:
         with file.open("w", encoding="utf-8", buffering=1) as log:
             log.writelines(kept)
             yield log
+
+
+def _described(options: Options) -> dict[str, Any]:
+    """As checkpoints name them."""
+    described = asdict(options)
+    return {"num_samples": described.pop("draws_per_query"), **described}
 
 
 def _share_of_rate(step: int, warm_up: int, steps: int) -> float:

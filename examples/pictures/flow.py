@@ -13,6 +13,7 @@ from matplotlib.path import Path
 import negcache_fn
 from examples.pictures.drawing import Theme
 from examples.pictures.training import Run, train
+from negcache_fn import StepOptions
 
 __all__ = ["Sizes", "diagram", "sizes_of_a_step"]
 
@@ -27,7 +28,7 @@ class Sizes(NamedTuple):
     written: int
 
 
-def sizes_of_a_step(*, capacity: int = 1024, num_samples: int = 4, steps: int = 80) -> Sizes:
+def sizes_of_a_step(*, capacity: int = 1024, draws_per_query: int = 4, steps: int = 80) -> Sizes:
     """Of the last of so many steps: how much was encoded and how many slots have another embedding after it."""
     encoded: list[int] = []
     before: list[torch.Tensor] = []
@@ -42,7 +43,7 @@ def sizes_of_a_step(*, capacity: int = 1024, num_samples: int = 4, steps: int = 
             found.append(Sizes(len(out.draw.slot), capacity, out.draw.slot.numel(), encoded[-1], changed))
         before[:] = [embeddings.clone()]
 
-    train(steps, capacity=capacity, num_samples=num_samples, look=look)
+    train(steps, capacity=capacity, options=StepOptions(draws_per_query=draws_per_query), look=look)
     return found[0]
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import negcache_fn
 from examples.pictures.training import BATCH, SCALE, Run, Tower, train
+from negcache_fn import StepOptions
 
 __all__ = [
     "Correction",
@@ -92,17 +93,17 @@ def gradients_by_draws(run: Run, draws: Sequence[int], *, batches: int = 16) -> 
     exact = [_exact_gradient(run, fresh, of_batch) for of_batch in rows]
     alone = [_gradient(run, _loss_of_batch(run, of_batch)) for of_batch in rows]
 
-    def cosine(num_samples: int, *, shared: bool) -> float:
+    def cosine(options: StepOptions) -> float:
         estimates = [
-            _gradient(run, _sampled_loss(run, fresh, of_batch, num_samples, seed=seed, share_draws=shared))
+            _gradient(run, _sampled_loss(run, fresh, of_batch, options, seed=seed))
             for seed, of_batch in enumerate(rows)
         ]
         return _mean_cosine(estimates, exact)
 
     return Gradients(
         list(draws),
-        [cosine(number, shared=False) for number in draws],
-        [cosine(number, shared=True) for number in draws],
+        [cosine(StepOptions(draws_per_query=number, share_draws=False)) for number in draws],
+        [cosine(StepOptions(draws_per_query=number)) for number in draws],
         _mean_cosine(alone, exact),
     )
 
@@ -126,12 +127,10 @@ def correction_by_age(
         stale = negcache_fn.reembed(run.state, earlier[age], batch_size=1024)
         found.drift.append(float(_squared_distance(fresh, stale).mean()))
         for kind, cosines in found.cosine.items():
+            options = StepOptions(staleness_correction=kind)
             means = [
                 torch.stack(
-                    [
-                        _gradient(run, _sampled_loss(run, stale, of_batch, 4, seed=seed, staleness_correction=kind))
-                        for seed in range(repeats)
-                    ]
+                    [_gradient(run, _sampled_loss(run, stale, of_batch, options, seed=seed)) for seed in range(repeats)]
                 ).mean(0)
                 for of_batch in rows
             ]
@@ -160,7 +159,7 @@ def drift_by_age(steps: Sequence[int], *, capacity: int = 1024, width: int = 4, 
                 drift.quartiles.append((low, middle, high))
         found[step + 1] = drift
 
-    train(max(steps), capacity=capacity, num_samples=1, evict="fifo", look=look)
+    train(max(steps), capacity=capacity, options=StepOptions(draws_per_query=1, evict="fifo"), look=look)
     return found
 
 
@@ -181,7 +180,7 @@ def lives(evict: str, *, steps: int = 260, first_step: int = 100, documents: int
             if len(found) < documents and document not in found:
                 came[document], found[document] = step, Life(None, [])
 
-    train(steps, capacity=128, batch=4, num_samples=1, evict=evict, look=look)
+    train(steps, capacity=128, batch=4, options=StepOptions(draws_per_query=1, evict=evict), look=look)
     return list(found.values())
 
 
@@ -215,16 +214,16 @@ def _sampled_loss(
     run: Run,
     state: TensorDictBase,
     rows: Tensor,
-    num_samples: int,
+    options: StepOptions,
     *,
     seed: int,
-    share_draws: bool = True,
-    staleness_correction: str = "self_normalized",
 ) -> Tensor:
     state = state.clone()
     state["seed"].fill_(seed)
     queries, documents = run.queries(run.corpus.questions[rows]), run.documents(run.corpus.documents[rows])
-    draw = negcache_fn.sample_gumbel(state, queries, num_samples=num_samples, scale=SCALE, exclude_ids=rows)
+    draw = negcache_fn.sample_gumbel(
+        state, queries, draws_per_query=options.draws_per_query, scale=SCALE, exclude_ids=rows
+    )
     negatives = run.documents(negcache_fn.take(state, draw.slot.flatten()))
     return negcache_fn.loss(
         queries,
@@ -233,8 +232,8 @@ def _sampled_loss(
         draw,
         scale=SCALE,
         ids=rows,
-        share_draws=share_draws,
-        staleness_correction=staleness_correction,
+        share_draws=options.share_draws,
+        staleness_correction=options.staleness_correction,
     )
 
 

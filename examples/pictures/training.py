@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import negcache_fn
+from negcache_fn import StepOptions
 
 __all__ = ["BATCH", "DIM", "SCALE", "Corpus", "Run", "Tower", "make_corpus", "train"]
 
@@ -60,8 +61,7 @@ def train(
     *,
     capacity: int,
     batch: int = BATCH,
-    num_samples: int = 4,
-    evict: str = "lru",
+    options: StepOptions = StepOptions(),
     rate: float = 3e-3,
     look: Callable[[int, Run, negcache_fn.StepOutput], None] | None = None,
 ) -> Run:
@@ -78,10 +78,9 @@ def train(
             queries(corpus.questions[rows]),
             corpus.documents[rows],
             documents,
-            ids=rows,
+            options=options,
             scale=SCALE,
-            num_samples=num_samples,
-            evict=evict,
+            ids=rows,
         )
         out.loss.backward()
         optimizer.step()

@@ -22,6 +22,7 @@ from tokenizers.trainers import WordPieceTrainer
 
 from examples.command_line import CommandParser, positive, run
 from examples.sentence_transformers.data import split
+from negcache_fn import StepOptions
 from negcache_fn.integrations.sentence_transformers import NegativeCacheCallback, NegativeCacheLoss
 
 __all__ = ["main"]
@@ -44,7 +45,10 @@ def _run(options: argparse.Namespace) -> None:
 
     if options.loss == "cache":
         loss: torch.nn.Module = NegativeCacheLoss(
-            model, options.cache_size, num_samples=options.num_samples, max_length=options.max_length
+            model,
+            options.cache_size,
+            max_length=options.max_length,
+            options=StepOptions(draws_per_query=options.draws_per_query),
         )
     else:
         loss = MultipleNegativesRankingLoss(model)
@@ -99,7 +103,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--batch-size", type=positive, default=16)
     parser.add_argument("--learning-rate", type=float, default=0.05)
     parser.add_argument("--cache-size", type=positive, default=4096)
-    parser.add_argument("--num-samples", type=positive, default=4)
+    parser.add_argument("--draws-per-query", type=positive, default=4)
     parser.add_argument("--max-length", type=positive, default=256)
     parser.add_argument("--dim", type=positive, default=128)
     parser.add_argument("--seed", type=int, default=0)

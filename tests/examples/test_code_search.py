@@ -21,7 +21,7 @@ from examples.code_search.methods import METHODS, in_batch_loss
 from examples.code_search.run import Run
 from tests.support.same_files import assert_same
 
-OPTIONS = ["--embedding-dim=32", "--batch-size=4", "--num-samples=2", "--cache-size=24", "--evaluate-every=3"]
+OPTIONS = ["--embedding-dim=32", "--batch-size=4", "--draws-per-query=2", "--cache-size=24", "--evaluate-every=3"]
 
 
 def train(installation: Path, out: Path, steps: int, *options: str) -> int:

@@ -28,7 +28,7 @@ SECONDS = 180
 
 
 def start(installation: Path, out: Path) -> subprocess.Popen[str]:
-    options = f"--steps={STEPS} --cache-size={SLOTS} --embedding-dim={DIM} --batch-size={BATCH} --num-samples=2"
+    options = f"--steps={STEPS} --cache-size={SLOTS} --embedding-dim={DIM} --batch-size={BATCH} --draws-per-query=2"
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node=2 --max-restarts=2 -m examples.code_search train"
     command = [sys.executable, *torchrun.split(), f"--root={installation}", f"--out={out}", *options.split()]
     return subprocess.Popen(
@@ -63,7 +63,7 @@ def data_of(installation: Path, out: Path) -> Data:
 def test_two_processes_train_what_one_trains(installation: Path, undisturbed: Path, tmp_path: Path) -> None:
     data = data_of(installation, undisturbed)
     method = next(method for method in METHODS if method.cached)
-    options = Options(embedding_dim=DIM, batch_size=BATCH, cache_size=SLOTS, num_samples=2, evaluate_every=100)
+    options = Options(embedding_dim=DIM, batch_size=BATCH, cache_size=SLOTS, draws_per_query=2, evaluate_every=100)
     run = Run(method, options, data, tmp_path)
     run.train(STEPS)
     saved, cache = result(undisturbed, rows_of(data.documents, slice(0, 1)))

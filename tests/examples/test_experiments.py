@@ -21,13 +21,15 @@ from examples.experiments.__main__ import GRID, main
 from examples.experiments.encoders import DualEncoder
 from examples.experiments.gradients import run_gradients
 from examples.experiments.grid import Setting, Trial, read_grid
+from examples.experiments.keys import described
 from examples.experiments.methods import CacheLearner, Method, exhaustive_loss, in_batch_loss, learner
 from examples.experiments.page import tables
 from examples.experiments.report import lines
-from examples.experiments.runner import read_results
+from examples.experiments.runner import final_trials, read_results
 from examples.experiments.statistics import mean_of, ratio_of
 from examples.experiments.tasks import MINED, Source, Task, load_task
 from examples.experiments.trial import evaluate, run_trial
+from negcache_fn import StepOptions
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence.md"
 PUBLISHED = GRID.parent / "published"
@@ -49,7 +51,7 @@ batch = 8
 label = "cache"
 loss = "cache"
 batch = 8
-num_samples = 2
+options.draws_per_query = 2
 
 [comparisons.reduced]
 task = "tiny"
@@ -90,8 +92,8 @@ def model() -> DualEncoder:
     return DualEncoder("light", seed=0, scale=10.0)
 
 
-def cache(**options: Any) -> Method:
-    return Method("cache", "cache", "cache", **{"batch": 8, **options})
+def cache(*, batch: int = 8, **options: Any) -> Method:
+    return Method("cache", "cache", "cache", batch=batch, options=StepOptions(**options))
 
 
 def trial(source: Source, method: Method, **budgets: float) -> Trial:
@@ -152,7 +154,7 @@ def test_results_of_another_corpus_do_not_count(installation: Path, tmp_path: Pa
 
 
 def test_trial_is_a_function_of_its_fields(source: Source, task: Task) -> None:
-    asked = trial(source, cache(num_samples=2), steps=20, documents=900)
+    asked = trial(source, cache(draws_per_query=2), steps=20, documents=900)
     first, second = run_trial(asked, task), run_trial(asked, task)
     for result in (first, second):
         for point in (*result["at"].values(), *result["curve"]):
@@ -170,8 +172,8 @@ def test_trial_is_a_function_of_its_fields(source: Source, task: Task) -> None:
         (Method("random", "random", "in_batch", batch=8, random=5), 13),
         (Method("mined", "mined", "in_batch", batch=8, mined=2), 24),
         (Method("memory", "memory", "memory", batch=8), 8),
-        (cache(num_samples=3), 8 + 24),
-        (cache(num_samples=1, refresh_stalest=0.1), 8 + 8 + 10),
+        (cache(draws_per_query=3), 8 + 24),
+        (cache(draws_per_query=1, refresh_stalest=0.1), 8 + 8 + 10),
         (Method("exhaustive", "exhaustive", "exhaustive", batch=8), None),
     ],
     ids=lambda value: value.name if isinstance(value, Method) else "",
@@ -180,8 +182,8 @@ def test_every_encoded_document_is_counted(source: Source, task: Task, method: M
     at_first = len(task.train_documents) if method.loss in ("memory", "cache") else 0
     if each_step is None:
         each_step = len(task.train_documents)
-    elif method.refresh_stalest:
-        each_step = 16 + math.ceil(method.refresh_stalest * len(task.train_documents))
+    elif method.options.refresh_stalest:
+        each_step = 16 + math.ceil(method.options.refresh_stalest * len(task.train_documents))
     result = run_trial(trial(source, method, steps=3), task)
     assert result["at"]["steps"]["documents"] == at_first + 3 * each_step
 
@@ -257,7 +259,8 @@ def test_gradients_tell_bias_from_noise(source: Source, task: Task, tmp_path: Pa
     file = tmp_path / "grid.toml"
     file.write_text(REDUCED.format(data=source.data).replace("replicates = 4", "replicates = 40"), encoding="utf-8")
     study = read_grid(file).gradients[0]
-    uncorrected = replace(study.methods[1], name="uncorrected", staleness_correction="none")
+    cached = study.methods[1]
+    uncorrected = replace(cached, name="uncorrected", options=replace(cached.options, staleness_correction="none"))
     stops = run_gradients(replace(study, methods=(*study.methods, uncorrected), steps=(0,)), task)["stops"]
     assert stops[0]["drift"] == pytest.approx(0, abs=1e-10)
     found = stops[0]["methods"]
@@ -325,6 +328,8 @@ def test_beir_folder(tmp_path: Path, with_dev: bool) -> None:
     ("change", "message"),
     [
         (('loss = "cache"', 'loss = "cache"\nsamples = 2'), "cache has the keys ['samples'], which a Method has not"),
+        (("options.draws", "options.k = 2\noptions.draws"), "cache has the keys ['k'], which a StepOptions has not"),
+        (("_per_query = 2", "_per_query = 0"), "cache: draws_per_query is 0; expected"),
         (('encoder = "light"', 'encoder = "heavy"'), "reduced has encoder 'heavy'; expected one of"),
         (('"in_batch", "cache"]\nagainst', '"in_batch", "port"]\nagainst'), "reduced names the methods ['port']"),
         (('against = ["in_batch", "cache"]', 'against = ["port"]'), "reduced is against ['port']; expected some of"),
@@ -368,6 +373,32 @@ def test_page_shows_the_published_results() -> None:
         assert between.strip() == markdown, name
     for image in re.findall(r"images/(evidence_\w+\.svg)", text):
         assert (PAGE.parent / "images" / image).is_file()
+
+
+def test_published_results_are_named_as_their_trials_are() -> None:
+    """Every line that a trial of the grid finds describes that trial, so that a new line is like the published ones."""
+    grid, found = read_grid(GRID), read_results(PUBLISHED)
+    lines = map(json.loads, (PUBLISHED / "results.jsonl").read_text(encoding="utf-8").splitlines())
+    published = {line["key"]: line["asked"] for line in lines}
+    asked: list[Any] = list(grid.gradients)
+    for comparison in grid.comparisons:
+        asked += [comparison.lexical, *comparison.tuning(), *final_trials(comparison, found)]
+    assert {one.key for one in asked} == set(published)
+    for one in asked:
+        assert _nameless(described(one)) == _nameless(published[one.key])
+
+
+def _nameless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _nameless(inner) for key, inner in value.items() if key not in ("name", "label")}
+    return [_nameless(inner) for inner in value] if isinstance(value, list) else value
+
+
+def test_an_option_that_no_published_line_has_makes_another_key(source: Source) -> None:
+    one, other = (trial(source, cache(top_k=top_k), steps=1) for top_k in (None, 64))
+    assert "top_k" not in described(one)["method"]
+    assert described(other)["method"]["top_k"] == 64
+    assert one.key != other.key
 
 
 def test_no_results_yet(tmp_path: Path) -> None:

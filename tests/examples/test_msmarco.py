@@ -29,7 +29,7 @@ from tests.support.same_files import assert_same
 
 CONCEPTS = 20
 FAST = ["--tiny", "--passage-tokens=12", "--query-tokens=8", "--rate=3e-3", "--warm-up=20", "--cache-size=96"]
-SHORT = [*FAST, "--steps=8", "--evaluate-every=3", "--log-every=1", "--num-samples=2", "--random-passages=4"]
+SHORT = [*FAST, "--steps=8", "--evaluate-every=3", "--log-every=1", "--draws-per-query=2", "--random-passages=4"]
 
 
 def passages_and_queries() -> tuple[dict[str, str], dict[str, str], dict[str, list[Judgement]]]:
@@ -210,11 +210,11 @@ def test_another_run_is_not_overwritten(folders: dict[str, Path], data: Data, tr
 def test_what_answers_a_query_is_never_drawn_for_it(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    several = 0
+    several, step = 0, negcache_fn.step_
 
     def watched(*arguments: object, **options: object) -> negcache_fn.StepOutput:
         nonlocal several
-        output = negcache_fn.training.step_(*arguments, **options)
+        output = step(*arguments, **options)
         positives = options["false_negatives"].ids
         assert not (output.draw.id[:, :, None] == positives[:, None, :]).any()
         assert (positives == options["ids"][: len(positives), None]).any(1).all()

@@ -157,9 +157,10 @@ def test_flow_counts_what_a_step_encodes_and_writes() -> None:
 
     state = negcache_fn.init_cache(64, 4, features=torch.zeros(1, 3))
     encoder = Counting(3, 4)
+    options = negcache_fn.StepOptions(draws_per_query=2)
     for _ in range(2):
-        state = negcache_fn.step(state, torch.randn(4, 4), torch.randn(4, 3), encoder, num_samples=2).state
+        state = negcache_fn.step(state, torch.randn(4, 4), torch.randn(4, 3), encoder, options=options).state
     assert encoded == [4 + 8, 4 + 8]
-    sizes = sizes_of_a_step(capacity=64, num_samples=2, steps=6)
+    sizes = sizes_of_a_step(capacity=64, draws_per_query=2, steps=6)
     assert sizes._replace(written=0) == (BATCH, 64, 2 * BATCH, 3 * BATCH, 0)
     assert BATCH < sizes.written < 3 * BATCH
