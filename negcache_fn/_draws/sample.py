@@ -1,6 +1,7 @@
 """Draws from the softmax over the cache, and what is known of them.
 
-How slots are drawn: see `gumbel_tree`. Source of the cache softmax: Lindgren, Reddi, Guo, Kumar, NeurIPS 2021, section 3.
+How slots are drawn: see `gumbel_tree`. Source of the cache softmax: Lindgren, Reddi, Guo, Kumar, NeurIPS 2021,
+section 3.
 """
 
 from typing import NamedTuple

@@ -191,8 +191,8 @@ def _check_transformed(of_ranks: list[list[float]]) -> None:
     for probe, *values in zip(_PROBES, *(values[1:] for values in of_ranks), strict=True):
         if not all(_close(value, values[0]) for value in values):
             raise ValueError(
-                f"the score transform gives {values} for a score of {probe} on the ranks of the group; expected the same "
-                f"function on every rank"
+                f"the score transform gives {values} for {probe} on the ranks of the group; expected the same function "
+                f"on every rank"
             )
 
 

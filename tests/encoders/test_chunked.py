@@ -134,7 +134,8 @@ def test_chunks_compile_whole() -> None:
         state = steps.warm(tower, 40).clone().lock_()
         for n in range(3):
             queries = unit(3, 6, n).requires_grad_()
-            loss = function(state, queries, steps.documents(5, n), encode, scale=5.0, draws_per_query=2).loss
+            options = negcache_fn.StepOptions(draws_per_query=2)
+            loss = function(state, queries, steps.documents(5, n), encode, scale=5.0, options=options).loss
             gradients = torch.autograd.grad(loss, [queries, *tower.parameters()])
         results.append((loss.detach(), *gradients))
     assert counter.frame_count == 1

@@ -328,6 +328,6 @@ def test_what_cannot_be_saved_is_said(group_of_one: dist.ProcessGroup) -> None:
     checkpoint: dict[str, Any] = {}
     NegativeCacheCallback(save=False).on_save_checkpoint(trainer, model, checkpoint)
     assert checkpoint == {}
-    model.criterion.options.values["group"] = group_of_one
+    model.criterion = NegativeCacheLoss(negcache_fn.reset(model.criterion.state), group=group_of_one)
     with pytest.raises(ValueError, match="group of criterion has 1 of 2 ranks; expected all, or none"):
         NegativeCacheCallback().on_fit_start(trainer, model)

@@ -598,7 +598,7 @@ def test_eviction_order(port: Any, use_lru: bool, evict: str, name: str) -> None
             cache = manager.update_cache(
                 cache, updated_item_data={"embedding": fresh}, updated_item_indices=there, new_items=None
             )
-            state = negcache_fn.update(state, *row_of(0), mask=nobody, refresh=(here, fresh), evict=evict)
+            state = negcache_fn.update(state, *row_of(0), cacheable=nobody, refresh=(here, fresh), evict=evict)
         else:
             inserted.append(number)
             features, embedding = row_of(number)
@@ -612,7 +612,7 @@ def test_eviction_order(port: Any, use_lru: bool, evict: str, name: str) -> None
 @needs_port
 @pytest.mark.usefixtures("ties_by_slot")
 def test_update_with_masks(port: Any) -> None:
-    """`new_items_mask` is `mask`; `updated_item_mask` is slot -1; renewed first, then inserted. Slot by slot."""
+    """`new_items_mask` is `cacheable`; `updated_item_mask` is slot -1; renewed first, then inserted. Slot by slot."""
     manager, cache = integer_cache(port, 5)
     state = negcache_fn.init_cache(5, 1, row_of(0)[0], embedding_dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -631,7 +631,7 @@ def test_update_with_masks(port: Any) -> None:
             updated_item_mask=renewed,
         )
         state = negcache_fn.update(
-            state, features, embeddings, mask=mask, refresh=(torch.where(renewed, slots, -1), fresh)
+            state, features, embeddings, cacheable=mask, refresh=(torch.where(renewed, slots, -1), fresh)
         )
         close(state["items", "features", "x"], cache.data["x"])
         close(state["items", "embedding"], cache.data["embedding"])
@@ -696,7 +696,9 @@ def test_is_in_cache_filter(port: Any) -> None:
     features, ids = {"x": batch["x"]}, torch.tensor([5, 6])
     replaced = negcache_fn.update(state, features, batch["embedding"], ids=ids)
     assert contents_here(replaced, "embedded_at") == {5: (0, 50.0), 6: (0, 6.0)}
-    kept = negcache_fn.update(state, features, batch["embedding"], ids=ids, mask=~torch.isin(ids, state["items", "id"]))
+    kept = negcache_fn.update(
+        state, features, batch["embedding"], ids=ids, cacheable=~torch.isin(ids, state["items", "id"])
+    )
     assert contents_here(kept, "embedded_at") == contents_there(cache) == {5: (1, 5.0), 6: (0, 6.0)}
     with pytest.raises(NotImplementedError):
         port.filter_fns.IsInCacheFilterFn(("embedding",))(cache, batch)

@@ -271,10 +271,12 @@ def test_copies_are_independent(model: SentenceTransformer) -> None:
 def test_says_what_does_not_fit(model: SentenceTransformer) -> None:
     with pytest.raises(ValueError, match=r"similarity_fct is .*; expected cos_sim or dot_score"):
         NegativeCacheLoss(model, similarity_fct=euclidean_sim)
-    with pytest.raises(TypeError, match=r"options are \['in_batch'\]; expected others"):
+    with pytest.raises(
+        ValueError, match=r"options is StepOptions\(.*in_batch=False.*\); expected in_batch, reduction and"
+    ):
         NegativeCacheLoss(model, options=negcache_fn.StepOptions(in_batch=False))
-    with pytest.raises(TypeError, match=r"options are \['draws'\]; expected some of"):
-        NegativeCacheLoss(model, draws=3)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match=r"options is a dict; expected negcache_fn\.StepOptions"):
+        NegativeCacheLoss(model, options={"draws_per_query": 3})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="document_ids is 'text'; expected one of 'tokens', 'labels'"):
         NegativeCacheLoss(model, document_ids="text")
     with pytest.raises(ValueError, match="cache_size is 0; expected at least 1"):

@@ -80,18 +80,18 @@ def options_at(n: int, variant: dict[str, Any]) -> dict[str, Any]:
 def train(
     function: Callable[..., negcache_fn.StepOutput], variant: dict[str, Any], wrap: Callable[..., Any]
 ) -> tuple[list[torch.Tensor], TensorDictBase, Tower, list[dict[str, torch.Tensor]]]:
-    """Five optimiser steps; `wrap` compiles the towers, the step and the loss, or nothing."""
+    """Five optimiser steps, each with options of its own; `wrap` compiles the towers, the step and the loss, or nothing."""
     queries_tower, tower, scale = Tower(seed=1), Tower(seed=2), torch.nn.Parameter(torch.tensor(8.0))
     optimizer = torch.optim.SGD([*queries_tower.parameters(), *tower.parameters(), scale], lr=0.05)
     state = negcache_fn.init_cache(CAPACITY, 6, documents(1, 0), seed=4)
 
     def forward(state: TensorDictBase, questions: Any, batch: Any, options: dict[str, Any]) -> Any:
-        return function(state, queries_tower(questions), batch, tower, scale=scale, **step_keywords(**options))
+        return function(state, queries_tower(questions), batch, tower, scale=scale, **options)
 
     forward = wrap(forward)
     losses, metrics = [], []
     for n in range(STEPS):
-        out = forward(state, documents(ROWS, 100 + n), documents(TOTAL, n), options_at(n, variant))
+        out = forward(state, documents(ROWS, 100 + n), documents(TOTAL, n), step_keywords(**options_at(n, variant)))
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -159,8 +159,7 @@ def test_sizes_may_vary_without_a_new_frame(kind: str) -> None:
                     batch,
                     tower,
                     ids=torch.arange(rows + 2),
-                    top_k=top_k,
-                    **options,
+                    options=negcache_fn.StepOptions(top_k=top_k, **options),
                 )
             outputs.append(out)
         assert is_close(outputs[0].loss.detach(), outputs[1].loss.detach(), 1e-5)

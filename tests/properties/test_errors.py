@@ -13,6 +13,7 @@ from torch import Tensor
 
 import negcache_fn
 from tests.support.builders import same_snapshot, snapshot, unit
+from tests.support.options import step_keywords
 
 CAPACITY, DIM = 6, 4
 
@@ -62,13 +63,19 @@ def good(function: str, state: TensorDictBase) -> dict[str, Any]:
         "loss": {"queries": queries, "documents": documents, "negatives": unit(4, DIM, 4), "draw": sampled(state)},
         "exact_loss": {"state": state, "queries": queries, "documents": documents},
         "update": {"state": state, "features": batch, "embeddings": embeddings},
-        "step": {"state": state, "queries": queries, "documents": batch, "encode": encode, "draws_per_query": 1},
+        "step": {"state": state, "queries": queries, "features": batch, "encode": encode, "draws_per_query": 1},
         "top_negatives": {"state": state, "queries": queries, "n": 2},
         "stalest": {"state": state, "n": 2},
         "occupancy": {"state": state},
         "merge_draws": {"a": sampled(state), "b": sampled(state)},
     }
     return made[function.rstrip("_")]
+
+
+def called(name: str, arguments: dict[str, Any]) -> Any:
+    """Calls the function; the options of a step are given as keywords here."""
+    function: Callable[..., Any] = getattr(negcache_fn, name)
+    return function(**(step_keywords(**arguments) if name.startswith("step") else arguments))
 
 
 def wrong_documents() -> list[tuple[str, Any, type[Exception], tuple[str, ...]]]:
@@ -201,12 +208,10 @@ def calls() -> dict[str, Call]:
     add("rows", "merge_draws", "b", sampled(filled(), rows=3), ValueError, ("3", "2"))
 
     for name in ("update", "update_", "step", "step_"):
-        argument = "features" if name.startswith("update") else "documents"
         for what, value, error, says in wrong_documents():
-            known = (
-                {"embeddings": unit(7, DIM, 0)} if what == "larger than the cache" and argument == "features" else {}
-            )
-            add(f"{argument} {what}", name, argument, value, error, says, **known)
+            too_large = what == "larger than the cache" and name.startswith("update")
+            known = {"embeddings": unit(7, DIM, 0)} if too_large else {}
+            add(f"features {what}", name, "features", value, error, says, **known)
         add("evict", name, "evict", "random", ValueError, ("'random'", "'lru'", "'fifo'"))
         add("mask rows", name, "cacheable", torch.ones(2, dtype=torch.bool), ValueError, ("2", "3"))
         add("mask dtype", name, "cacheable", torch.ones(3), TypeError, ("float32", "bool"))
@@ -248,7 +253,7 @@ DISAGREE: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize("function", sorted({call.function for call in CALLS.values()}))
 def test_the_good_call_works(function: str) -> None:
     """Otherwise the errors below might be about something else."""
-    getattr(negcache_fn, function)(**good(function, filled()))
+    called(function, good(function, filled()))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -257,9 +262,8 @@ def test_bad_input_is_named_and_changes_nothing(name: str) -> None:
     call, state = CALLS[name], filled()
     arguments = good(call.function, state) | call.extra | {call.argument: call.value}
     before = snapshot(state)
-    function: Callable[..., Any] = getattr(negcache_fn, call.function)
     with pytest.raises(call.error) as raised:
-        function(**arguments)
+        called(call.function, arguments)
     message = str(raised.value)
     assert any(name in message for name in DISAGREE.get(name, (call.argument,))), message
     for word in call.says:
@@ -278,5 +282,5 @@ def test_an_encoder_that_raises_leaves_the_state(name: str) -> None:
     state = filled()
     before = snapshot(state)
     with pytest.raises(RuntimeError, match="out of memory"):
-        getattr(negcache_fn, name)(**good(name, state) | {"encode": broken})
+        called(name, good(name, state) | {"encode": broken})
     assert same_snapshot(before, snapshot(state))

@@ -20,6 +20,7 @@ from tests.support import strategies
 from tests.support.builders import assert_same_state, same_snapshot, snapshot, unit
 from tests.support.checks import updates
 from tests.support.checks.steps import Tower, documents, warm
+from tests.support.options import step_keywords
 
 
 def calls() -> dict[str, Callable[[], Any]]:
@@ -92,7 +93,7 @@ def calls() -> dict[str, Callable[[], Any]]:
             own,
             refresh=refresh,
             cacheable=mask,
-            evict=torch.linspace(1, 0, 9),
+            priorities=torch.linspace(1, 0, 9),
             **batchwise,
         ),
         "step": lambda: [
@@ -102,12 +103,9 @@ def calls() -> dict[str, Callable[[], Any]]:
                 queries,
                 batch,
                 tower,
-                replacement=replacement,
-                refresh_stalest=2,
                 cacheable=mask,
                 false_negatives=by_margin,
-                **shared,
-                **batchwise,
+                **step_keywords(replacement=replacement, refresh_stalest=2, **shared, **batchwise),
             )
             for replacement in (True, False)
         ],
@@ -195,7 +193,9 @@ def test_backward_works_after_the_state_was_written() -> None:
     state, gradients = warm(tower, 9), []
     for function in (negcache_fn.step, negcache_fn.step_):
         queries = unit(3, 6, 0).requires_grad_()
-        out = function(state.clone().lock_(), queries, batch, tower, scale=5.0, draws_per_query=2)
+        out = function(
+            state.clone().lock_(), queries, batch, tower, scale=5.0, options=negcache_fn.StepOptions(draws_per_query=2)
+        )
         gradients.append(torch.autograd.grad(out.loss, [queries, *tower.parameters()]))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -228,7 +228,7 @@ def test_inference_mode_and_no_grad() -> None:
     for context in (torch.no_grad(), torch.inference_mode()):
         for function in (negcache_fn.step, negcache_fn.step_):
             with context:
-                out = function(state, unit(3, 6, 0), batch, tower, refresh_stalest=2)
+                out = function(state, unit(3, 6, 0), batch, tower, options=negcache_fn.StepOptions(refresh_stalest=2))
             assert torch.equal(out.loss, expected.loss.detach())
             assert all(torch.equal(out.metrics[name], value) for name, value in expected.metrics.items())
             assert out.state is state

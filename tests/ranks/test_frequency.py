@@ -23,7 +23,7 @@ def observe_part(rank: int, world: int, *, alone: bool = False) -> TensorDictBas
         own, own_mask = one.view(world, -1)[rank], kept.view(world, -1)[rank]
         frequency = observe(frequency, own, rate=0.3, mask=own_mask, group=group)
     if not alone:
-        with pytest.raises(ValueError, match="different arguments"):
+        with pytest.raises(ValueError, match="rate differs"):
             observe(frequency, own, rate=0.1 * (rank + 1), group=group)
         with pytest.raises(ValueError, match="documents differs"):
             observe(frequency, own[: rank + 1], rate=0.3, group=group)

@@ -57,7 +57,7 @@ def gradients_sent(rank: int, world: int, *, chained: bool) -> list[bool]:
     def send_twice(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         ranks = ranks_of(torch.distributed.group.WORLD)
         received = ranks.gather(values)
-        ranks.total(values.detach())
+        ranks.all_sum(values.detach())
         if not chained:
             ranks.last.clear()
         return received.sum() + ranks.exchange(others).square().sum()

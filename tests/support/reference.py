@@ -290,7 +290,7 @@ class Reference:
             each = 1 if self.fault == "weights as if all had drawn" else len(slot) / rows
             able = draw.query if self.fault == "only those that draw expect a draw" else slice(None)
             w = probability / (each * probability[able].sum(0)).clamp_min(1e-300)
-        if not draw.replacement:
+        if draw.distinct:
             w = self._distinct_weights(draw, stale, allowed, own, probability, share_draws)
         if self.fault == "weights ignore the number of samples":
             w = w * samples
