@@ -14,10 +14,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from negcache_fn import mining, streaming
 from negcache_fn._kernels.cpu import build
 from negcache_fn._kernels.cpu import call as cpu
 from negcache_fn._kernels.dispatch import Problem
+from negcache_fn._scores import hardest, stream
+from negcache_fn._scores.definition import ScoreMatrix
 
 CPU_INFO = Path("/proc/cpuinfo")
 HAS_PAIRS = CPU_INFO.exists() and "avx512_bf16" in CPU_INFO.read_text()
@@ -159,8 +160,8 @@ def test_hardest_equals_plain_torch(
     bias = torch.where(bias > -math.inf, 0.0, bias)
     with configured("highest", products=products):
         scores, slots = cpu.hardest(Problem(queries, embeddings, bias, excluded, None), n)
-    matrix = streaming.ScoreMatrix(queries, embeddings, bias, excluded, None, None)
-    expected_scores, expected_slots = mining._hardest(matrix, n)
+    matrix = ScoreMatrix(queries, embeddings, bias, excluded, None, None)
+    expected_scores, expected_slots = hardest._hardest(matrix, n)
     assert torch.equal(scores, expected_scores)
     assert torch.equal(slots, expected_slots)
 
@@ -187,8 +188,8 @@ def test_limits_on_the_score(products: str, storage: torch.dtype, shape: tuple[i
     expected = blocks.gather(1, chosen[..., None].expand(-1, -1, 64))[:, 0]
     nothing = (scores == -math.inf).all(1, keepdim=True)
     assert largest_error(found.masked_fill(nothing, 0.0), expected.masked_fill(nothing, 0.0)) <= 1e-4
-    matrix = streaming.ScoreMatrix(*arguments, limit, None)
-    assert largest_error(best, mining._hardest(matrix, n)[0].double()) <= 1e-4
+    matrix = ScoreMatrix(*arguments, limit, None)
+    assert largest_error(best, hardest._hardest(matrix, n)[0].double()) <= 1e-4
     assert largest_error(best, scores.topk(n).values) <= 1e-4
     assert torch.equal(slots < 0, best == -math.inf)
 
@@ -203,7 +204,7 @@ def test_a_chosen_block_is_never_empty() -> None:
     blocks = torch.zeros(1, 1, dtype=torch.int64)
     for scores in (
         cpu.score_blocks(Problem(*arguments), blocks),
-        streaming._score_blocks(streaming.ScoreMatrix(*arguments, None), blocks),
+        stream._score_blocks(ScoreMatrix(*arguments, None), blocks),
     ):
         assert torch.nonzero(scores[0, 0] > -math.inf).tolist() == [[2]]
 

@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from negcache_fn import streaming
 from negcache_fn._kernels.cpu import call as cpu
 from negcache_fn._kernels.dispatch import Problem
 from negcache_fn._kernels.triton import call as cuda
+from negcache_fn._scores import stream
+from negcache_fn._scores.definition import ScoreMatrix
 from tests.kernels.test_cpu import problem
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -113,9 +114,7 @@ def plain_launch(
     """What the kernel computes, in plain torch."""
     assert precision in ("ieee", "tf32x3", "tf32")
     whole = queries.float().sum(0) * magnitude[:, None]
-    out.copy_(
-        streaming._reduce_blocks(streaming.ScoreMatrix(whole, embeddings, bias, excluded, max_score, None), "logsumexp")
-    )
+    out.copy_(stream._reduce_blocks(ScoreMatrix(whole, embeddings, bias, excluded, max_score, None), "logsumexp"))
 
 
 @pytest.fixture
@@ -129,13 +128,13 @@ def _on_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("storage", cuda._STORAGE)
 def test_the_passes_ask_the_kernel(storage: torch.dtype) -> None:
     arguments = problem(5, 300, 24, storage, 2, 0)
-    matrix = streaming.ScoreMatrix(*arguments, None, None)
-    expected = streaming._reduce_blocks(matrix, "logsumexp")
+    matrix = ScoreMatrix(*arguments, None, None)
+    expected = stream._reduce_blocks(matrix, "logsumexp")
     options: dict[str, Any] = {"atol": 1e-3, "rtol": 1e-4}
-    torch.testing.assert_close(streaming.reduce_blocks(matrix, "logsumexp"), expected, **options)
-    torch.testing.assert_close(streaming.cache_logsumexp(matrix), expected.logsumexp(1), **options)
-    maxima = streaming._reduce_blocks(matrix, "max")
-    assert torch.equal(streaming.reduce_blocks(matrix, "max"), maxima)
+    torch.testing.assert_close(stream.reduce_blocks(matrix, "logsumexp"), expected, **options)
+    torch.testing.assert_close(stream.cache_logsumexp(matrix), expected.logsumexp(1), **options)
+    maxima = stream._reduce_blocks(matrix, "max")
+    assert torch.equal(stream.reduce_blocks(matrix, "max"), maxima)
     assert math.isfinite(float(maxima.max()))
 
 

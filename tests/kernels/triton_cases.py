@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import negcache_fn
-from negcache_fn import streaming
 from negcache_fn._kernels.cpu import call as cpu
 from negcache_fn._kernels.dispatch import Problem
 from negcache_fn._kernels.triton import call as cuda
+from negcache_fn._scores import stream
+from negcache_fn._scores.definition import ScoreMatrix
 from tests.kernels.test_cpu import exact_scores, largest_error, limited_problem, problem
 from tests.support.builders import make_state, unit
 
@@ -120,19 +121,17 @@ def test_nan_is_seen(storage: torch.dtype) -> None:
 @pytest.mark.parametrize("storage", cuda._STORAGE)
 def test_the_passes_take_the_kernel(storage: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the operators: the same block values, gradient and draws as in plain torch."""
-    matrix = streaming.ScoreMatrix(
-        *(argument.to(DEVICE) for argument in problem(5, 2100, 24, storage, 2, 1)), None, None
-    )
+    matrix = ScoreMatrix(*(argument.to(DEVICE) for argument in problem(5, 2100, 24, storage, 2, 1)), None, None)
     state = make_state(unit(500, 8, seed=0).to(storage)).to(DEVICE)
     queries = unit(6, 8, seed=1).to(DEVICE)
 
     def everything() -> list[Tensor]:
         leaf = matrix.queries.clone().requires_grad_()
-        total = streaming.cache_logsumexp(matrix._replace(queries=leaf))
+        total = stream.cache_logsumexp(matrix._replace(queries=leaf))
         total.sum().backward()
         assert leaf.grad is not None
         draw = negcache_fn.sample_gumbel(state, queries, scale=10.0, draws_per_query=3)
-        return [streaming.reduce_blocks(matrix, "logsumexp"), total.detach(), leaf.grad, draw.slot, draw.log_normalizer]
+        return [stream.reduce_blocks(matrix, "logsumexp"), total.detach(), leaf.grad, draw.slot, draw.log_normalizer]
 
     monkeypatch.setattr(cpu, "supports", lambda *_: False)
     monkeypatch.setattr(cuda, "supports", lambda *_: False)

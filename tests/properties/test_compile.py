@@ -80,7 +80,7 @@ def options_at(n: int, variant: dict[str, Any]) -> dict[str, Any]:
 def train(
     function: Callable[..., negcache_fn.StepOutput], variant: dict[str, Any], wrap: Callable[..., Any]
 ) -> tuple[list[torch.Tensor], TensorDictBase, Tower, list[dict[str, torch.Tensor]]]:
-    """Five optimiser steps, each with options of its own; `wrap` compiles the towers, the step and the loss, or nothing."""
+    """Five optimiser steps, with fresh options each; `wrap` compiles the towers, the step and the loss, or nothing."""
     queries_tower, tower, scale = Tower(seed=1), Tower(seed=2), torch.nn.Parameter(torch.tensor(8.0))
     optimizer = torch.optim.SGD([*queries_tower.parameters(), *tower.parameters(), scale], lr=0.05)
     state = negcache_fn.init_cache(CAPACITY, 6, documents(1, 0), seed=4)
