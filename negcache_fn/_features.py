@@ -3,8 +3,8 @@
 They are whatever the user's encoder takes. This module is the only one that looks inside: it maps over the leaves,
 compares a batch with what a cache stores, pads narrow batches, and moves leaves between devices.
 
-A cache may keep its features elsewhere than its embeddings (storage.py). A batch may then come from either device; what
-is encoded is on that of the embeddings.
+A cache may keep its features on another device than its embeddings (`_cache/offload.py`). A batch may then come from
+either device; the encoder gets its features on the device of the embeddings.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -139,6 +139,7 @@ def all_moved(features: FeaturesT, device: torch.device) -> FeaturesT:
 
 
 def check_like(stored: Features, given: Features, rows: int, name: str, device: torch.device) -> None:
+    """Raises unless a batch has the keys, dtypes and dimensions of the cache's features, and is not wider."""
     if isinstance(stored, Tensor):
         if not isinstance(given, Tensor):
             raise TypeError(f"{name} is a {type(given).__name__}; expected a tensor, as in the cache")
@@ -170,6 +171,7 @@ def _check_leaf(stored: Tensor, given: Tensor, rows: int, name: str, device: tor
 
 
 def pad_rows(given: Tensor, stored: Tensor, value: float) -> Tensor:
+    """`given` [rows, ...], padded on the right with `value` to the widths of `stored` [C, ...]."""
     missing = [room - width for width, room in zip(given.shape[1:], stored.shape[1:], strict=True)]
     if not any(missing):
         return given
@@ -179,6 +181,7 @@ def pad_rows(given: Tensor, stored: Tensor, value: float) -> Tensor:
 
 
 def feature_items(features: "Mapping[str, Features] | TensorDictBase") -> "list[tuple[str, Features]]":
+    """The entries of a mapping or TensorDict."""
     return list(cast("Mapping[str, Features]", features).items())
 
 

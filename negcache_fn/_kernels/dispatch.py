@@ -23,7 +23,7 @@ def block_logsumexp(problem: Problem) -> Tensor | None:
 
 
 def score_blocks(problem: Problem, blocks: Tensor) -> Tensor | None:
-    """[B, m, BLOCK]: the scores in the blocks [B, m], as `streaming.score_blocks`."""
+    """[B, m, BLOCK]: the scores in the blocks [B, m], see `ScoreMatrix.scores_at`."""
     if cpu.supports(problem):
         return cpu.score_blocks(problem, blocks)
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +16,11 @@ from tensordict import TensorDictBase
 
 import negcache_fn
 from negcache_fn import distributed
+from tests.support.builders import same_snapshot, snapshot
 from tests.support.options import step_keywords
 from tests.support.processes import run_ranks
 from tests.support.sharded_training import DIM, Tower, features, whole_cache
+from tests.support.strategies import soft_cap
 
 LONGEST_SECONDS = 20
 
@@ -134,6 +138,75 @@ def test_mistakes_are_told_on_every_rank(tmp_path: Path) -> None:
                 raise ValueError(text)
             assert seconds < LONGEST_SECONDS
             assert untouched, mistake.__name__
+
+
+OTHER: dict[str, Any] = {
+    "draws_per_query": 2,
+    "replacement": False,
+    "num_draws": 2,
+    "share_draws": False,
+    "top_k": 9,
+    "score_transform": soft_cap,
+    "in_batch": True,
+    "staleness_correction": "none",
+    "reduction": "sum",
+    "evict": "fifo",
+    "refresh_stalest": 3,
+    "placement": "replicated",
+    "scale": 2.0,
+}
+"""What rank 1 is given; rank 0 has the default, or "global" for the batch."""
+
+
+def differing(rank: int, world: int, *, name: str) -> tuple[str, bool]:
+    """The error's text, and whether the state is as it was and the next step works."""
+    correct, given = arguments(rank, world), arguments(rank, world)
+    given["state"] = correct["state"]
+    before = snapshot(correct["state"])
+    if rank == 1:
+        given[name] = OTHER[name]
+    with pytest.raises(ValueError, match="expected the same") as caught:
+        negcache_fn.step_(**step_keywords(**given))
+    untouched = same_snapshot(before, snapshot(correct["state"]))
+    negcache_fn.step_(**step_keywords(**correct)).loss.backward()
+    return str(caught.value), untouched
+
+
+def test_ranks_that_differ_in_one_option_or_the_scale(tmp_path: Path) -> None:
+    assert OTHER.keys() == {field.name for field in dataclasses.fields(negcache_fn.StepOptions)} | {"scale"}
+    results = run_ranks(2, {name: (differing, {"name": name}) for name in OTHER}, tmp_path)
+    for name, of_ranks in results.items():
+        for text, untouched in of_ranks:
+            assert untouched, name
+            assert name.replace("score_transform", "score transform") in text
+            assert "expected the same" in text
+
+
+def differing_functions(rank: int, world: int, *, function: str, name: str) -> str:
+    given = arguments(rank, world)
+    state, queries, group = given["state"], given["queries"], given["group"]
+    documents = torch.ones(4, DIM)
+    draw = negcache_fn.sample_gumbel(state, queries, group=group)
+    calls: dict[str, Callable[..., Any]] = {
+        "sample_gumbel": functools.partial(negcache_fn.sample_gumbel, state, queries),
+        "loss": functools.partial(negcache_fn.loss, queries, documents, draw.embedding.flatten(0, 1), draw),
+        "exact_loss": functools.partial(negcache_fn.exact_loss, state, queries, documents),
+        "top_negatives": functools.partial(negcache_fn.top_negatives, state, queries, 3),
+    }
+    with pytest.raises(ValueError, match="expected the same") as caught:
+        calls[function](group=group, **({name: OTHER[name]} if rank else {}))
+    return str(caught.value)
+
+
+def test_ranks_that_differ_in_other_functions(tmp_path: Path) -> None:
+    cases: dict[str, Any] = {
+        f"{function}-{name}": (differing_functions, {"function": function, "name": name})
+        for function in ("sample_gumbel", "loss", "exact_loss", "top_negatives")
+        for name in ("scale", "score_transform")
+    }
+    for name, of_ranks in run_ranks(2, cases, tmp_path).items():
+        for text in of_ranks:
+            assert name.split("-")[1].replace("_", " ") in text
 
 
 def test_group_and_placement_are_checked() -> None:
