@@ -1,31 +1,30 @@
 """The assembly: one training step made of the pure functions."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn._cache.arrivals import Arrivals, check_facts
-from negcache_fn._cache.state import check_state, feature_leaves, scalar, stored, stored_features
+from negcache_fn._batch import Batch, agree_on_batch, arrivals_of, check_batch_of_step, classes_of
+from negcache_fn._cache.state import check_state, feature_leaves, stored
 from negcache_fn._cache.update import copy_state, write_
-from negcache_fn._checks import check_embeddings, check_encoder, check_scale
-from negcache_fn._draws.sample import Draw, check_draws, draw_negatives
+from negcache_fn._checks import check_encoder, check_scale
+from negcache_fn._draws.sample import Draw, draw_negatives
 from negcache_fn._encoders.one_pass import Encoder, encode_checked, encode_in_one_pass, with_stalest
-from negcache_fn._features import Features, fit_to_slots, leaves
-from negcache_fn._loss.batch_classes import Classes, known_ids, positive_scores
+from negcache_fn._features import Features
+from negcache_fn._loss.batch_classes import known_ids, positive_scores
 from negcache_fn._loss.cache_class import SharedDraws, gather_draws
 from negcache_fn._loss.cross_entropy import cross_entropy, loss_terms, reduced
 from negcache_fn._monitor.metrics import count_not_storable, step_metrics
 from negcache_fn._options import StepOptions
-from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
+from negcache_fn._ranks.agree import checking_arguments
 from negcache_fn._ranks.group import Ranks, ranks_of
 from negcache_fn._scores.definition import Similarity, dtype_of_scores, full_precision
 from negcache_fn._scores.exclude import (
     NO_FALSE_NEGATIVES,
     Exclusions,
     FalseNegatives,
-    check_false_negatives,
     needs_positives,
 )
 
@@ -155,73 +154,39 @@ def step_(
         >>> step_(state, torch.randn(2, 4), torch.randn(2, 3), torch.nn.Linear(3, 4)).state is state
         True
     """
-    ranks = ranks_of(group)
+    ranks, training = ranks_of(group), torch.is_grad_enabled()
     with checking_arguments(ranks):
         check_options(options)
         options.check_group(ranks.name is None)
         check_state(state)
         check_encoder(encode)
-        cached = stored(state, "embedding")
-        check_scale(scale, cached.device)
-        most = cached.shape[0] // ranks.size if options.replicated else cached.shape[0]
-        to_refresh = options.slots_to_refresh(cached.shape[0], most)
-        features, rows = _fit_features(state, queries, features, most)
-        check_draws(state, queries, options, ranks)
-        check_facts(rows, cached, ids, log_weights, cacheable, priorities)
-        check_false_negatives(false_negatives, queries, knows_positives=True)
-    training = torch.is_grad_enabled()
-    queries, shards = check_ranks_agree(
-        ranks,
-        queries,
-        cached.shape[0],
-        function="step",
-        options=options,
-        scale=scale,
-        seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
-        numbers={
-            "queries": queries.shape[0],
-            "documents": rows,
-            "refresh_stalest": to_refresh,
-            "false_negatives.ids": 0 if false_negatives.ids is None else false_negatives.ids.shape[1],
-        },
-        choices={
-            "ids": ids is not None,
-            "log_weights": log_weights is not None,
-            "max_score": false_negatives.max_score is not None,
-            "priorities": None if priorities is None else priorities.dtype,
-            "gradients": training,
-        },
-    )
+        check_scale(scale, stored(state, "embedding").device)
+        facts = (ids, log_weights, cacheable, false_negatives, priorities)
+        batch = check_batch_of_step(state, queries, features, facts, options, ranks)
+    queries, shards = agree_on_batch(state, queries, batch, scale, options, ranks)
+
     similarity = Similarity.of(options, scale, dtype_of_scores(state, queries))
-    encoded_first = encode_checked(encode, features, rows, cached) if needs_positives(false_negatives) else None
-    exclusions = _exclusions(similarity, queries, encoded_first, ids, false_negatives, options)
+    first = _encoded_first(state, batch, encode)
+    exclusions = _exclusions(similarity, queries, first, batch, options)
     columns = [*feature_leaves(state), stored(state, "embedded_at")]
     draw, (*drawn, drawn_at) = draw_negatives(state, queries, similarity, exclusions, options, ranks, shards, columns)
-    again = with_stalest(state, draw.slot.flatten(), drawn, to_refresh, ranks, shards)
-    embeddings = encode_in_one_pass(encode, features, rows, encoded_first, state, again)
-    of_documents, of_draws, of_stalest = torch.split(
-        embeddings, [rows, draw.slot.numel(), again.slots.shape[0] - draw.slot.numel()]
-    )
+    again = with_stalest(state, draw.slot.flatten(), drawn, batch.to_refresh, ranks, shards)
+    fresh = encode_in_one_pass(encode, cast(Features, batch.features), first, state, again)
 
-    arrivals = Arrivals.of(
-        features, of_documents if options.all_ranks_in_batch else of_documents.detach(), ids, log_weights, cacheable
-    ).gathered(queries.shape[0], ranks, differentiable=options.all_ranks_in_batch)
-    if options.all_ranks_in_batch:
-        first = ranks.rank * queries.shape[0]
-        classes = Classes(arrivals.embeddings, arrivals.ids, arrivals.log_weights, first)
-    else:
-        classes = Classes(of_documents, ids, log_weights, 0)
-    shared = gather_draws(of_draws, draw, ranks) if options.share_draws else None
-    terms = loss_terms(queries, classes, of_draws, draw, shared, scale, false_negatives, options)
+    arrivals = arrivals_of(batch, fresh.documents, queries.shape[0], options, ranks)
+    classes = classes_of(batch, fresh.documents, arrivals, queries.shape[0], options, ranks)
+    shared = gather_draws(fresh.draws, draw, ranks) if options.share_draws else None
+    terms = loss_terms(queries, classes, fresh.draws, draw, shared, scale, batch.false_negatives, options)
     loss = reduced(cross_entropy(terms.batch_logits, terms.cache.logit, terms.positive), options)
     with torch.no_grad():  # metrics and cached embeddings are constants
-        slots, fresh = _fresh_of_all_ranks(draw, of_draws, shared, ranks)
-        not_written = count_not_storable(state, embeddings, cacheable, again.slots)
-        metrics = step_metrics(state, draw, terms, of_draws, drawn_at, slots, not_written, ranks)
+        slots, embeddings = _drawn_by_all(draw, fresh.draws, shared, ranks)
+        not_written = count_not_storable(state, fresh.all, batch.cacheable, again.slots)
+        metrics = step_metrics(state, draw, terms, fresh.draws, drawn_at, slots, not_written, ranks)
         if training:
-            if to_refresh:
-                slots, fresh = torch.cat([slots, again.stalest]), torch.cat([fresh, ranks.gather(of_stalest)])
-            write_(state, arrivals, (slots, fresh), shards, options, priorities)
+            if batch.to_refresh:
+                slots = torch.cat([slots, again.stalest])
+                embeddings = torch.cat([embeddings, ranks.gather(fresh.stalest)])
+            write_(state, arrivals, (slots, embeddings), shards, options, priorities)
     return StepOutput(loss, state, metrics, draw)
 
 
@@ -231,43 +196,28 @@ def check_options(options: Any) -> None:
         raise TypeError(f"options is a {type(options).__name__}; expected negcache_fn.StepOptions(...)")
 
 
-def _fit_features(state: TensorDictBase, queries: Tensor, features: Features, most: int) -> tuple[Features, int]:
-    """The features, as wide as the cache stores them, and the number of documents."""
-    check_embeddings("queries", queries, stored(state, "embedding"), of="the cache")
-    name, leaf = next(leaves(features), ("features", None))
-    if leaf is None or leaf.ndim == 0:
-        raise ValueError(f"{name} holds no rows; expected features of at least {queries.shape[0]} documents")
-    rows = leaf.shape[0]
-    if not queries.shape[0] <= rows <= most:
-        raise ValueError(
-            f"{name} has {rows} rows; expected at least {queries.shape[0]}, the number of queries, "
-            f"and at most {most}, the capacity of the cache (per rank)"
-        )
-    return fit_to_slots(stored_features(state), features, rows, "features", queries.device), rows
+def _encoded_first(state: TensorDictBase, batch: Batch, encode: Encoder) -> Tensor | None:
+    """[N, D] the documents, if the scores of the positives decide what may be drawn."""
+    if not needs_positives(batch.false_negatives):
+        return None
+    return encode_checked(encode, cast(Features, batch.features), batch.rows, stored(state, "embedding"))
 
 
 def _exclusions(
-    similarity: Similarity,
-    queries: Tensor,
-    documents: Tensor | None,
-    ids: Tensor | None,
-    false_negatives: FalseNegatives,
-    options: StepOptions,
+    similarity: Similarity, queries: Tensor, documents: Tensor | None, batch: Batch, options: StepOptions
 ) -> Exclusions:
-    """What must not be drawn; `documents` are encoded already if the scores of the positives matter."""
+    """What must not be drawn; `documents` are those of `_encoded_first`."""
     positives = None
     if documents is not None:
         with torch.no_grad(), full_precision(queries):  # a limit is a constant
             positives = positive_scores(similarity, queries, documents)
-    known = known_ids(ids, queries.shape[0], options)
-    return Exclusions.of(queries, known, false_negatives, similarity.dtype, positives)
+    known = known_ids(batch.ids, queries.shape[0], options)
+    return Exclusions.of(queries, known, batch.false_negatives, similarity.dtype, positives)
 
 
-def _fresh_of_all_ranks(
-    draw: Draw, of_draws: Tensor, shared: SharedDraws | None, ranks: Ranks
-) -> tuple[Tensor, Tensor]:
+def _drawn_by_all(draw: Draw, embeddings: Tensor, shared: SharedDraws | None, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """The slots that all ranks have drawn, and their fresh embeddings."""
     if shared is not None:
         return shared.slot, shared.negatives
-    slots, fresh = ranks.gather_all(draw.slot.flatten(), of_draws)
+    slots, fresh = ranks.gather_all(draw.slot.flatten(), embeddings)
     return slots, fresh

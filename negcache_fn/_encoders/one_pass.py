@@ -10,10 +10,10 @@ from torch import Tensor
 from negcache_fn._cache.select import lowest_slots
 from negcache_fn._cache.state import as_features, feature_leaves, live, stored
 from negcache_fn._checks import check_embeddings
-from negcache_fn._features import Features, map_features, rows_where
+from negcache_fn._features import Features, leaves, map_features, rows_where
 from negcache_fn._ranks.group import Ranks, Shards, fetch_rows
 
-__all__ = ["EncodedAgain", "Encoder", "encode_checked", "encode_in_one_pass", "with_stalest"]
+__all__ = ["EncodedAgain", "Encoder", "Fresh", "encode_checked", "encode_in_one_pass", "with_stalest"]
 
 Encoder = Callable[[Any], Tensor]
 
@@ -22,8 +22,18 @@ class EncodedAgain(NamedTuple):
     """The cached documents that a step encodes again: the draws, then the stalest."""
 
     slots: Tensor  # [M + R]
+    drawn: int  # M
     features: list[Tensor]  # their rows of each of `feature_leaves`
     stalest: Tensor  # [ranks * R] slots of the stalest, for all ranks
+
+
+class Fresh(NamedTuple):
+    """The embeddings of a step."""
+
+    all: Tensor  # [N + M + R, D]
+    documents: Tensor  # [N, D]
+    draws: Tensor  # [M, D]
+    stalest: Tensor  # [R, D]
 
 
 def with_stalest(
@@ -31,28 +41,28 @@ def with_stalest(
 ) -> EncodedAgain:
     """The drawn slots [M] with their features, and this rank's part of the stalest."""
     if not to_refresh:
-        return EncodedAgain(slots, drawn, slots[:0])
+        return EncodedAgain(slots, slots.shape[0], drawn, slots[:0])
     stalest = lowest_slots(stored(state, "embedded_at"), to_refresh * ranks.size, skip=~live(state), shards=shards)
     own = ranks.own(stalest)
     fetched = fetch_rows(feature_leaves(state), own, shards)
     features = [torch.cat(rows) for rows in zip(drawn, fetched, strict=True)]
-    return EncodedAgain(torch.cat([slots, own]), features, stalest)
+    return EncodedAgain(torch.cat([slots, own]), slots.shape[0], features, stalest)
 
 
 def encode_in_one_pass(
-    encode: Encoder,
-    features: Features,
-    rows: int,
-    encoded_first: Tensor | None,
-    state: TensorDictBase,
-    again: EncodedAgain,
-) -> Tensor:
-    """[N + M + R, D]: the documents, unless they are encoded already, and those of the cache, in one call."""
+    encode: Encoder, features: Features, encoded_first: Tensor | None, state: TensorDictBase, again: EncodedAgain
+) -> Fresh:
+    """Encodes the documents of the batch, unless they are encoded already, and those of the cache, in one call."""
     cached, count = stored(state, "embedding"), again.slots.shape[0]
+    _, leaf = next(leaves(features))
+    rows = leaf.shape[0]
     from_cache = _with_stand_ins(features, cast(Features, as_features(state, again.features)), again.slots)
     if encoded_first is not None:
-        return torch.cat([encoded_first, encode_checked(encode, from_cache, count, cached)])
-    return encode_checked(encode, map_features(_joined, features, from_cache), rows + count, cached)
+        embeddings = torch.cat([encoded_first, encode_checked(encode, from_cache, count, cached)])
+    else:
+        embeddings = encode_checked(encode, map_features(_joined, features, from_cache), rows + count, cached)
+    documents, draws, stalest = torch.split(embeddings, [rows, again.drawn, count - again.drawn])
+    return Fresh(embeddings, documents, draws, stalest)
 
 
 def encode_checked(encode: Encoder, features: Features, rows: int, like: Tensor) -> Tensor:

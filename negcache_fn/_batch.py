@@ -1,0 +1,111 @@
+"""The batch of a step: its documents and the facts about them, checked, and agreed on by the ranks."""
+
+from typing import NamedTuple, cast
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from negcache_fn._cache.arrivals import Arrivals, check_facts
+from negcache_fn._cache.state import scalar, stored, stored_features
+from negcache_fn._checks import check_embeddings
+from negcache_fn._draws.sample import check_draws
+from negcache_fn._features import Features, fit_to_slots, leaves
+from negcache_fn._loss.batch_classes import Classes
+from negcache_fn._options import StepOptions
+from negcache_fn._ranks.agree import check_ranks_agree
+from negcache_fn._ranks.group import Ranks, Shards
+from negcache_fn._scores.exclude import FalseNegatives, check_false_negatives
+
+__all__ = ["Batch", "agree_on_batch", "arrivals_of", "check_batch_of_step", "classes_of"]
+
+
+class Batch(NamedTuple):
+    """The documents of a step and the facts about them, checked."""
+
+    features: Features  # as wide as the cache stores them
+    rows: int
+    to_refresh: int  # how many of the stalest documents each rank encodes again
+    ids: Tensor | None
+    log_weights: Tensor | None
+    cacheable: Tensor | None
+    false_negatives: FalseNegatives
+    priorities: Tensor | None
+
+
+Facts = tuple[Tensor | None, Tensor | None, Tensor | None, FalseNegatives, Tensor | None]  # the last fields of `Batch`
+
+
+def check_batch_of_step(
+    state: TensorDictBase, queries: Tensor, features: Features, facts: Facts, options: StepOptions, ranks: Ranks
+) -> Batch:
+    """The batch, if features and facts fit the cache and the queries, and so many documents can be drawn."""
+    ids, log_weights, cacheable, false_negatives, priorities = facts
+    cached = stored(state, "embedding")
+    most = cached.shape[0] // ranks.size if options.replicated else cached.shape[0]
+    features, rows = _fit_features(state, queries, features, most)
+    check_draws(state, queries, options, ranks)
+    check_facts(rows, cached, ids, log_weights, cacheable, priorities)
+    check_false_negatives(false_negatives, queries, knows_positives=True)
+    return Batch(features, rows, options.slots_to_refresh(cached.shape[0], most), *facts)
+
+
+def agree_on_batch(
+    state: TensorDictBase, queries: Tensor, batch: Batch, scale: float | Tensor, options: StepOptions, ranks: Ranks
+) -> tuple[Tensor, Shards]:
+    """`check_ranks_agree` on everything that a step is given."""
+    known = batch.false_negatives
+    return check_ranks_agree(
+        ranks,
+        queries,
+        stored(state, "embedding").shape[0],
+        function="step",
+        options=options,
+        scale=scale,
+        seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
+        numbers={
+            "queries": queries.shape[0],
+            "documents": batch.rows,
+            "refresh_stalest": batch.to_refresh,
+            "false_negatives.ids": 0 if known.ids is None else known.ids.shape[1],
+        },
+        choices={
+            "ids": batch.ids is not None,
+            "log_weights": batch.log_weights is not None,
+            "max_score": known.max_score is not None,
+            "priorities": None if batch.priorities is None else batch.priorities.dtype,
+            "gradients": torch.is_grad_enabled(),
+        },
+    )
+
+
+def arrivals_of(batch: Batch, documents: Tensor, queries: int, options: StepOptions, ranks: Ranks) -> Arrivals:
+    """The documents of all ranks; with a gradient to their embeddings [N, D] if the loss uses them."""
+    differentiable = options.all_ranks_in_batch
+    embeddings = documents if differentiable else documents.detach()
+    arrivals = Arrivals.of(cast(Features, batch.features), embeddings, batch.ids, batch.log_weights, batch.cacheable)
+    return arrivals.gathered(queries, ranks, differentiable=differentiable)
+
+
+def classes_of(
+    batch: Batch, documents: Tensor, arrivals: Arrivals, queries: int, options: StepOptions, ranks: Ranks
+) -> Classes:
+    """The documents of this rank or of all ranks."""
+    if options.all_ranks_in_batch:
+        return Classes(arrivals.embeddings, arrivals.ids, arrivals.log_weights, ranks.rank * queries)
+    return Classes(documents, batch.ids, batch.log_weights, 0)
+
+
+def _fit_features(state: TensorDictBase, queries: Tensor, features: Features, most: int) -> tuple[Features, int]:
+    """The features, as wide as the cache stores them, and the number of documents."""
+    check_embeddings("queries", queries, stored(state, "embedding"), of="the cache")
+    name, leaf = next(leaves(features), ("features", None))
+    if leaf is None or leaf.ndim == 0:
+        raise ValueError(f"{name} holds no rows; expected features of at least {queries.shape[0]} documents")
+    rows = leaf.shape[0]
+    if not queries.shape[0] <= rows <= most:
+        raise ValueError(
+            f"{name} has {rows} rows; expected at least {queries.shape[0]}, the number of queries, "
+            f"and at most {most}, the capacity of the cache (per rank)"
+        )
+    return fit_to_slots(stored_features(state), features, rows, "features", queries.device), rows
