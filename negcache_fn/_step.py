@@ -89,6 +89,7 @@ def step(
 
         - `exact_loss`: mean cross entropy with the whole cache as embedded in it, the interpretable loss;
         - `positive_probability`: mean probability of the positive in that softmax;
+        - `cache_share`: mean probability of the cached documents together in that softmax;
         - `occupancy`: share of live slots;
         - `cache_age_steps`, `draw_age_steps`: mean age of the embeddings, of all and of the drawn;
         - `drift`: mean `|fresh - stale|^2 / |fresh|^2` of the drawn;

@@ -37,7 +37,7 @@ class _Panel(NamedTuple):
 
 _PANELS = (
     _Panel("Exact loss", "nats", {"exact_loss": ""}),
-    _Panel("Probability of the positive", "probability", {"positive_probability": ""}),
+    _Panel("Share of the softmax", "probability", {"positive_probability": "positive", "cache_share": "cache"}),
     _Panel("Occupancy", "share of slots", {"occupancy": ""}),
     _Panel("Mean age of embeddings", "steps", {"cache_age_steps": "in the cache", "draw_age_steps": "drawn"}),
     _Panel("Drift of the drawn", "|fresh - stale|² / |fresh|²", {"drift": ""}),

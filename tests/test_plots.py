@@ -22,7 +22,8 @@ from tests.support.checks.steps import METRICS, Tower, documents, warm
 
 TITLES = {
     "exact_loss": "Exact loss",
-    "positive_probability": "Probability of the positive",
+    "positive_probability": "Share of the softmax",
+    "cache_share": "Share of the softmax",
     "occupancy": "Occupancy",
     "cache_age_steps": "Mean age of embeddings",
     "draw_age_steps": "Mean age of embeddings",

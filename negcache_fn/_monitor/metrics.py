@@ -59,6 +59,7 @@ def step_metrics(
     ratios = {
         "exact_loss": (exact.sum(), queries),
         "positive_probability": ((-exact).exp().sum(), queries),
+        "cache_share": ((draw.log_normalizer - exact - terms.positive).exp().sum(), queries),
         "occupancy": (documents, capacity),
         "cache_age_steps": (step * documents - embedded_at_sum, documents),
         "draw_age_steps": _sum_where(step - drawn_at, drawn.flatten()),

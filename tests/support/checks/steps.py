@@ -17,6 +17,7 @@ from tests.support.builders import is_close
 METRICS = {
     "exact_loss",
     "positive_probability",
+    "cache_share",
     "occupancy",
     "cache_age_steps",
     "draw_age_steps",
@@ -159,16 +160,20 @@ def naive_metrics(
         limits["exclude"] = [[*(limits["exclude"][i] if names else []), *positives[i]] for i in range(len(queries))]
     limits["max_score"] = None if limit is None else limit.tolist()
     stale = oracles.cache_scores(queries, items["embedding"], **limits, **shared)
-    losses = oracles.cross_entropy(
-        queries,
-        own,
-        oracles.log_normalizer(stale),
-        ids=names,
-        log_weights=options.get("log_weights"),
-        in_batch=in_batch,
-        positives=positives,
-        max_score=limits["max_score"],
-        **shared,
+    cache_logit = oracles.log_normalizer(stale)
+    losses, without_cache = (
+        oracles.cross_entropy(
+            queries,
+            own,
+            logit,
+            ids=names,
+            log_weights=options.get("log_weights"),
+            in_batch=in_batch,
+            positives=positives,
+            max_score=limits["max_score"],
+            **shared,
+        )
+        for logit in (cache_logit, torch.full_like(torch.as_tensor(cache_logit), -math.inf))
     )
     fresh = oracles.cache_scores(queries, negatives, log_weight=items["log_weight"][slots], **shared)
     probability = torch.from_numpy(oracles.probabilities(stale))[:, slots]
@@ -189,6 +194,7 @@ def naive_metrics(
     return {
         "exact_loss": float(losses.mean()),
         "positive_probability": float(torch.exp(-losses).mean()),
+        "cache_share": float((1 - torch.exp(without_cache - losses)).mean()),
         "occupancy": len(live) / len(at),
         "cache_age_steps": sum(now - at[j] for j in live) / len(live),
         "draw_age_steps": sum(now - at[j] for j in slots) / len(slots),
