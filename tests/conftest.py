@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
+from tests.support.processes import stop_processes
+
 settings.register_profile(
     "ci",
     derandomize=True,
@@ -23,6 +25,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # What is tested is small, and tests run side by side: threads would wait for each other.
 torch.set_num_threads(1)
+
+
+def pytest_sessionfinish() -> None:
+    """Lets the processes of `run_ranks` end and write their coverage."""
+    stop_processes()
 
 
 @pytest.fixture

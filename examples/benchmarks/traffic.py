@@ -57,7 +57,7 @@ def messages(step: Step) -> list[tuple[str, str, int, int]]:
         ),
         ("slots to evict", "all_gather", 1, 8 * world * documents),
         ("slots to replace", "all_reduce", 1, 8 * world * documents),
-        ("metrics", "all_reduce", 1, 8 * 19),
+        ("metrics", "all_reduce", 1, 8 * 21),
     ]
     if options.in_batch == "global":
         found += [

@@ -288,7 +288,7 @@ def test_on_two_ranks(tmp_path: Path, group_of_one: dist.ProcessGroup) -> None:
         "trainer-resumed": (on_ranks, {"folder": tmp_path / "trainer-two", "resume_at": 10}),
     }
     (tmp_path / "ranks").mkdir()
-    ran: dict[str, list[dict[str, Tensor]]] = run_ranks(2, cases, tmp_path / "ranks")
+    ran: dict[str, list[dict[str, Tensor]]] = run_ranks(2, cases, tmp_path / "ranks", fresh=True)
     for name, of_ranks in ran.items():
         assert_equal(of_ranks[0], of_ranks[1])
         assert_equal(of_ranks[0], alone[name.split("-")[0]], atol=1e-9)

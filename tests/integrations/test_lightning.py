@@ -280,7 +280,7 @@ def test_on_two_ranks(tmp_path: Path) -> None:
             cases[kind + suffix] = (train, {"folder": tmp_path / kind, "resume": resume, **options})
     cases["uneven"] = (uneven, {"folder": tmp_path / "uneven"})
     (tmp_path / "ranks").mkdir()
-    ran: dict[str, list[dict[str, Tensor]]] = run_ranks(2, cases, tmp_path / "ranks")
+    ran: dict[str, list[dict[str, Tensor]]] = run_ranks(2, cases, tmp_path / "ranks", fresh=True)
 
     assert_equal(whole(ran["sharded"]), alone, atol=1e-9)
     assert_equal(whole(ran["from-alone"]), alone, atol=1e-9)

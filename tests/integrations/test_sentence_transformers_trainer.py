@@ -244,7 +244,7 @@ def test_two_processes(tmp_path: Path) -> None:
     }
     for name in cases:
         tiny.transformer(tmp_path / name / "model", dropout=0.0)  # only rank 0 would write the files
-    results = run_ranks(2, cases, tmp_path)
+    results = run_ranks(2, cases, tmp_path, fresh=True)
     for name, (first, second) in results.items():
         assert first["wrapped"] == "DistributedDataParallel", name
         assert first["scale"] == second["scale"]
@@ -257,7 +257,7 @@ def test_two_processes(tmp_path: Path) -> None:
     assert int(first["seed"]) != int(second["seed"])
     assert not ids_of(first) & ids_of(second)
 
-    alone = run_ranks(1, {"shared": cases["shared"]}, tmp_path / "shared")["shared"][0]
+    alone = run_ranks(1, {"shared": cases["shared"]}, tmp_path / "shared", fresh=True)["shared"][0]
     for name in ("shared", "chunks"):
         first, second = (result["state"] for result in results[name])
         assert first["items"].shape[0] == second["items"].shape[0] == 1024
