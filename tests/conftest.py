@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,28 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # What is tested is small, and tests run side by side: threads would wait for each other.
 torch.set_num_threads(1)
+
+
+# The files that take longest, longest first: begun first, so that two processes of pytest end together.
+LONGEST = (
+    "properties/test_compile.py",
+    "ranks/test_wrapped_and_compiled.py",
+    "ranks/test_equivalence.py",
+    "examples/test_experiments.py",
+    "ranks/test_checkpoints.py",
+    "kernels/test_triton.py",
+    "integrations/test_sentence_transformers_trainer.py",
+    "examples/test_code_search_distributed.py",
+    "integrations/test_lightning.py",
+    "integrations/test_hugging_face.py",
+    "properties/test_precision.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests of these files first, in their order."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_sessionfinish() -> None:

@@ -72,13 +72,13 @@ def train(
     steps: int,
     dtype: torch.dtype,
     alone: bool = False,
-    compiled: bool = False,
+    backend: str | None = None,
     wrap: Literal["ddp", "fsdp", "none"] = "ddp",
     placement: str = "sharded",
     start: TensorDictBase | None = None,
     **options: Any,
 ) -> Record:
-    """Trains on this rank's part of every batch; `alone` is the run that all others must equal."""
+    """Trains on this rank's part of every batch; `alone` is the run that all others must equal; `backend` compiles."""
     group = None if alone else dist.group.WORLD
     options = dict(options)
     with_ids, with_weights = options.pop("with_ids", True), options.pop("with_weights", False)
@@ -101,8 +101,8 @@ def train(
     elif group is not None and wrap == "fsdp":
         towers = [fully_shard(tower) for tower in towers]
     optimizer = torch.optim.SGD([*towers[0].parameters(), *towers[1].parameters(), scale], lr=0.05)
-    counter = CompileCounterWithBackend("inductor")
-    step = torch.compile(negcache_fn.step_, fullgraph=True, backend=counter) if compiled else negcache_fn.step_
+    counter = CompileCounterWithBackend(backend or "eager")
+    step = torch.compile(negcache_fn.step_, fullgraph=True, backend=counter) if backend else negcache_fn.step_
     generator = torch.Generator().manual_seed(11)
     losses: list[float] = []
     slots: list[Tensor] = []
