@@ -196,6 +196,7 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.no_cover
 @pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.parametrize("backend", ["inductor", "eager"])
 def test_compiles_into_one_frame(backend: str) -> None:

@@ -231,6 +231,7 @@ def test_state_can_be_assigned() -> None:
         criterion.state = {}  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@pytest.mark.no_cover
 def test_compiles_whole() -> None:
     criterion, plain, encode = filled(learnable_scale=True), filled(learnable_scale=True), encoder()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -142,6 +142,7 @@ def test_the_watcher_sees_mixed_devices() -> None:
         leaf[slots]
 
 
+@pytest.mark.no_cover
 @pytest.mark.usefixtures("two_devices")
 @pytest.mark.parametrize("name", ["take", "update_"])
 def test_two_devices_compile_whole(name: str) -> None:

@@ -51,6 +51,7 @@ def test_the_user_chooses_error_or_left_out(function: Callable[..., Any], value:
     negcache_fn.validate(out.state)
 
 
+@pytest.mark.no_cover
 def test_a_finite_encoder_is_left_as_it_is() -> None:
     """Values, gradients, parameters; eager and compiled whole, once."""
     tower, batch = Tower(), documents(5, 1)

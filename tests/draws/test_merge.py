@@ -151,6 +151,7 @@ def test_sharded_caches_are_whole_ones(tmp_path: Path) -> None:
             assert_same_state(state, right)
 
 
+@pytest.mark.no_cover
 def test_compiles_whole() -> None:
     """Drawing from two caches, taking and refreshing: one graph, equal to eager."""
     states, queries = [cache(70, 1, 0), cache(200, 2, 1000)], unit(3, 4, 9)

@@ -124,6 +124,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         chunked(wrapped, 2)
 
 
+@pytest.mark.no_cover
 def test_chunks_compile_whole() -> None:
     """Inside a compiled step: one graph over three steps, the loss and gradients of the encoder in one piece."""
     tower = steps.Tower()

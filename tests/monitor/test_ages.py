@@ -58,6 +58,7 @@ def test_counts_are_those_of_a_loop(ages: list[int | None], later: int, bins: in
     assert same_snapshot(before, snapshot(state))
 
 
+@pytest.mark.no_cover
 def test_compiles_whole_and_once() -> None:
     """Fixed shapes whatever the ages are."""
     counter = CompileCounterWithBackend("aot_eager")

@@ -18,6 +18,7 @@ from tests.support.builders import is_close
 from tests.support.checks.steps import Tower, documents
 from tests.support.options import step_keywords
 
+pytestmark = pytest.mark.no_cover  # with which compiling takes half as long again
 ROWS, TOTAL, CAPACITY, STEPS = 3, 5, 150, 5
 
 VARIANTS: dict[str, dict[str, Any]] = {

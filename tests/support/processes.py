@@ -9,7 +9,8 @@ from __future__ import annotations
 import datetime
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from coverage import Coverage
 
 SECONDS = 120
 Case = Callable[..., Any]
@@ -67,6 +69,20 @@ def stop_processes() -> None:
         worker.process.kill()
         worker.process.join()
     _WORKERS.clear()
+
+
+@contextmanager
+def without_coverage() -> Iterator[None]:
+    """For a case that compiles: `pytest.mark.no_cover` is for the process of the test alone."""
+    measured = Coverage.current()
+    if measured is None:
+        yield
+        return
+    measured.stop()
+    try:
+        yield
+    finally:
+        measured.start()
 
 
 class _Worker:
