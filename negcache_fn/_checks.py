@@ -5,6 +5,7 @@ Each message names the argument, what was given and what was expected.
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ __all__ = [
 
 def check_size(name: str, value: Any, *, least: int = 1, most: int | None = None) -> None:
     """Raises unless `value` is an integer in `least ... most`."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer, torch.SymInt)):
         raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; expected an integer")
     if value < least or (most is not None and value > most):
         bounds = f"at least {least}" if most is None else f"in {least} ... {most}"

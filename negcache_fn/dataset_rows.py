@@ -82,7 +82,7 @@ def hard_negatives(
     chosen: list[list[int]] = []
     for row_scores, row_ids, row_known in zip(values, _lists(ids), known, strict=True):
         found = zip(row_scores, row_ids, strict=True)
-        there = [pair for pair in found if pair[0] > float("-inf") and pair[0] >= least and pair[1] >= 0]
+        there = [pair for pair in found if pair[0] > float("-inf") and pair[0] >= least and pair[1] != -1]
         ranked = [document for _, document in sorted(there, key=_descending)]
         kept = _distinct(ranked, row_known, texts)[range_min : range_min + num_negatives]
         chosen.append(kept + [-1] * (num_negatives - len(kept)))
@@ -185,7 +185,7 @@ def _lists(ids: Tensor) -> list[list[int]]:
 
 def _present(ids: Tensor) -> list[list[int]]:
     """The ids of each row without those that mean none."""
-    return [[document for document in row if document >= 0] for row in _lists(ids)]
+    return [[document for document in row if document != -1] for row in _lists(ids)]
 
 
 def _check_mined(scores: Any, ids: Any) -> None:

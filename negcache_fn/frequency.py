@@ -28,6 +28,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from negcache_fn._cache.ids import named
 from negcache_fn._cache.state import lock, scalar
 from negcache_fn._checks import check_rows, check_size, check_slots
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
@@ -128,8 +129,9 @@ def observe(
     )
     ids = ranks.gather(column.squeeze(1))
     # Rows that are not observed repeat one that is; if there is none, all write back what they read.
-    some = (ids >= 0).any()
-    places = _places(torch.where(ids >= 0, ids, ids.max()), hashes, buckets)
+    observed = named(ids)
+    some = observed.any()
+    places = _places(torch.where(observed, ids, ids.gather(0, observed.int().argmax(0, keepdim=True))), hashes, buckets)
     step = scalar(frequency, "step") + 1
     names = ("interval", "seen_at", "sightings")
     interval, seen_at, sightings = before = [_table(frequency, name).gather(1, places) for name in names]
@@ -175,15 +177,14 @@ def log_frequency(frequency: TensorDictBase, ids: Tensor) -> Tensor:
     places = _places(ids, hashes, buckets)
     interval, sightings = (_table(frequency, name).gather(1, places) for name in ("interval", "sightings"))
     longest = torch.where(sightings > 0, interval, scalar(frequency, "step") + 1).amax(0)
-    return torch.where(ids >= 0, -longest.log(), 0.0)
+    return torch.where(named(ids), -longest.log(), 0.0)
 
 
 def _places(ids: Tensor, hashes: int, buckets: int) -> Tensor:
     """[H, N] the bucket of each id in each table: a word of Philox, of which a call gives four."""
-    ids = ids.clamp(min=0)  # a counter is not negative; what -1 reads is not used
     call = torch.arange((hashes + 3) // 4, device=ids.device)[:, None]
     zero = torch.zeros_like(call)
-    words = philox((ids & _WORD, ids >> 32, call, zero), (zero + _KEY[0], zero + _KEY[1]))
+    words = philox((ids & _WORD, (ids >> 32) & _WORD, call, zero), (zero + _KEY[0], zero + _KEY[1]))
     return torch.stack(words, 1).flatten(0, 1)[:hashes] % buckets
 
 

@@ -205,3 +205,8 @@ def test_rows_name_what_is_wrong() -> None:
         training_rows(["a"], ID[:1], ID, WORDS)
     with pytest.raises(ValueError, match="texts has no document 9"):
         training_rows(["a", "b"], ID, ID + 9, WORDS)
+
+
+def test_negative_ids_are_ids() -> None:
+    scores, ids = torch.tensor([[3.0, 2.0, 1.0, 0.0]]), torch.tensor([[-9, -1, -8, 4]])
+    assert hard_negatives(scores, ids, positives=torch.tensor([[-9, -1]])).tolist() == [[-8, 4, -1]]

@@ -24,7 +24,7 @@ from tests.support.builders import assert_same_state, is_close, unit
 from tests.support.checks.steps import Tower, documents
 from tests.support.checks.updates import pure
 
-IDS = (-1, 0, 1, 2, 3, 5, 2**32, 2**40 + 3, 2**62)
+IDS = (-1, 0, 1, 2, 3, 5, 2**32, 2**40 + 3, 2**62, -2, -(2**63))
 # Errors in units of the standard error, of means over 96 documents: beyond 6 with probability 4e-8 (Student's t).
 DOCUMENTS, LIMIT = 96, 6.0
 CORPUS = (0.6, 0.3, 0.1)  # probabilities with which a document is drawn from a corpus of three
@@ -40,7 +40,7 @@ class Model:
 
     def bucket(self, table: int, name: int) -> int:
         """A word of Philox with the id as counter."""
-        words = oracles.philox4x32([name % 2**32, name >> 32, table // 4, 0], [0x6E656763, 0x61636865])
+        words = oracles.philox4x32([name % 2**32, (name >> 32) % 2**32, table // 4, 0], [0x6E656763, 0x61636865])
         return words[table % 4] % self.buckets
 
     def observe(self, ids: list[int], rate: float) -> None:
@@ -54,7 +54,7 @@ class Model:
 
     def log_frequency(self, name: int) -> float:
         """Of one id."""
-        if name < 0:
+        if name == -1:
             return 0.0
         unknown = (self.step + 1.0, 0, 0)
         return -math.log(max(table.get(self.bucket(n, name), unknown)[0] for n, table in enumerate(self.tables)))
@@ -77,7 +77,7 @@ def test_equals_a_plain_model(data: st.DataObject, buckets: int, hashes: int) ->
         rate = data.draw(st.sampled_from([1e-6, 0.05, 0.4, 1]))
         ids = data.draw(st.lists(st.sampled_from(IDS), min_size=1, max_size=6))
         mask = data.draw(st.none() | st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
-        model.observe([name for n, name in enumerate(ids) if name >= 0 and (mask is None or mask[n])], rate)
+        model.observe([name for n, name in enumerate(ids) if name != -1 and (mask is None or mask[n])], rate)
         tensors = torch.tensor(ids), None if mask is None else torch.tensor(mask)
         frequency = observe(frequency, tensors[0], rate=rate, mask=tensors[1])
         expected = torch.tensor([model.log_frequency(name) for name in IDS], dtype=torch.float64)

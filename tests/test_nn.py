@@ -249,6 +249,8 @@ def test_says_what_does_not_fit() -> None:
         NegativeCacheLoss(empty(), options={"draws_per_query": 3})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="state is a dict; expected a TensorDict"):
         NegativeCacheLoss({})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="scale is 'x', a str; expected a number above 0"):
+        Scale("x")  # type: ignore[arg-type]
     for scale in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=f"scale is {scale}; expected a number above 0"):
             Scale(scale)

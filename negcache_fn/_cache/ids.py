@@ -1,4 +1,7 @@
-"""Document ids: where the cache has them, and which rows of a batch share one. -1 is anonymous and equals nothing."""
+"""Document ids: where the cache has them, and which rows of a batch share one. -1 is anonymous and equals nothing.
+
+Every other number is an id, negative ones too: half of all 64-bit hashes are negative.
+"""
 
 from typing import cast
 
@@ -10,7 +13,14 @@ from negcache_fn._cache.select import segments
 from negcache_fn._cache.state import live, stored
 from negcache_fn._kernels import dispatch
 
-__all__ = ["find_slots", "first_of_each", "last_of_each", "without"]
+__all__ = ["find_slots", "first_of_each", "last_of_each", "named", "without"]
+
+_ANONYMOUS = -1
+
+
+def named(ids: Tensor) -> Tensor:
+    """Whether each is an id, and not anonymous."""
+    return ids != _ANONYMOUS
 
 
 def find_slots(state: TensorDictBase, ids: Tensor) -> Tensor:
@@ -28,11 +38,9 @@ def without(state: TensorDictBase, ids: Tensor) -> Tensor:
 
 def last_of_each(ids: Tensor) -> Tensor:
     """[M] bool: whether no later row has the same id."""
-    rows = torch.arange(ids.shape[0], device=ids.device)
-    keys = torch.where(ids < 0, -1 - rows, ids)
-    ordered, order = keys.sort(stable=True)
+    ordered, order = ids.sort(stable=True)
     last = torch.ones_like(ordered, dtype=torch.bool)
-    last[:-1] = ordered[1:] != ordered[:-1]
+    last[:-1] = (ordered[1:] != ordered[:-1]) | ~named(ordered[:-1])
     return torch.empty_like(last).scatter_(0, order, last)
 
 
@@ -49,11 +57,11 @@ def _find_slots_op(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
     ordered = ids.sort().values
     found = torch.full_like(ordered, -1)
     for start, stop in segments(cached.shape[0]):
-        known = cached[start:stop].masked_fill(embedded_at[start:stop] < 0, -1)
+        known = cached[start:stop].masked_fill(embedded_at[start:stop] < 0, _ANONYMOUS)
         place = torch.searchsorted(ordered, known).clamp(max=ordered.shape[0] - 1)
-        slots = torch.arange(start, stop, device=ids.device).masked_fill((ordered[place] != known) | (known < 0), -1)
+        slots = torch.arange(start, stop, device=ids.device).masked_fill((ordered[place] != known) | ~named(known), -1)
         found.scatter_reduce_(0, place, slots, "amax")
-    return found[torch.searchsorted(ordered, ids)].masked_fill(ids < 0, -1)
+    return found[torch.searchsorted(ordered, ids)].masked_fill(~named(ids), -1)
 
 
 @_find_slots_op.register_fake

@@ -6,7 +6,7 @@ Schema (C slots, D dimensions); the invariants hold in every state that this pac
 | ------------------- | -------- | -------- | --------------------------------------------------------------------- |
 | `items.embedding`   | [C, D]   | floating | stale embedding; finite                                               |
 | `items.features`    | [C, ...] | as given | what the document encoder takes: a nested TensorDict, or one tensor   |
-| `items.id`          | [C]      | int64    | document id; -1: anonymous; ids >= 0 of live slots are unique         |
+| `items.id`          | [C]      | int64    | document id; -1: anonymous; the others of live slots are unique        |
 | `items.embedded_at` | [C]      | int64    | step of the embedding; -1: empty slot                                 |
 | `items.log_weight`  | [C]      | float32  | added to the document's score; below +inf, never NaN                  |
 | `items.inserted_at` | [C]      | int64    | step at which the document came in; -1 exactly where `embedded_at` is |
@@ -93,8 +93,10 @@ def init_cache(
         The state, a locked TensorDict (see the schema of a state).
 
     Raises:
-        ValueError: non-positive sizes; a feature without a row dimension; features on several devices.
-        TypeError: a feature that is not a tensor; an embedding dtype that cannot be stored.
+        ValueError: non-positive sizes; a seed of more than 64 bits; a feature without a row dimension; features on
+            several devices.
+        TypeError: sizes and seeds that are not integers; a feature that is not a tensor; an embedding dtype that cannot
+            be stored.
 
     Examples:
         >>> documents = {"input_ids": torch.zeros(1, 32, dtype=torch.int64)}
@@ -105,6 +107,7 @@ def init_cache(
     check_size("capacity", capacity)
     check_size("embedding_dim", embedding_dim)
     check_storage("embedding_dtype", embedding_dtype)
+    check_size("seed", seed, least=-(2**63), most=2**63 - 1)
     example_device = check_example(features)
     device = example_device if device is None else torch.device(device)
 

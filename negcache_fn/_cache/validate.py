@@ -44,7 +44,6 @@ def validate(state: TensorDictBase) -> None:
             _require(name, values, alive | (values == empty), f"{empty}, as embedded_at there is -1")
             _require(name, values, ~alive | (values >= 0), "a step, as the slot is live")
     _require("inserted_at", inserted_at, inserted_at <= embedded_at, "at most embedded_at")
-    _require("id", ids, ids >= -1, "an id, or -1")
     _require("id", ids, first_of_each(torch.where(alive, ids, -1)), "an id that no other live slot has")
     _require("log_weight", log_weight, log_weight < float("inf"), "a number below +inf")
     finite = stored(state, "embedding").isfinite().all(-1)

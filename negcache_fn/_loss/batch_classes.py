@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from negcache_fn._cache.ids import first_of_each
+from negcache_fn._cache.ids import first_of_each, named
 from negcache_fn._checks import check_embeddings, check_rows
 from negcache_fn._options import StepOptions
 from negcache_fn._ranks.group import Ranks, positives_first
@@ -100,11 +100,11 @@ def _no_classes(products: Tensor, own: Tensor, classes: Classes, false_negatives
     rows, ids = products.shape[0], classes.ids
     none: list[Tensor] = []
     if ids is not None:
-        none.append((ids[classes.first : classes.first + rows, None] == ids) & (ids >= 0))
+        none.append((ids[classes.first : classes.first + rows, None] == ids) & named(ids))
         none.append(~first_of_each(ids)[None])
         if false_negatives.ids is not None:
-            named = (ids[None, :, None] == false_negatives.ids[:, None, :]) & (ids >= 0)[:, None]
-            none.append(named.any(-1))
+            excluded = (ids[None, :, None] == false_negatives.ids[:, None, :]) & named(ids)[:, None]
+            none.append(excluded.any(-1))
     limit = max_score_of(false_negatives, products, products.dtype, products.gather(1, own).squeeze(1))
     if limit is not None:
         none.append(products > limit[:, None])

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from negcache_fn._cache.ids import named
 from negcache_fn._draws.sample import Draw
 from negcache_fn._options import StalenessCorrection, StepOptions
 from negcache_fn._ranks.group import Ranks
@@ -134,7 +135,7 @@ def _false_negatives(products: Tensor, drawn: Tensor, draw: Draw, shared: Shared
     """[B, M] bool: whether a draw of another query is no negative of this one; `products` are without log-weights."""
     masked = products > draw.max_score[:, shared.source]
     if draw.exclude_ids.shape[0] == products.shape[0]:  # what is excluded for all is not among the draws
-        excluded = (shared.id[:, None] == draw.exclude_ids[:, None, :]) & (shared.id[:, None] >= 0)
+        excluded = (shared.id[:, None] == draw.exclude_ids[:, None, :]) & named(shared.id)[:, None]
         masked = masked | excluded.any(-1)
     # What the query drew is one, whatever rounding says here.
     return masked & ~drawn & (shared.slot >= 0) & draw.has_documents[:, None]

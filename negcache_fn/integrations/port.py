@@ -57,8 +57,8 @@ def convert_cache(
             the port writes into the tensors that it has.
         embedding_key: the key of the embeddings, [C, D] floating; stored in the dtype that they have.
         data_keys: the keys of the features, what the encoder takes; None: all but the embeddings'.
-        id_key: a key of integers [C] or [C, 1] that are the documents' ids, 0 or more (-1: anonymous); it need not be
-            one of `data_keys`. None: all documents are anonymous.
+        id_key: a key of integers [C] or [C, 1] that are the documents' ids (-1: anonymous); it need not be one of
+            `data_keys`. None: all documents are anonymous.
         dtypes: of features that are to have another dtype than there: what the batches of `step` come with.
         empty: which slots hold no document. "zeros": those whose embedding is all zero, and those of whose data all but
             the embedding is zero: empty slots that were drawn, encoded and written back, as the port does. Where such
@@ -71,7 +71,7 @@ def convert_cache(
 
     Raises:
         ValueError: missing keys; tensors that are not [C, ...]; a negative age, as in the cache that was given to the
-            port's `update_cache`, which writes into it; embeddings of documents that are not finite, ids below -1.
+            port's `update_cache`, which writes into it; embeddings of documents that are not finite.
         TypeError: something that is no cache of the port; embeddings that are not floating, ids or ages that are no
             integers.
 

@@ -19,7 +19,7 @@ class Scale(nn.Module):
         learnable: whether its logarithm is a parameter.
 
     Raises:
-        ValueError: a scale that is not above 0.
+        ValueError, TypeError: a scale that is not a number above 0.
 
     Examples:
         >>> Scale(20.0)()
@@ -32,6 +32,8 @@ class Scale(nn.Module):
 
     def __init__(self, scale: float, *, learnable: bool = False) -> None:
         super().__init__()
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not check types
+            raise TypeError(f"scale is {scale!r}, a {type(scale).__name__}; expected a number above 0")
         if not 0 < scale < math.inf:
             raise ValueError(f"scale is {scale}; expected a number above 0")
         self.fixed = scale

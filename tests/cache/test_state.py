@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -113,3 +114,9 @@ def test_derived_views_of_any_state(data: st.DataObject) -> None:
     stalest = negcache_fn.stalest(state, n)
     assert stalest.dtype == torch.int64
     assert stalest.tolist() == expected[:n]
+
+
+def test_numpy_integers_are_sizes() -> None:
+    state = negcache_fn.init_cache(np.int64(4), np.int32(3), torch.zeros(1, 2), seed=np.int64(7))  # type: ignore[arg-type]
+    assert state["items", "embedding"].shape == (4, 3)
+    assert int(state["seed"]) == 7

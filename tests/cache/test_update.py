@@ -15,6 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 import negcache_fn
+from tests.cache.test_reembed import by_native_code
 from tests.support import strategies
 from tests.support.builders import assert_same_state, make_state, same_snapshot, snapshot, unit
 from tests.support.checks import updates
@@ -212,3 +213,20 @@ def test_float16_overflow_is_left_out() -> None:
     state = negcache_fn.update(state, {"x": torch.tensor([[1.0], [2.0]])}, embeddings)
     assert state["items", "features", "x"][:, 0].tolist() == [2.0, 0.0, 0.0]
     assert float(negcache_fn.occupancy(state)) == pytest.approx(1 / 3)
+
+
+def test_every_id_but_minus_one_is_an_id() -> None:
+    """Half of all 64-bit hashes are negative; with and without the kernels."""
+    lowest, highest = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    ids = torch.tensor([-7, -1, lowest, highest, -1, -7, -2])
+    for native in (True, False):
+        state = negcache_fn.init_cache(16, 2, torch.zeros(1, 1))
+        with by_native_code(native):
+            for _ in range(2):
+                state = negcache_fn.update(state, torch.zeros(7, 1), unit(7, 2, 0), ids=ids)
+        negcache_fn.validate(state)
+        held = state["items", "id"][state["items", "embedded_at"] >= 0].tolist()
+        assert sorted(held) == sorted([-7, lowest, highest, -2, -1, -1, -1, -1])
+        queries = torch.ones(1, 2)
+        _, slots = negcache_fn.top_negatives(state, queries, 8, exclude_ids=torch.tensor([-7, -1, lowest, -2]))
+        assert sorted(state["items", "id"][slots[slots >= 0]].tolist()) == [-1, -1, -1, -1, highest]

@@ -133,7 +133,6 @@ def test_states_that_this_package_makes_are_valid(state: TensorDictBase) -> None
 FAULTS: dict[str, tuple[str, Callable[[TensorDict, int], None], str]] = {
     "embedding": ("embedding", lambda items, slot: items["embedding"][slot].fill_(math.nan), "finite numbers"),
     "repeated id": ("id", lambda items, slot: items["id"].__setitem__(slot, items["id"][slot + 1]), "other live"),
-    "negative id": ("id", lambda items, slot: items["id"].__setitem__(slot, -2), "an id, or -1"),
     "log-weight": ("log_weight", lambda items, slot: items["log_weight"].__setitem__(slot, math.inf), "below"),
     "log-weight NaN": ("log_weight", lambda items, slot: items["log_weight"].__setitem__(slot, math.nan), "below"),
     "future": ("embedded_at", lambda items, slot: items["embedded_at"].__setitem__(slot, 99), "-1 ... 5"),

@@ -945,7 +945,6 @@ def without(key: str) -> dict[str, Any]:
         (given_cache(), {"id_key": "x"}, ValueError, "id_key names 'x'; expected one of"),
         (given_cache(), {"id_key": "tokens"}, ValueError, r"data\['tokens'\] has shape \(6, 2\); expected \[C\]"),
         (given_cache(index=torch.ones(6)), {"id_key": "index"}, TypeError, "dtype torch.float32; expected integers"),
-        (given_cache(index=torch.full((6,), -2)), {"id_key": "index"}, ValueError, "is -2 at slot 0; expected an id"),
         (given_cache(), {"dtypes": {"x": torch.int64}}, ValueError, r"dtypes has keys \['x'\]; expected some of"),
         (given_cache(), {"empty": "some"}, ValueError, "empty is 'some'; expected one of 'zeros'"),
         (given_cache(), {"empty": torch.zeros(6)}, TypeError, "empty has dtype torch.float32; expected torch.bool"),

@@ -114,6 +114,11 @@ def calls() -> dict[str, Call]:
             add(f"{name} {value}", "init_cache", name, value, ValueError, (str(value),))
         add(f"{name} no integer", "init_cache", name, 2.5, TypeError, ("2.5",))
     add("embedding_dtype", "init_cache", "embedding_dtype", torch.int64, (TypeError, ValueError), ("int64",))
+    for value in ("a", None, 1.5):
+        add(f"seed {value}", "init_cache", "seed", value, TypeError, (repr(value), "integer"))
+    add("seed large", "init_cache", "seed", 2**63, ValueError, (str(2**63),))
+    add("embedding_dtype name", "init_cache", "embedding_dtype", "float32", TypeError, ("float32",))
+    add("embedding_dtype float8", "init_cache", "embedding_dtype", torch.float8_e4m3fn, TypeError, ("float8_e4m3fn",))
     add("features", "init_cache", "features", 3, TypeError, ("int",))
     add("features leaf", "init_cache", "features", {"x": [1, 2]}, TypeError, ("list", "x"))
     add("features 0-d", "init_cache", "features", {"x": torch.tensor(1)}, ValueError, ("x",))

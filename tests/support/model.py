@@ -65,12 +65,12 @@ class ListCache:
             weight = float(log_weights[n]) if log_weights is not None else 0.0
             if not self.keeps(embeddings[n], weight, True if cacheable is None else bool(cacheable[n])):
                 continue
-            if identity >= 0:
+            if identity != -1:
                 rows = [row for row in rows if row["id"] != identity]
             row: Slot = {k: pad_to(v[n], self.feature_slots[k]) for k, v in features.items()}
             row |= {"embedding": embeddings[n].to(self.storage), "id": identity, "log_weight": weight}
             rows.append(row | {"embedded_at": self.step, "inserted_at": self.step})
-        cached = {held["id"]: j for j, held in enumerate(self.slots) if held is not None and held["id"] >= 0}
+        cached = {held["id"]: j for j, held in enumerate(self.slots) if held is not None and held["id"] != -1}
         taken = {cached[row["id"]] for row in rows if row["id"] in cached}
         order = sorted((j for j in range(len(self.slots)) if j not in taken), key=lambda j: (self.age_key(j, evict), j))
         for row in rows:

@@ -48,7 +48,7 @@ def cache_scores(
         scores = scores + log_weight.double()
     keep = np.ones((rows, capacity), dtype=bool)
     for i in range(rows):
-        banned = {int(x) for x in exclude[i] if int(x) >= 0} if exclude is not None else set()
+        banned = {int(x) for x in exclude[i] if int(x) != -1} if exclude is not None else set()
         for j in range(capacity):
             if live is not None and not bool(live[j]):
                 keep[i, j] = False
@@ -103,7 +103,7 @@ def batch_classes(rows: int, documents: int, ids: Sequence[int] | None, *, in_ba
         for j in range(documents if in_batch else 0):
             if j == i:
                 continue
-            if ids is not None and int(ids[j]) >= 0:
+            if ids is not None and int(ids[j]) != -1:
                 if int(ids[j]) == int(ids[i]):
                     continue
                 if any(int(ids[e]) == int(ids[j]) for e in range(j)):
@@ -141,7 +141,7 @@ def cross_entropy(
     for i in range(len(queries)):
         mine = classes[i]
         if positives is not None and ids is not None:
-            mine = [j for j in mine if int(ids[j]) < 0 or int(ids[j]) not in positives[i]]
+            mine = [j for j in mine if int(ids[j]) == -1 or int(ids[j]) not in positives[i]]
         if max_score is not None:
             mine = [j for j in mine if bare[i][j] <= max_score[i]]
         logits = [scores[i, i]] + [scores[i, j] for j in mine]

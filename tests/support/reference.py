@@ -145,7 +145,7 @@ class Reference:
         banned = torch.empty(1, 0, dtype=torch.int64) if exclude_ids is None else exclude_ids
         banned = banned[None] if banned.ndim == 1 else banned
         if self.fault != "no exclusion":
-            hit = (items["id"][None, :, None] == banned[:, None, :]) & (banned >= 0)[:, None, :]
+            hit = (items["id"][None, :, None] == banned[:, None, :]) & (banned != -1)[:, None, :]
             scores = scores.masked_fill(hit.any(-1), -math.inf)
         limit = (
             torch.tensor(math.inf) if false_negatives.max_score is None else torch.as_tensor(false_negatives.max_score)
@@ -275,7 +275,7 @@ class Reference:
         allowed = (slot >= 0)[None].repeat(rows, 1)
         if self.fault != "shared weights forget exclusions":
             banned = draw.exclude_ids[:, None, :]
-            hit = (draw.id.flatten()[None, :, None] == banned) & (banned >= 0)
+            hit = (draw.id.flatten()[None, :, None] == banned) & (banned != -1)
             allowed = allowed & ~hit.any(-1)
         if self.fault != "shared weights forget the cutoff":
             allowed = allowed & (stale >= draw.cutoff[:, source])
@@ -313,13 +313,13 @@ class Reference:
         if self.fault != "positive counted twice":
             keep &= torch.arange(scores.shape[1]) != torch.arange(rows)[:, None]
         if ids is not None:
-            keep &= ~((ids[None] == ids[:rows, None]) & (ids[None] >= 0))
+            keep &= ~((ids[None] == ids[:rows, None]) & (ids[None] != -1))
             if self.fault != "duplicates counted twice":
-                first = [not any(int(e) == int(x) >= 0 for e in ids[:j]) for j, x in enumerate(ids)]
+                first = [not any(int(e) == int(x) != -1 for e in ids[:j]) for j, x in enumerate(ids)]
                 keep &= torch.tensor(first)
             if false_negatives.ids is not None and self.fault != "other positives are classes":
                 named = (ids[None, :, None] == false_negatives.ids[:, None, :]).any(-1)
-                keep &= ~(named & (ids[None] >= 0))
+                keep &= ~(named & (ids[None] != -1))
         if false_negatives.max_score is not None and self.fault != "classes above the limit":
             limit = false_negatives.max_score(bare_scores[:, :rows].diagonal())
             keep &= bare_scores <= limit[:, None]
@@ -422,6 +422,6 @@ class _Faulty(ListCache):
         if self.fault == "first of repeated ids counts" and options.get("ids") is not None:
             names = [int(x) for x in options["ids"]]
             mask = options.get("cacheable")
-            seen = [n not in names[:i] or n < 0 for i, n in enumerate(names)]
+            seen = [n not in names[:i] or n == -1 for i, n in enumerate(names)]
             options["cacheable"] = [s and (mask is None or bool(mask[i])) for i, s in enumerate(seen)]
         super().update(features, embeddings, **options)

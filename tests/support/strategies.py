@@ -16,6 +16,7 @@ from negcache_fn import FalseNegatives
 from tests.support.builders import make_state
 
 STORAGES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ID_OFFSETS = (0, 5, 2**62)  # subtracted from small ids: negative ones are ids too
 CAPACITIES = (1, 2, 3, 7, 63, 64, 65, 130)
 
 
@@ -62,7 +63,7 @@ def vectors(draw: st.DrawFn, rows: int, dim: int, dtype: torch.dtype) -> Tensor:
 def unique_ids(draw: st.DrawFn, size: int) -> Tensor:
     """Ids of a cache: each document once, or anonymous."""
     generator = torch.Generator().manual_seed(draw(seeds))
-    names = torch.randperm(size + 3, generator=generator)[:size]
+    names = torch.randperm(size + 3, generator=generator)[:size] - draw(st.sampled_from(ID_OFFSETS))
     return torch.where(torch.rand(size, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0])), names, -1)
 
 
@@ -163,7 +164,9 @@ def cases(draw: st.DrawFn, *, max_scale: float = 100.0) -> Case:
     rows = draw(st.integers(1, 5))
     total = rows + draw(st.sampled_from([0, 0, 1, 4]))
     generator = torch.Generator().manual_seed(draw(seeds))
-    ids = torch.randint(-1, 9, (total,), generator=generator) if draw(st.booleans()) else None
+    names, nobody = -draw(st.sampled_from(ID_OFFSETS)), torch.tensor(-1)
+    ids = torch.randint(-1, 9, (total,), generator=generator)
+    ids = torch.where(ids >= 0, ids + names, nobody) if draw(st.booleans()) else None
     state = draw(states(dim, storage))
     capacity = len(state["items", "id"])
     return Case(
@@ -178,6 +181,6 @@ def cases(draw: st.DrawFn, *, max_scale: float = 100.0) -> Case:
         replacement=draw(st.booleans()),
         top_k=draw(st.sampled_from([None, None, *(k for k in (1, 2, 40, capacity) if k <= capacity)])),
         log_weights=torch.randn(total, generator=generator) if draw(st.booleans()) else None,
-        positives=torch.randint(-1, 9, (rows, 2), generator=generator) if draw(st.booleans()) else None,
+        positives=names + torch.randint(-1, 9, (rows, 2), generator=generator) if draw(st.booleans()) else None,
         max_score=draw(st.sampled_from([None, None, -math.inf, 0.37, 11.3])),
     )

@@ -33,12 +33,14 @@ struct Lowest {
   }
 };
 
+constexpr int64_t kAnonymous = -1;  // as in negcache_fn._cache.ids
+
 // A set of ids, and the row of each; most others are known not to be there after one look at a small table.
 class Rows {
  public:
   Rows(const int64_t* ids, int64_t count) : filter_(1 << kFilterBits), rows_(table_size(count), -1), ids_(ids) {
     for (int64_t row = 0; row < count; ++row) {
-      if (ids[row] < 0) continue;
+      if (ids[row] == kAnonymous) continue;
       filter_[hash(ids[row]) >> (64 - kFilterBits)] = 1;
       rows_[place(ids[row])] = row;
     }
@@ -105,12 +107,12 @@ void negcache_find_slots(const int64_t* ids, int64_t count, const int64_t* cache
   std::fill(slots, slots + count, -1);
 #pragma omp parallel for schedule(static) if (8 * capacity > kWorthThreads)
   for (int64_t slot = 0; slot < capacity; ++slot) {
-    if (cached[slot] < 0) continue;
+    if (cached[slot] == kAnonymous) continue;
     const int64_t row = rows.of(cached[slot]);
     if (row >= 0 && embedded_at[slot] >= 0) slots[row] = slot;  // ids of live slots are unique
   }
   for (int64_t row = 0; row < count; ++row)
-    if (ids[row] >= 0) slots[row] = slots[rows.of(ids[row])];
+    if (ids[row] != kAnonymous) slots[row] = slots[rows.of(ids[row])];
 }
 
 }  // extern "C"

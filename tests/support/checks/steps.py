@@ -226,7 +226,7 @@ def masked_pairs(
         if options.get("ids") is not None and not options.get("in_batch", True):
             named |= {int(options["ids"][i])}
         for who, j in draws:
-            by_id = int(items["id"][j]) >= 0 and int(items["id"][j]) in named
+            by_id = int(items["id"][j]) != -1 and int(items["id"][j]) in named
             count += who != i and (by_id or (limit is not None and float(bare[i, j]) > limit[i]))
     return count / (rows * len(draws))
 
