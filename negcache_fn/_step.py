@@ -98,7 +98,7 @@ def step(
         - `masked_pairs`: share of the pairs of a query and a draw that are false negatives, by id or by score;
         - `non_finite`: rows that were not written because they were not finite.
 
-        With a group they are those of all ranks' queries and the whole cache.
+        With a group they cover the queries of all ranks and the whole cache.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, named; the given state is untouched.

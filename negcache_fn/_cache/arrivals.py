@@ -39,7 +39,7 @@ class Arrivals(NamedTuple):
         return cls(features, embeddings, ids, log_weights, cacheable)
 
     def gathered(self, positives: int, ranks: Ranks, *, differentiable: bool) -> "Arrivals":
-        """Those of all ranks: the first rows, the positives of queries, of each, then the others.
+        """The documents of all ranks: first the positives of each rank, then the others.
 
         With a gradient for the embeddings where the loss uses them, at the price of a message.
         """

@@ -39,7 +39,7 @@ def pad_features(state: TensorDictBase, features: FeaturesT, *, values: Padding)
 
     Raises:
         ValueError: features unlike those of the cache, or wider; a key in `values` that the features do not have.
-        TypeError: features of other kinds or dtypes; something in `values` that is no number.
+        TypeError: features of other kinds or dtypes; a value that is not a number.
 
     Examples:
         >>> documents = {"input_ids": torch.zeros(1, 4, dtype=torch.int64), "mask": torch.zeros(1, 4)}

@@ -95,7 +95,7 @@ def sample_gumbel(
         score_transform: elementwise function of the scaled inner products.
         exclude_ids: int64 ids of documents that must not be drawn (positives, and what is a class already), [P] for
             all queries or [B, P] for each; -1 means none.
-        false_negatives: what else is no negative of a query, by id or by score.
+        false_negatives: further documents to exclude from a query's negatives, by id or by score.
         top_k: restricts each query's softmax to its `top_k` highest scores, exactly, ties by slot.
         group: of ranks that draw together, each for its own queries: what they draw is what one rank draws that has
             the queries of all, in the order of ranks. Ids [P] are excluded for the queries of every rank.

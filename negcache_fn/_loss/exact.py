@@ -61,7 +61,7 @@ def exact_loss(
         in_batch: as in `loss`.
         ids: [N] int64, as in `loss`.
         log_weights: [N] floating, as in `loss`.
-        false_negatives: which documents, of the batch and of the cache, are no negatives of a query.
+        false_negatives: documents of the batch and of the cache to exclude from a query's negatives.
         top_k: restricts the cache to each query's `top_k` highest scores.
         reduction: "mean", "sum" or "none".
         group: of the ranks over which the cache is sharded; gradients as in `loss`.

@@ -24,7 +24,7 @@ __all__ = [
 
 
 class FalseNegatives(NamedTuple):
-    """Documents that are no negatives of a query although they are not its positive.
+    """Documents to exclude from a query's negatives in addition to its positive.
 
     They are left out of its softmax: of the cache's part (they are not drawn, not in the normaliser, and have no weight
     when another query draws them) and, with in-batch classes, of the batch's.
@@ -46,10 +46,10 @@ class FalseNegatives(NamedTuple):
     """[B, P] int64: all that is positive for each query, -1 where there are fewer."""
 
     max_score: float | Tensor | Callable[[Tensor], Tensor] | None = None
-    """Documents of a higher score are no negatives. A number or [B], in units of the scores (scaled and transformed,
+    """Documents of a higher score are excluded. A number or [B], in units of the scores (scaled and transformed,
     without log-weights), or a function that gives it for the scores [B] of the positives, such as `lambda positive:
     positive + 1.0`. It goes by the scores as they are: stale ones in the cache, fresh ones in the batch. No gradient.
-    (-inf leaves a query no negative; given to `sample_gumbel` alone, it shuts the query out of that cache.)"""
+    (-inf excludes every document; given to `sample_gumbel` alone, it shuts the query out of that cache.)"""
 
 
 NO_FALSE_NEGATIVES = FalseNegatives()

@@ -51,7 +51,7 @@ def top_negatives(
         scale: number or 0-d tensor.
         score_transform: elementwise function of the scaled inner products.
         exclude_ids: int64 ids of documents to leave out, [P] for all queries or [B, P] for each; -1 means none.
-        false_negatives: what else to leave out, by id or by score.
+        false_negatives: further documents to leave out, by id or by score.
         group: of the ranks over which the cache is sharded; each asks for its own queries, and slots are numbers of all
             the cache's slots. Ids [P] are left out for the queries of every rank.
 

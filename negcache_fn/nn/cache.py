@@ -1,6 +1,6 @@
 """A module that holds a state, as modules hold buffers.
 
-The cache moves with the module, is in its `state_dict` and is copied with it, as buffers would be. It is none: it is
+The cache moves with the module, is in its `state_dict` and is copied with it, as buffers would be. It is
 not in `buffers()`, because DistributedDataParallel sends rank 0's buffers to all ranks at every forward pass, which
 would replace the other ranks' caches.
 """
@@ -20,7 +20,7 @@ __all__ = ["Cache"]
 
 
 class Cache(nn.Module):
-    """Holds a state as a module holds buffers, but for `buffers()`.
+    """Holds a state as a module holds buffers, except that `buffers()` does not list it.
 
     `to`, `cuda` and the like move it; features that are on another device than the embeddings stay there. `half`,
     `double` and the like change the dtype of the embeddings alone. Its entries in a `state_dict` are named as in the
@@ -30,7 +30,7 @@ class Cache(nn.Module):
         state: the cache, which is the module's from now on.
 
     Raises:
-        ValueError, TypeError: a state that is none.
+        ValueError, TypeError: a `state` that is not a cache.
     """
 
     def __init__(self, state: TensorDictBase) -> None:
