@@ -132,7 +132,7 @@ def _drawn(draw: Draw, shared: SharedDraws) -> Tensor:
 
 
 def _false_negatives(products: Tensor, drawn: Tensor, draw: Draw, shared: SharedDraws) -> Tensor:
-    """[B, M] bool: whether a draw of another query is a false negative of this one; `products` are without log-weights."""
+    """[B, M] bool: whether a draw of another query is a false negative of this one; `products`: no log-weights."""
     masked = products > draw.max_score[:, shared.source]
     if draw.exclude_ids.shape[0] == products.shape[0]:  # what is excluded for all is not among the draws
         excluded = (shared.id[:, None] == draw.exclude_ids[:, None, :]) & named(shared.id)[:, None]

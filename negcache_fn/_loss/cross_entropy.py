@@ -71,7 +71,8 @@ def loss(
             negative of it, and of several documents with one id the first alone is a class. Pass the same ids as
             `exclude_ids` when drawing (all of them with `in_batch`, else `ids[:B, None]`); `step` does.
         log_weights: [N] floating, added to the documents' scores (log-Q correction, importance).
-        false_negatives: documents of the batch to exclude from a query's negatives; the draw excludes those of the cache.
+        false_negatives: documents of the batch to exclude from a query's negatives; the draw has excluded those of
+            the cache.
         share_draws: whether every query uses every draw (multiple importance sampling with the balance heuristic).
             Must be, where only some of the queries have drawn (`num_draws`).
         staleness_correction: "none", "self_normalized" or "unnormalized".

@@ -1,8 +1,8 @@
 """A module that holds a state, as modules hold buffers.
 
-The cache moves with the module, is in its `state_dict` and is copied with it, as buffers would be. It is
-not in `buffers()`, because DistributedDataParallel sends rank 0's buffers to all ranks at every forward pass, which
-would replace the other ranks' caches.
+The cache moves with the module, is in its `state_dict` and is copied with it, as buffers would be. It is not in
+`buffers()`, because DistributedDataParallel sends rank 0's buffers to all ranks at every forward pass, which would
+replace the other ranks' caches.
 """
 
 from collections.abc import Callable, Iterator
