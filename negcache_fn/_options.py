@@ -78,7 +78,7 @@ class StepOptions:
     """How the loss accounts for stale embeddings: "none", "self_normalized" or "unnormalized", see `loss`."""
 
     reduction: Reduction = "mean"
-    """"mean", "sum" or "none": over the queries."""
+    """How the losses of the queries are reduced: "mean", "sum" or "none"."""
 
     evict: Eviction = "lru"
     """Which documents make room: those of the oldest embedding ("lru"), or those cached first ("fifo")."""
