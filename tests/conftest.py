@@ -22,6 +22,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.register_profile("thorough", settings.get_profile("ci"), derandomize=False, max_examples=1000)
+settings.register_profile("device", settings.get_profile("ci"), max_examples=12)  # each may compile a kernel
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # What is tested is small, and tests run side by side: threads would wait for each other.

@@ -12,6 +12,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn._cache.state import scalar
+from negcache_fn._kernels import dispatch
 from negcache_fn._options import StepOptions
 from negcache_fn.random import gumbel
 
@@ -50,7 +51,11 @@ class Noise(NamedTuple):
 
     def columns(self, quad: Tensor, level: int) -> Tensor:
         """[B, m, 4 n] variates of the columns in the quads [..., n] (broadcast against [B, k, n])."""
-        return gumbel(self.seed, self.step, self.row[..., None], quad, level=level).flatten(-2)
+        row = self.row[..., None]
+        found = dispatch.gumbel(self.seed, self.step, row, quad, level)
+        if found is None:
+            found = gumbel(self.seed, self.step, row, quad, level=level)
+        return found.flatten(-2)
 
     def of_groups(self, first: int | Tensor, count: int) -> Tensor:
         """[B, k, count] variates of the groups `first ...`, which need not be the first of a quad."""

@@ -10,7 +10,7 @@ from negcache_fn._kernels.cpu import call as cpu
 from negcache_fn._kernels.problem import Problem
 from negcache_fn._kernels.triton import call as triton
 
-__all__ = ["Problem", "block_logsumexp", "find_slots", "hardest", "lowest_slots", "score_blocks"]
+__all__ = ["Problem", "block_logsumexp", "find_slots", "gumbel", "hardest", "lowest_slots", "score_blocks"]
 
 
 def block_logsumexp(problem: Problem) -> Tensor | None:
@@ -48,3 +48,8 @@ def find_slots(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor | Non
     if cpu.supports_scans(ids):
         return cpu.find_slots(ids, cached, embedded_at)
     return None
+
+
+def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor | None:
+    """[..., 4] the variates of `negcache_fn.random.gumbel`."""
+    return triton.gumbel(seed, step, row, quad, level)

@@ -71,6 +71,24 @@ def test_kernel_compiles_without_a_gpu(capability: int, storage: str, precision:
 
 
 @needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_noise_compiles_without_a_gpu(capability: int) -> None:
+    triton = importlib.import_module("triton")
+    if triton.knobs.runtime.interpret:
+        pytest.skip("Triton interprets in this process")
+    kernel = importlib.import_module("negcache_fn._kernels.triton.gumbel")._kernel
+    constants = {"LEVEL": 1, "WIDTH": 256}
+    types = dict.fromkeys(("seed", "step", "row", "quad"), "*i64") | {"out": "*fp32"}
+    source = triton.compiler.ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names},
+        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+    )
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
+    assert "mul.hi.u32" in triton.compile(source, target=target, options={"num_warps": 4}).asm["ptx"]
+
+
+@needs_triton
 def test_some_tiles_suit_every_batch() -> None:
     module = importlib.import_module(MODULE)
     for bucket in (2**n for n in range(4, 15)):

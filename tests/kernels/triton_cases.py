@@ -17,7 +17,9 @@ from torch.nn.functional import pad
 import negcache_fn
 from negcache_fn._kernels.cpu import call as cpu
 from negcache_fn._kernels.dispatch import Problem
+from negcache_fn._kernels.triton import block_logsumexp as block_logsumexp_module
 from negcache_fn._kernels.triton import call as cuda
+from negcache_fn._kernels.triton import gumbel as gumbel_module
 from negcache_fn._scores import stream
 from negcache_fn._scores.definition import ScoreMatrix
 from tests.kernels.test_cpu import exact_scores, largest_error, limited_problem, problem
@@ -38,7 +40,9 @@ shapes = st.tuples(st.integers(1, 140), st.integers(1, 300), st.integers(1, 80),
 
 
 @pytest.fixture(autouse=True)
-def _precision() -> Iterator[None]:
+def _precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # On a GPU every shape would be tuned: the tiles have a test of their own.
+    monkeypatch.setattr(block_logsumexp_module, "are_deterministic_algorithms_enabled", lambda: True)
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
@@ -139,3 +143,33 @@ def test_the_passes_take_the_kernel(storage: torch.dtype, monkeypatch: pytest.Mo
     monkeypatch.setattr(cuda, "supports", lambda *_: True)
     for given_value, value in zip(everything(), expected, strict=True):
         torch.testing.assert_close(given_value, value, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="tuned on a GPU alone")
+@pytest.mark.parametrize(("rows", "dim"), [(16, 128), (300, 128), (300, 768)])
+@pytest.mark.parametrize("storage", cuda._STORAGE)
+def test_tuned_tiles_are_exact(storage: torch.dtype, rows: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tile that the tuner may choose for the batch is tried, and one of them gives the result."""
+    monkeypatch.setattr(block_logsumexp_module, "are_deterministic_algorithms_enabled", lambda: False)
+    torch.set_float32_matmul_precision("highest")
+    arguments = problem(rows, 3000, dim, storage, 1, 0)
+    bound = ERRORS[storage]["highest"] * norms(*arguments[:2]) + ROUNDING
+    assert largest_error(block_logsumexp(*arguments), exact_blocks(*arguments)) <= bound
+
+
+@given(
+    seed=st.integers(-(2**63), 2**63 - 1),
+    step=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 40),
+    quads=st.integers(1, 90),
+    level=st.integers(0, 3),
+)
+def test_gumbel_variates_are_those_of_plain_torch(seed: int, step: int, rows: int, quads: int, level: int) -> None:
+    """The same words, and logarithms that agree to the last bits: of the variate, or of 1 where it is smaller."""
+    keys = torch.tensor(seed, device=DEVICE), torch.tensor(step, device=DEVICE)
+    row = torch.arange(rows, device=DEVICE)[:, None] + 2**31
+    quad = torch.arange(quads, device=DEVICE) + 2**32 - quads
+    expected = negcache_fn.random.gumbel(*keys, row, quad, level=level)
+    given_value = torch.empty(rows, quads, 4, device=DEVICE)
+    gumbel_module.launch(*keys, *(x.contiguous() for x in torch.broadcast_tensors(row, quad)), level, given_value)
+    torch.testing.assert_close(given_value, expected, atol=1e-6, rtol=1e-6)

@@ -1,8 +1,8 @@
 """Calls of the Triton kernel in `block_logsumexp.py`, the streaming pass on CUDA.
 
-Its precision is that of `torch.set_float32_matmul_precision`. With float32 storage, "highest" multiplies in float32,
-"high" in three TF32 products (error about 2^-21 |q| |e|), "medium" in one (2^-11). With bfloat16 and float16 storage
-the queries are cut into parts of that dtype, which tensor cores multiply exactly: two parts, of an error below 2^-16
+Its precision is that of `torch.set_float32_matmul_precision`. With float32 storage, "highest" and
+"high" make three TF32 products (error about 2^-21 |q| |e|, that of float32), "medium" one (2^-11). With bfloat16 and
+float16 storage the queries are cut into parts of that dtype, which tensor cores multiply exactly: two parts, of an error below 2^-16
 and 2^-20 of |q| |e|, which is little beside the 2^-9 and 2^-12 to which the storage is rounded; or with "medium" one
 part, 2^-9 and 2^-12, in half the time. Where Triton is missing, or with NEGCACHE_FN_NATIVE=0 in the environment, plain
 torch computes the same.
@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,10 +22,11 @@ from negcache_fn._codec import STORAGES
 from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._kernels.problem import Problem
 
-__all__ = ["block_logsumexp", "kernel", "supports"]
+__all__ = ["block_logsumexp", "gumbel", "kernel", "supports"]
 
 _STORAGE = tuple(dtype for dtype, storage in STORAGES.items() if storage.triton)
-_PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+# Three TF32 products err no more than float32 ones do (on an H100 less, at a third of the time).
+_PRECISION = {"highest": "tf32x3", "high": "tf32x3", "medium": "tf32"}
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32
 _LOGGER = logging.getLogger(__name__)
 
@@ -67,6 +69,28 @@ def block_logsumexp(problem: Problem) -> Tensor:
     with torch.cuda.device_of(queries):  # Triton launches on the current device
         module.launch(parts, magnitude, embeddings, bias.contiguous(), excluded.contiguous(), max_score, products, out)
     return out
+
+
+def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor | None:
+    """[..., 4]: the variates of `negcache_fn.random.gumbel`; None where there is no kernel."""
+    if row.device.type != "cuda" or kernel() is None:
+        return None
+    return cast(Tensor, _gumbel_op(seed, step, *torch.broadcast_tensors(row, quad), level))
+
+
+@torch.library.custom_op("negcache_fn::gumbel", mutates_args=())
+def _gumbel_op(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor:
+    out = torch.empty(*row.shape, 4, device=row.device)
+    if out.numel() > 0:
+        module = importlib.import_module("negcache_fn._kernels.triton.gumbel")
+        with torch.cuda.device_of(row):
+            module.launch(seed, step, row.contiguous(), quad.contiguous(), level, out)
+    return out
+
+
+@_gumbel_op.register_fake
+def _(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor:
+    return torch.empty(*row.shape, 4, device=row.device)
 
 
 def _split(queries: Tensor, storage: torch.dtype, precision: str) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""What a GPU makes of the library: tests on the device, times of the kernels and of whole steps."""

@@ -1,0 +1,136 @@
+"""Times and memory of whole steps on a GPU, beside its peers: ``python -m examples.gpu.steps``.
+
+The methods of `examples.benchmarks`, and steps captured as a CUDA graph, which replays without Python. One process, all
+methods by turns.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.benchmarks.methods import BASELINE, OURS, Call, Method, UnavailableError
+from examples.benchmarks.problem import Problem
+from examples.benchmarks.registry import select
+from examples.benchmarks.shapes import SIZES, Shape
+from examples.benchmarks.timing import Rounds, interleave, summarize
+from examples.command_line import CommandParser, run
+
+__all__ = ["captured", "main", "methods"]
+
+SHAPES = (*SIZES, Shape(1024, 2**17, 768))
+_EAGER = ("ours-eager", "ours-bf16-eager")
+_COMPILED = ("ours", "ours-bf16")
+
+
+def captured(make: Callable[[Problem], Call]) -> Callable[[Problem], Call]:
+    """The same call, captured as a CUDA graph."""
+
+    def make_graph(problem: Problem) -> Call:
+        call = make(problem)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+
+    return make_graph
+
+
+def methods(reference: Path | None, *, compiled: bool) -> list[Method]:
+    """Those of the CPU's table that make sense here, and the graphs."""
+    kept = [
+        method
+        for method in select(reference=reference, compiled=compiled)
+        if method not in OURS or method.name in _EAGER + _COMPILED
+    ]
+    graphs = [
+        Method(
+            f"{method.name}-graph",
+            method.label.replace("eager", "CUDA graph"),
+            captured(method.make),
+            method.bytes_needed,
+        )
+        for method in OURS
+        if method.name in _EAGER
+    ]
+    return kept + graphs
+
+
+def measure(shape: Shape, kept: list[Method], device: str, rounds: Rounds) -> list[dict[str, Any]]:
+    """A row a method: seconds, their ratios, peak bytes beyond what there is before the call, or why there are none."""
+    problem, calls, rows = Problem(shape, device), {}, []
+    reasons: dict[str, str] = {}
+    first: dict[str, float] = {}
+    for method in kept:
+        try:
+            free = torch.cuda.mem_get_info()[0] if device == "cuda" else 2**40
+            if method.bytes_needed(shape) > 0.4 * free:
+                raise UnavailableError(f"needs {method.bytes_needed(shape) / 2**30:.0f} GiB")
+            start = time.perf_counter()
+            call = method.make(problem)
+            call()
+            first[method.name] = time.perf_counter() - start
+            print(f"{shape}: {method.name}: {first[method.name]:.1f} s to the end of the first call", file=sys.stderr)
+            calls[method.name] = call
+        except UnavailableError as error:
+            reasons[method.name] = str(error)
+        except Exception as error:  # a peer that fails must not take the others with it
+            reasons[method.name] = f"{type(error).__name__}: {str(error)[:300]}"
+    peaks = {name: _peak(call, device) for name, call in calls.items()}
+    figures = summarize(interleave(calls, rounds, lambda name: None))
+    for method in kept:
+        row = {"shape": asdict(shape), "method": method.name, "label": method.label}
+        if method.name in reasons:
+            rows.append(row | {"skipped": reasons[method.name]})
+        else:
+            row |= figures[method.name]
+            rows.append(row | {"peak_bytes": peaks[method.name], "first_call_seconds": first[method.name]})
+    return rows
+
+
+def _peak(call: Call, device: str) -> int:
+    if device != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """One line of JSON a row."""
+    parser = CommandParser("gpu.steps", description=__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="a tiny shape, on any device")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="the port as published")
+    parser.add_argument("--compiled", action="store_true", help="what torch.compile compiles, and the bare product")
+
+    def command(options: Any) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        kept = methods(options.reference, compiled=options.compiled)
+        if options.compiled:
+            kept = [method for method in kept if method.name in (BASELINE, *_COMPILED)]
+        rounds = Rounds(0.1, 3, 3) if options.dry_run else Rounds(2.0, 15, 60)
+        for shape in (Shape(8, 1024, 16),) if options.dry_run else SHAPES:
+            for row in measure(shape, kept, device, rounds):
+                print(json.dumps(row), flush=True)
+
+    return run(command, parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
