@@ -25,7 +25,7 @@ from negcache_fn._scores.definition import (
 )
 from negcache_fn._scores.exclude import NO_FALSE_NEGATIVES, Exclusions, FalseNegatives, needs_positives
 from negcache_fn._scores.hardest import hardest_of_all
-from negcache_fn._scores.stream import cache_logsumexp, logsumexp
+from negcache_fn._scores.stream import logsumexp, summarize
 
 __all__ = ["exact_loss"]
 
@@ -121,7 +121,7 @@ def exact_loss(
         # Each shard's part of the sum is made where the shard is, for the queries of all ranks.
         matrix = score_matrix(state, ranks.gather(queries), similarity, of_all)
         if top_k is None:
-            cache_logit = _over_all_ranks(cache_logsumexp(matrix), shards)
+            cache_logit = _over_all_ranks(summarize(matrix).log_normalizer, shards)
         else:
             cache_logit = _among_hardest(state, queries, similarity, matrix, top_k, shards)
         return reduced(cross_entropy(batch_logits, cache_logit, positive), options)
