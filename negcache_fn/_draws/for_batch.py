@@ -33,7 +33,16 @@ from negcache_fn._ranks.order import sequenced_after
 from negcache_fn._scores.definition import ScoreMatrix
 from negcache_fn._scores.stream import logsumexp, reduce_blocks, summarize
 
-__all__ = ["Importance", "Largest", "Pass", "draw_largest", "draw_largest_among", "largest_of_ranks", "pass_over"]
+__all__ = [
+    "Importance",
+    "Largest",
+    "Pass",
+    "as_on_first_rank",
+    "draw_largest",
+    "draw_largest_among",
+    "largest_of_ranks",
+    "pass_over",
+]
 
 _BLOCKS = GROUP // BLOCK  # of a group
 _INFINITY = float("inf")
@@ -125,13 +134,24 @@ def draw_largest_among(scores: Tensor, slots: Tensor, log_weight: Tensor, noise:
 
 def largest_of_ranks(found: Largest, ranks: Ranks) -> Largest:
     """Of what each rank has found in its shard: the largest of all."""
+    return found if ranks.name is None else _in_order(_gathered(found, ranks), found.slot.shape[0])
+
+
+def as_on_first_rank(found: Largest, ranks: Ranks) -> Largest:
+    """The same on every rank, although a device may add up masses in any order."""
     if ranks.name is None:
         return found
+    n = found.slot.shape[0]
+    slot, log_mass, perturbed = _gathered(found, ranks)
+    return Largest(slot[:n], log_mass[:n], perturbed[:n])
+
+
+def _gathered(found: Largest, ranks: Ranks) -> Largest:
     # Slot numbers are exact in float64.
-    sent = torch.stack([values.double() for values in (found.slot, found.log_mass, found.perturbed)], dim=1)
+    sent = torch.stack([values.double() for values in found], dim=1)
     slot, log_mass, perturbed = ranks.gather(sent).unbind(1)
     dtype = found.log_mass.dtype
-    return _in_order(Largest(slot.to(torch.int64), log_mass.to(dtype), perturbed.to(dtype)), found.slot.shape[0])
+    return Largest(slot.to(torch.int64), log_mass.to(dtype), perturbed.to(dtype))
 
 
 def _scored_again(matrix: ScoreMatrix, number: Tensor, length: int, importance: Importance) -> Tensor:

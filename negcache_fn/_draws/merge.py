@@ -58,8 +58,7 @@ def merge_draws(a: Draw, b: Draw) -> Draw:
         raise ValueError(f"b is a draw for {b.log_normalizer.shape[0]} queries; expected {queries}, as a is")
     if a.embedding.shape != b.embedding.shape:
         raise ValueError(
-            f"b has embeddings of shape {tuple(b.embedding.shape)}; "
-            f"expected those of a, {tuple(a.embedding.shape)}"
+            f"b has embeddings of shape {tuple(b.embedding.shape)}; expected those of a, {tuple(a.embedding.shape)}"
         )
     if a.exclude_ids.shape != b.exclude_ids.shape:
         raise ValueError(

@@ -14,6 +14,8 @@ from negcache_fn._checks import check_rows, check_size
 from negcache_fn._draws.draw import Draw, describe
 from negcache_fn._draws.for_batch import (
     Importance,
+    Largest,
+    as_on_first_rank,
     draw_largest,
     draw_largest_among,
     largest_of_ranks,
@@ -56,7 +58,7 @@ def sample_gumbel(
     group: torch.distributed.ProcessGroup | None = None,
     placement: Placement = "sharded",
 ) -> Draw:
-    """Draws documents of the cache: `num_draws` different ones for the whole batch, or `draws_per_query` for each query.
+    """Draws cached documents: `num_draws` different ones for the whole batch, or `draws_per_query` for each query.
 
     For the batch, equivalent to `(log_mass + gumbel_noise).topk(num_draws)`, where document j has the mass
     `sum_i importance[i] * softmax(score(state, queries))[i, j]`. For each query, equivalent to
@@ -197,32 +199,46 @@ def draw_for_batch(
     n = options.draws_for(queries.shape[0] * ranks.size)
     with full_precision(queries):
         matrix, excluded = _matrix(state, queries, similarity, exclusions, ranks, shards)
-        noise = Noise.of_batch(state)
         if options.top_k is None:
-            found = pass_over(matrix)
-            log_normalizer = found.log_normalizer
-            if shards.ranks.name is not None:
-                log_normalizer = logsumexp(ranks.by_rank(ranks.exchange(log_normalizer)).t())
-            cutoff = torch.full_like(log_normalizer.detach(), -_INFINITY)[:, None]
-            with torch.no_grad():  # which documents are drawn is a constant
-                weight = _log_weight(log_normalizer, log_importance)
-                importance = Importance(shards.ranks.gather(weight), ALONE if shards.ranks.name is not None else ranks)
-                largest = draw_largest(matrix, found, importance, noise, shards.first, n + 1)
-                largest = largest_of_ranks(largest, shards.ranks)
+            log_normalizer, largest = _largest_of_all(state, matrix, log_importance, ranks, shards, n + 1)
+            cutoff = torch.full_like(largest.perturbed[:1], -_INFINITY).expand(queries.shape[0], 1)
         else:
             with torch.no_grad():  # which documents they are is not differentiable
                 scores, slots, cutoff = restricted(*hardest_of_all(matrix, options.top_k + 1, shards))
             log_normalizer = logsumexp_at(state, queries, similarity, scores, slots, shards)
-            with torch.no_grad():
+            with torch.no_grad():  # which of them are drawn is a constant
                 weight = _log_weight(log_normalizer, log_importance)
-                largest = draw_largest_among(*ranks.gather_all(scores, slots, weight), noise, n + 1)
-        with torch.no_grad():
-            share = n // ranks.size
-            own = slice(ranks.rank * share, (ranks.rank + 1) * share)
-            chosen = (largest.slot[None, own], largest.log_mass[None, own], largest.perturbed[None, own])
-            chosen = (*chosen, largest.perturbed[None, n:])
-            limit = exclusions.max_score
-            return describe(state, chosen, log_normalizer, cutoff, shards, limit, excluded, extra_columns)
+                of_all = ranks.gather_all(scores, slots, weight)
+                largest = draw_largest_among(of_all[0], of_all[1], of_all[2], Noise.of_batch(state), n + 1)
+                largest = as_on_first_rank(largest, ranks)
+    with torch.no_grad():
+        share = n // ranks.size
+        own = slice(ranks.rank * share, (ranks.rank + 1) * share)
+        slot, log_mass, perturbed = largest.slot[None], largest.log_mass[None], largest.perturbed[None]
+        chosen = (slot[:, own], log_mass[:, own], perturbed[:, own], perturbed[:, n:])
+        limit = exclusions.max_score
+        return describe(state, chosen, log_normalizer, cutoff, shards, limit, excluded, extra_columns)
+
+
+def _largest_of_all(
+    state: TensorDictBase,
+    matrix: ScoreMatrix,
+    log_importance: Callable[[Tensor], Tensor],
+    ranks: Ranks,
+    shards: Shards,
+    n: int,
+) -> tuple[Tensor, Largest]:
+    """This rank's log-normalisers [B], and the `n` largest perturbed masses of the whole cache."""
+    found = pass_over(matrix)
+    log_normalizer = found.log_normalizer
+    if shards.ranks.name is not None:
+        log_normalizer = logsumexp(ranks.by_rank(ranks.exchange(log_normalizer)).t())
+    with torch.no_grad():  # which documents are drawn is a constant
+        weight = _log_weight(log_normalizer, log_importance)
+        # A shard has been searched for the queries of all ranks, a replica for this rank's own.
+        importance = Importance(shards.ranks.gather(weight), ranks if shards.ranks.name is None else ALONE)
+        largest = draw_largest(matrix, found, importance, Noise.of_batch(state), shards.first, n)
+        return log_normalizer, largest_of_ranks(largest, shards.ranks)
 
 
 def check_draws(state: TensorDictBase, options: StepOptions, ranks: Ranks) -> None:

@@ -102,7 +102,7 @@ def draw_noise(queries: Tensor, draw: Draw, terms: Terms, shared: SharedDraws) -
     gradients = shared.ranks.all_sum(weights.T @ queries)
     inverse = torch.where(shared.slot >= 0, inverse_inclusion(shared.score, draw.threshold[0]), 0.0)
     variance = ((inverse - 1) * inverse * gradients.square().sum(-1)).sum()
-    size = (inverse[:, None] * gradients).sum(0).norm()
+    size = (inverse[:, None] * gradients).sum(0).square().sum().sqrt()
     return variance.sqrt() / size.clamp(min=torch.finfo(size.dtype).tiny)
 
 

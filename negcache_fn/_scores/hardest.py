@@ -116,7 +116,9 @@ def logsumexp_at(
 ) -> Tensor:
     """[B]: log-sum-exp of the `scores` of this rank's queries at `slots`, [B, n]; differentiable by scoring again."""
     scale = similarity.scale
-    if not torch.is_grad_enabled() or not (queries.requires_grad or isinstance(scale, Tensor) and scale.requires_grad):
+    if not torch.is_grad_enabled() or not (
+        queries.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad)
+    ):
         return scores.logsumexp(-1)
     columns = [stored(state, "embedding"), stored(state, "log_weight")]
     embedding, log_weight = fetch_rows(columns, slots.flatten(), shards)
