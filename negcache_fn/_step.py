@@ -40,7 +40,7 @@ class StepOutput(NamedTuple):
     loss: Tensor  # [] or, with reduction "none", [B]; differentiable
     state: TensorDictBase
     metrics: dict[str, Tensor]  # 0-d, detached
-    draw: Draw
+    draw: Draw  # detached
 
 
 def step(
@@ -205,7 +205,7 @@ def step_(
                 slots = torch.cat([slots, again.stalest])
                 embeddings = torch.cat([embeddings, ranks.gather(fresh.stalest)])
             write_(state, known.arrivals, (slots, embeddings), shards, options, priorities)
-    return StepOutput(loss, state, metrics, draw)
+    return StepOutput(loss, state, metrics, draw._replace(log_normalizer=draw.log_normalizer.detach()))
 
 
 def check_options(options: Any) -> None:

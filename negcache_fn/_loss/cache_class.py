@@ -10,9 +10,9 @@ where `r_m` is the inverse of the chance that document j_m is among the drawn, g
 
     1 / r_m = 1 - exp(-exp(log a_m - threshold)),
 
-`a_m` its mass and the threshold the (M+1)-th largest perturbed mass. `r_m` is a
-constant and so is, with "none", `p_i(j_m) = exp(g_im - L_i)`; `L_i`, `f_im` and `g_im` are differentiable in the query and the scale. Where nothing is stale `c_i` is
-`L_i`, whose gradient is exact, for every draw; only the gradient in the documents is estimated.
+`a_m` its mass and the threshold the (M+1)-th largest perturbed mass. `r_m` and, with "none", `p_i(j_m)` are constants;
+`L_i`, `f_im` and `g_im` are differentiable in the query and the scale. Where nothing is stale `c_i` is `L_i`, whose
+gradient is exact, for every draw; only the gradient in the documents is estimated.
 
 For draws of each query, with weights `w_im` of the draws and nothing but `f_im` differentiable,
 

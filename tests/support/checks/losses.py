@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.support import oracles
 from tests.support.builders import relative_error
 from tests.support.checks.problems import Loss, Problem, Scenario
 
