@@ -8,8 +8,9 @@ from negcache_fn._cache.select import stalest
 from negcache_fn._cache.state import init_cache, occupancy, take
 from negcache_fn._cache.update import update, update_
 from negcache_fn._cache.validate import validate
+from negcache_fn._draws.draw import Draw
 from negcache_fn._draws.merge import merge_draws, split_refresh, take_drawn
-from negcache_fn._draws.sample import Draw, sample_gumbel
+from negcache_fn._draws.sample import sample_gumbel
 from negcache_fn._encoders.chunked import chunked
 from negcache_fn._encoders.finite import require_finite
 from negcache_fn._loss.cross_entropy import loss

@@ -44,7 +44,7 @@ def check_batch_of_step(
     cached = stored(state, "embedding")
     most = cached.shape[0] // ranks.size if options.replicated else cached.shape[0]
     features, rows = _fit_features(state, queries, features, most)
-    check_draws(state, queries, options, ranks)
+    check_draws(state, options, ranks)
     check_facts(rows, cached, ids, log_weights, cacheable, priorities)
     check_false_negatives(false_negatives, queries, knows_positives=True)
     return Batch(features, rows, options.slots_to_refresh(cached.shape[0], most), *facts)

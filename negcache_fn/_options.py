@@ -26,12 +26,12 @@ __all__ = [
 
 ScoreTransform: TypeAlias = Callable[[Tensor], Tensor]
 InBatch: TypeAlias = bool | Literal["global"]
-StalenessCorrection: TypeAlias = Literal["none", "self_normalized", "unnormalized"]
+StalenessCorrection: TypeAlias = Literal["self_normalized", "none"]
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 Eviction: TypeAlias = Literal["lru", "fifo"]
 Placement: TypeAlias = Literal["sharded", "replicated"]
 
-_DRAWS_PER_QUERY = 4  # the best retrieval per encoded document, see docs/evidence.md
+_DRAWS_PER_QUERY_OF_BATCH = 1  # the default of num_draws, for each query of all ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +53,15 @@ class StepOptions:
         ValueError: evict is 'lifo'; expected one of 'lru', 'fifo'
     """
 
-    draws_per_query: int | None = None
-    """k, the number of documents that each query draws. None: 4, unless `num_draws` is given."""
-
-    replacement: bool = True
-    """Whether a query may draw a document more than once, see `sample_gumbel`."""
-
     num_draws: int | None = None
-    """M, a divisor of B, instead of `draws_per_query`: the batch draws M documents, one for each of M queries."""
+    """M, the number of different documents drawn for the whole batch (of all ranks, a multiple of their number). None:
+    as many as there are queries, unless `draws_per_query` is given."""
+
+    draws_per_query: int | None = None
+    """k, instead of `num_draws`: every query draws k documents from its own softmax, with replacement."""
 
     share_draws: bool = True
-    """Whether every query uses every draw (multiple importance sampling), or only its own."""
+    """With `draws_per_query`: whether every query uses every draw (multiple importance sampling), or only its own."""
 
     top_k: int | None = None
     """Restricts each query's softmax to its `top_k` highest cached scores."""
@@ -75,7 +73,7 @@ class StepOptions:
     """Whether all documents of the batch are classes of every query; "global": the documents of all ranks."""
 
     staleness_correction: StalenessCorrection = "self_normalized"
-    """How the loss accounts for stale embeddings: "none", "self_normalized" or "unnormalized", see `loss`."""
+    """How the loss accounts for stale embeddings: "self_normalized" or "none", see `loss`."""
 
     reduction: Reduction = "mean"
     """How the losses of the queries are reduced: "mean", "sum" or "none"."""
@@ -91,10 +89,9 @@ class StepOptions:
     """With a group: "sharded" if each rank holds a part of the cache, "replicated" if each holds all of it."""
 
     def __post_init__(self) -> None:
-        for name in ("draws_per_query", "num_draws", "top_k"):
+        for name in ("num_draws", "draws_per_query", "top_k"):
             if getattr(self, name) is not None:
                 check_size(name, getattr(self, name))
-        check_flag("replacement", self.replacement)
         check_flag("share_draws", self.share_draws)
         if self.score_transform is not None and not callable(self.score_transform):
             kind = type(self.score_transform).__name__
@@ -105,7 +102,7 @@ class StepOptions:
         check_choice("reduction", self.reduction, get_args(Reduction))
         check_choice("evict", self.evict, get_args(Eviction))
         check_choice("placement", self.placement, get_args(Placement))
-        self._check_num_draws()
+        self._check_draws()
         if isinstance(self.refresh_stalest, float):
             if not 0.0 <= self.refresh_stalest < 1.0:
                 raise ValueError(
@@ -114,22 +111,16 @@ class StepOptions:
         else:
             check_size("refresh_stalest", self.refresh_stalest, least=0)
 
-    def _check_num_draws(self) -> None:
-        if self.num_draws is None:
-            return
+    def _check_draws(self) -> None:
         if self.draws_per_query is not None:
+            if self.num_draws is not None:
+                raise ValueError(
+                    f"num_draws is {self.num_draws} with draws_per_query={self.draws_per_query}; expected one of them"
+                )
+        elif not self.share_draws:
             raise ValueError(
-                f"num_draws is {self.num_draws} with draws_per_query={self.draws_per_query}; expected one of them"
-            )
-        if not self.replacement:
-            raise ValueError(
-                f"num_draws is {self.num_draws} with replacement=False; expected replacement=True, as a query that "
-                f"draws does so once"
-            )
-        if not self.share_draws:
-            raise ValueError(
-                f"num_draws is {self.num_draws} with share_draws=False; expected share_draws=True, as queries that do "
-                f"not draw use the draws of others"
+                f"share_draws is {self.share_draws} without draws_per_query; expected draws_per_query=k as well, as "
+                f"what is drawn for the batch is not drawn by any one query"
             )
 
     def check_group(self, alone: bool) -> None:
@@ -142,11 +133,15 @@ class StepOptions:
                 raise ValueError(f"{name} is {value!r} without a group; expected group= as well")
 
     @property
-    def samples(self) -> int:
-        """The number of documents that a query draws, if it does."""
+    def for_batch(self) -> bool:
+        """Whether documents are drawn for the whole batch, not for each query."""
+        return self.draws_per_query is None
+
+    def draws_for(self, queries: int) -> int:
+        """How many documents are drawn for a batch of so many queries, those of all ranks."""
         if self.draws_per_query is not None:
-            return self.draws_per_query
-        return _DRAWS_PER_QUERY if self.num_draws is None else 1
+            return self.draws_per_query * queries
+        return _DRAWS_PER_QUERY_OF_BATCH * queries if self.num_draws is None else self.num_draws
 
     @property
     def batch_is_classes(self) -> bool:
@@ -170,7 +165,7 @@ class StepOptions:
 
     def of_draws(self) -> dict[str, Any]:
         """The keywords of `sample_gumbel`."""
-        return _some(self, "draws_per_query", "replacement", "num_draws", "top_k", "score_transform", "placement")
+        return _some(self, "num_draws", "draws_per_query", "top_k", "score_transform", "placement")
 
     def of_update(self) -> dict[str, Any]:
         """The keywords of `update`."""
@@ -199,8 +194,8 @@ class StepOptions:
     def named_numbers(self) -> dict[str, int]:
         """The integer options, 0 for None; apart from the others because a compiled step may have symbols here."""
         numbers: dict[str, Any] = {
-            "draws_per_query": self.samples,
             "num_draws": self.num_draws,
+            "draws_per_query": self.draws_per_query,
             "top_k": self.top_k,
         }
         return {name: 0 if value is None else value for name, value in numbers.items()}
@@ -208,7 +203,6 @@ class StepOptions:
     def named_choices(self) -> dict[str, str]:
         """The other options, except for the transform: ranks compare what it makes of some scores."""
         return {
-            "replacement": f"{self.replacement}",
             "share_draws": f"{self.share_draws}",
             "in_batch": f"{self.in_batch}",
             "staleness_correction": self.staleness_correction,

@@ -1,5 +1,6 @@
 """The assembly: one training step made of the pure functions."""
 
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -7,20 +8,22 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn._batch import Batch, agree_on_batch, arrivals_of, check_batch_of_step, classes_of
+from negcache_fn._cache.arrivals import Arrivals
 from negcache_fn._cache.state import check_state, feature_leaves, stored
 from negcache_fn._cache.update import copy_state, write_
 from negcache_fn._checks import check_encoder, check_scale
-from negcache_fn._draws.sample import Draw, draw_negatives
+from negcache_fn._draws.draw import Draw
+from negcache_fn._draws.sample import draw_for_batch, draw_for_queries
 from negcache_fn._encoders.one_pass import Encoder, encode_checked, encode_in_one_pass, with_stalest
 from negcache_fn._features import Features
-from negcache_fn._loss.batch_classes import known_ids, positive_scores
-from negcache_fn._loss.cache_class import SharedDraws, gather_draws
-from negcache_fn._loss.cross_entropy import cross_entropy, loss_terms, reduced
-from negcache_fn._monitor.metrics import count_not_storable, step_metrics
+from negcache_fn._loss.batch_classes import batch_scores, known_ids, positive_scores
+from negcache_fn._loss.cache_class import SharedDraws, estimate_cache_logit, gather_draws
+from negcache_fn._loss.cross_entropy import Terms, cross_entropy, reduced
+from negcache_fn._monitor.metrics import count_not_storable, draw_noise, step_metrics
 from negcache_fn._options import StepOptions
 from negcache_fn._ranks.agree import checking_arguments
 from negcache_fn._ranks.group import Ranks, ranks_of
-from negcache_fn._scores.definition import Similarity, dtype_of_scores, full_precision
+from negcache_fn._scores.definition import Similarity, dtype_of_scores, full_precision, in_dtype
 from negcache_fn._scores.exclude import (
     NO_FALSE_NEGATIVES,
     Exclusions,
@@ -37,7 +40,7 @@ class StepOutput(NamedTuple):
     loss: Tensor  # [] or, with reduction "none", [B]; differentiable
     state: TensorDictBase
     metrics: dict[str, Tensor]  # 0-d, detached
-    draw: Draw
+    draw: Draw  # detached
 
 
 def step(
@@ -57,9 +60,10 @@ def step(
 ) -> StepOutput:
     """One training step: draw negatives, encode, loss, and the next state of the cache.
 
-    `encode` is called once, on the N documents, the drawn documents and the stalest documents of the cache (whose
-    gradient is cut) if `options` refresh some. The drawn and the refreshed documents get their fresh embeddings, then
-    the N documents come in.
+    `encode` is called twice: on the N documents, whose scores say how much each query needs of the cache, then on the
+    drawn documents and the stalest documents of the cache (whose gradient is cut) if `options` refresh some. With
+    `draws_per_query` it is called once, on all of them. The drawn and the refreshed documents get their fresh
+    embeddings, then the N documents come in.
 
     With gradients off (`torch.no_grad()`), the step is an evaluation: loss and metrics are the same, nothing is
     written, and the returned state is the given one.
@@ -78,7 +82,7 @@ def step(
         log_weights: [N] floating, added to the documents' scores, now and while they are cached.
         cacheable: [N] bool, False for documents not to be cached; they are in the loss all the same.
         false_negatives: further documents to exclude from a query's negatives, by id or by score. If its `max_score`
-            is a function of the positives' scores, `encode` is called twice: on the documents, then on the draws.
+            is a function of the positives' scores, `encode` is called twice with `draws_per_query` as well.
         priorities: [C] instead of `options.evict`: the priority of every slot here, see `update`.
         group: of ranks that train together, each with its own queries and documents: draws, losses and states are those
             of one rank that has the queries, the positives and the further candidates of all, in the order of ranks.
@@ -94,7 +98,9 @@ def step(
         - `cache_age_steps`, `draw_age_steps`: mean age of the embeddings, of all and of the drawn;
         - `drift`: mean `|fresh - stale|^2 / |fresh|^2` of the drawn;
         - `effective_sample_size`: mean `(sum w)^2 / sum w^2` of the weights with which a query uses the draws;
-        - `unique_draws`: distinct documents among the draws, as a share of the draws;
+        - `draw_noise`: of draws for the batch, the relative error of the documents' gradient that comes from drawing
+          only M of them, estimated from the draws; above .3, say, a larger `num_draws` is worth its price;
+        - `unique_draws`: of draws of each query, distinct documents among them, as a share of the draws;
         - `masked_pairs`: share of the pairs of a query and a draw that are false negatives, by id or by score;
         - `non_finite`: rows that were not written because they were not finite.
 
@@ -166,29 +172,40 @@ def step_(
         batch = check_batch_of_step(state, queries, features, facts, options, ranks)
     queries, shards = agree_on_batch(state, queries, batch, scale, options, ranks)
 
-    similarity = Similarity.of(options, scale, dtype_of_scores(state, queries))
-    first = _encoded_first(state, batch, encode)
+    queries, scale = in_dtype(queries, scale, dtype_of_scores(state, queries))
+    similarity = Similarity.of(options, scale, queries.dtype)
+    first = _encoded_first(state, batch, encode, options)
+    known = None if first is None else _classes(similarity, queries, first, batch, options, ranks)
     exclusions = _exclusions(similarity, queries, first, batch, options)
     columns = [*feature_leaves(state), stored(state, "embedded_at")]
-    draw, (*drawn, drawn_at) = draw_negatives(state, queries, similarity, exclusions, options, ranks, shards, columns)
+    if options.for_batch:
+        assert known is not None
+        share = partial(_log_share_of_cache, known.logits)
+        found = draw_for_batch(state, queries, similarity, exclusions, options, ranks, shards, columns, share)
+    else:
+        found = draw_for_queries(state, queries, similarity, exclusions, options, ranks, shards, columns)
+    draw, (*drawn, drawn_at) = found
     again = with_stalest(state, draw.slot.flatten(), drawn, batch.to_refresh, ranks, shards)
     fresh = encode_in_one_pass(encode, cast(Features, batch.features), first, state, again)
 
-    arrivals = arrivals_of(batch, fresh.documents, queries.shape[0], options, ranks)
-    classes = classes_of(batch, fresh.documents, arrivals, queries.shape[0], options, ranks)
+    known = _classes(similarity, queries, fresh.documents, batch, options, ranks) if known is None else known
     shared = gather_draws(fresh.draws, draw, ranks) if options.share_draws else None
-    terms = loss_terms(queries, classes, fresh.draws, draw, shared, scale, batch.false_negatives, options)
-    loss = reduced(cross_entropy(terms.batch_logits, terms.cache.logit, terms.positive), options)
+    with full_precision(queries):
+        cache = estimate_cache_logit(similarity, queries, fresh.draws, draw, shared, options)
+    terms = Terms(known.logits, known.positive, cache)
+    loss = reduced(cross_entropy(terms.batch_logits, cache.logit, terms.positive), options)
     with torch.no_grad():  # metrics and cached embeddings are constants
         slots, embeddings = _drawn_by_all(draw, fresh.draws, shared, ranks)
         not_written = count_not_storable(state, fresh.all, batch.cacheable, again.slots)
         metrics = step_metrics(state, draw, terms, fresh.draws, drawn_at, slots, not_written, ranks)
+        if draw.for_batch and shared is not None:
+            metrics["draw_noise"] = draw_noise(queries, draw, terms, shared)
         if training:
             if batch.to_refresh:
                 slots = torch.cat([slots, again.stalest])
                 embeddings = torch.cat([embeddings, ranks.gather(fresh.stalest)])
-            write_(state, arrivals, (slots, embeddings), shards, options, priorities)
-    return StepOutput(loss, state, metrics, draw)
+            write_(state, known.arrivals, (slots, embeddings), shards, options, priorities)
+    return StepOutput(loss, state, metrics, draw._replace(log_normalizer=draw.log_normalizer.detach()))
 
 
 def check_options(options: Any) -> None:
@@ -197,9 +214,34 @@ def check_options(options: Any) -> None:
         raise TypeError(f"options is a {type(options).__name__}; expected negcache_fn.StepOptions(...)")
 
 
-def _encoded_first(state: TensorDictBase, batch: Batch, encode: Encoder) -> Tensor | None:
-    """[N, D] the documents, if the scores of the positives decide what may be drawn."""
-    if not needs_positives(batch.false_negatives):
+class _Classes(NamedTuple):
+    """The documents of the batch, encoded."""
+
+    arrivals: Arrivals
+    logits: Tensor  # [B, N], or [B, 1] without in-batch classes
+    positive: Tensor  # [B]
+
+
+def _classes(
+    similarity: Similarity, queries: Tensor, documents: Tensor, batch: Batch, options: StepOptions, ranks: Ranks
+) -> _Classes:
+    """From the embeddings [N, D]."""
+    rows = queries.shape[0]
+    arrivals = arrivals_of(batch, documents, rows, options, ranks)
+    classes = classes_of(batch, documents, arrivals, rows, options, ranks)
+    with full_precision(queries):
+        logits, positive = batch_scores(similarity, queries, classes, options, batch.false_negatives)
+    return _Classes(arrivals, logits, positive)
+
+
+def _log_share_of_cache(batch_logits: Tensor, log_normalizer: Tensor) -> Tensor:
+    """[B]: logarithm of the probability of the cached documents together, in each query's softmax."""
+    return torch.nn.functional.logsigmoid(log_normalizer - batch_logits.detach().logsumexp(1))
+
+
+def _encoded_first(state: TensorDictBase, batch: Batch, encode: Encoder, options: StepOptions) -> Tensor | None:
+    """[N, D] the documents, if what is drawn depends on their scores."""
+    if not options.for_batch and not needs_positives(batch.false_negatives):
         return None
     return encode_checked(encode, cast(Features, batch.features), batch.rows, stored(state, "embedding"))
 
@@ -209,7 +251,7 @@ def _exclusions(
 ) -> Exclusions:
     """What must not be drawn; `documents` are those of `_encoded_first`."""
     positives = None
-    if documents is not None:
+    if documents is not None and needs_positives(batch.false_negatives):
         with torch.no_grad(), full_precision(queries):  # a limit is a constant
             positives = positive_scores(similarity, queries, documents)
     known = known_ids(batch.ids, queries.shape[0], options)

@@ -1,4 +1,4 @@
-"""Which slots are drawn: Gumbel-Max along a tree, after one streaming pass.
+"""Which slots each query draws: Gumbel-Max along a tree, after one streaming pass.
 
 Slots form blocks of `BLOCK` slots, and blocks form groups of `GROUP` slots. The pass leaves the log-sum-exp of every
 block; then a group is chosen by Gumbel-Max among the groups, a block inside it, and a slot inside that, each level with
@@ -7,14 +7,7 @@ groups, not for B * k * C slots. The largest perturbed log-sum-exp of the top le
 score over all slots and is independent of which slot attains it, and that is what makes a draw a monoid
 (`merge_draws`).
 
-Several different slots are those of the largest perturbed scores. They lie in as many groups of largest perturbed
-log-sum-exp, and in as many blocks of those; a level takes the perturbed value of a parent as the largest one among its
-children, and changes their noise accordingly (`_given_maximum`).
-
-Not every query must choose: `Noise.query` are those that do, and only the pass is made for all.
-
-Sources: Gumbel-Max after Maddison, Tarlow, Minka, "A* sampling", NeurIPS 2014; the largest of several after Kool, van
-Hoof, Welling, "Stochastic beams and where to find them", ICML 2019, appendix B.3.
+Source: Gumbel-Max after Maddison, Tarlow, Minka, "A* sampling", NeurIPS 2014.
 """
 
 from typing import NamedTuple
@@ -24,26 +17,25 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from negcache_fn._cache.select import segments
-from negcache_fn._draws.noise import AMONG_BLOCKS, AMONG_SLOTS, QUAD, Noise
+from negcache_fn._draws.noise import AMONG_BLOCKS, AMONG_SLOTS, Noise
 from negcache_fn._kernels.blocks import BLOCK, GROUP
 from negcache_fn._ranks.group import Ranks
 from negcache_fn._ranks.order import sequenced_after
 from negcache_fn._scores.definition import ScoreMatrix
 from negcache_fn._scores.stream import reduce_blocks, score_blocks
 
-__all__ = ["DrawnSlots", "draw_among", "draw_slots", "merge_shards"]
+__all__ = ["DrawnSlots", "draw_among", "draw_slots", "merge_shards", "restricted"]
 
 _BLOCKS = GROUP // BLOCK  # of a group
 _INFINITY = float("inf")
 
 
 class DrawnSlots(NamedTuple):
-    """m slots for each query that chooses: k, or k + 1 different ones in descending order of their perturbed scores."""
+    """k slots for each query."""
 
-    query: Tensor  # [M] which queries those are
-    slot: Tensor  # [M, m]
-    score: Tensor  # [M, m]
-    perturbed: Tensor  # [M, m]; -inf: there are fewer different ones
+    slot: Tensor  # [B, k]
+    score: Tensor  # [B, k]
+    perturbed: Tensor  # [B, k]
     log_normalizer: Tensor  # [B]
     cutoff: Tensor  # [B, 1]
 
@@ -57,67 +49,53 @@ def draw_slots(matrix: ScoreMatrix, noise: Noise, first_slot: int | Tensor) -> D
             # Else the compiler may keep the blocks of all segments at once.
             matrix = matrix._replace(queries=sequenced_after(matrix.queries, best.blocks))
         found = _choose_groups(matrix, noise, start, stop, first_slot)
-        best = found if best is None else _better(best, found, noise.distinct)
+        best = found if best is None else _better(best, found)
     assert best is not None  # a cache has a slot
     # Groups, blocks and slots have the numbers that they have in the whole cache: noise goes by them.
-    block, perturbed, _ = _choose_children(best.group, best.perturbed, best.blocks, noise, AMONG_BLOCKS)
-    within_block = score_blocks(matrix.of_rows(noise.query), block - first_slot // BLOCK)
-    slot, perturbed, score = _choose_children(block, perturbed, within_block, noise, AMONG_SLOTS)
+    block, _ = _choose_child(best.group, best.blocks, noise, AMONG_BLOCKS)
+    slot, score = _choose_child(block, score_blocks(matrix, block - first_slot // BLOCK), noise, AMONG_SLOTS)
     # A query without a document may have chosen a place past the end.
     slot = (slot - first_slot).clamp(0, capacity - 1) + first_slot
-    if noise.distinct > 1:
-        slot, score, perturbed = _in_order(slot, score, perturbed, noise.distinct)
     cutoff = torch.full_like(best.log_normalizer, -_INFINITY)[:, None]
-    return DrawnSlots(noise.query, slot, score, perturbed, best.log_normalizer, cutoff)
+    return DrawnSlots(slot, score, best.perturbed, best.log_normalizer, cutoff)
 
 
 def draw_among(scores: Tensor, slots: Tensor, noise: Noise) -> DrawnSlots:
-    """Among the hardest documents but the last, which is there to say where they end."""
+    """Among the hardest documents [B, n + 1] but the last, see `restricted`."""
+    scores, slots, cutoff = restricted(scores, slots)
+    noisy = scores[:, None, :] + noise.of_slots(slots)
+    perturbed, place = noisy.max(-1)
+    return DrawnSlots(slots.gather(1, place), scores.gather(1, place), perturbed, scores.logsumexp(-1), cutoff)
+
+
+def restricted(scores: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The n hardest documents of n + 1, of which the last is there to say where they end; the cutoff [B, 1]."""
     # Midway between the last document inside and the first outside: a score recomputed with other rounding stays on
     # its side.
-    cutoff = (scores[:, -2] + scores[:, -1])[:, None] / 2
-    log_normalizer = scores[:, :-1].logsumexp(-1)
-    scores, slots = scores[noise.query, :-1], slots[noise.query, :-1]
-    column = slots.clamp(min=0)[:, None, :]
-    variates = noise.columns(column // QUAD, AMONG_SLOTS)
-    lane = (torch.arange(slots.shape[1], device=slots.device) * QUAD + column % QUAD).expand(-1, variates.shape[1], -1)
-    noisy = scores[:, None, :] + variates.gather(-1, lane)
-    if noise.distinct == 1:
-        perturbed, place = noisy.max(-1)
-        slot, score = slots.gather(1, place), scores.gather(1, place)
-        return DrawnSlots(noise.query, slot, score, perturbed, log_normalizer, cutoff)
-    missing = (0, noise.distinct)  # there may be fewer candidates
-    slots, scores, perturbed = pad(slots, missing), pad(scores, missing), pad(noisy[:, 0], missing, value=-_INFINITY)
-    slot, score, perturbed = _in_order(slots, scores, perturbed, noise.distinct)
-    return DrawnSlots(noise.query, slot, score, perturbed, log_normalizer, cutoff)
+    return scores[:, :-1], slots[:, :-1], (scores[:, -2] + scores[:, -1])[:, None] / 2
 
 
-def merge_shards(drawn: DrawnSlots, distinct: int, ranks: Ranks) -> DrawnSlots:
+def merge_shards(drawn: DrawnSlots, ranks: Ranks) -> DrawnSlots:
     """Of what each rank has chosen for the queries of all: the best for this rank's own."""
     if ranks.name is None:
         return drawn
     # Slot numbers are exact in float64.
     sent = torch.stack([drawn.perturbed.double(), drawn.score.double(), drawn.slot.double()], dim=-1)
     received, log_normalizers = ranks.exchange_all(sent, drawn.log_normalizer.double())
-    perturbed, score, slot = ranks.by_rank(received).unbind(-1)  # [ranks, M, m]
-    if distinct == 1:
-        perturbed, winner = perturbed.max(0, keepdim=True)
-        slot, score, perturbed = slot.gather(0, winner)[0], score.gather(0, winner)[0], perturbed[0]
-    else:
-        slot, score, perturbed = (values.transpose(0, 1).flatten(1) for values in (slot, score, perturbed))
-        slot, score, perturbed = _in_order(slot, score, perturbed, distinct)
+    perturbed, score, slot = ranks.by_rank(received).unbind(-1)  # [ranks, B, k]
+    perturbed, winner = perturbed.max(0, keepdim=True)
+    slot, score = slot.gather(0, winner)[0], score.gather(0, winner)[0]
     dtype = drawn.score.dtype
     log_normalizer = ranks.by_rank(log_normalizers).logsumexp(0).to(dtype)
     cutoff = torch.full_like(log_normalizer, -_INFINITY)[:, None]
-    query = ranks.own(drawn.query) - ranks.rank * log_normalizer.shape[0]
-    return DrawnSlots(query, slot.to(torch.int64), score.to(dtype), perturbed.to(dtype), log_normalizer, cutoff)
+    return DrawnSlots(slot.to(torch.int64), score.to(dtype), perturbed[0].to(dtype), log_normalizer, cutoff)
 
 
 class _Groups(NamedTuple):
-    group: Tensor  # [M, m], ascending if they are different ones
-    perturbed: Tensor  # [M, m]
-    log_normalizer: Tensor  # [B], also of queries that do not choose
-    blocks: Tensor  # [M, m, _BLOCKS] log-sum-exp of its blocks
+    group: Tensor  # [B, k]
+    perturbed: Tensor  # [B, k]
+    log_normalizer: Tensor  # [B]
+    blocks: Tensor  # [B, k, _BLOCKS] log-sum-exp of its blocks
 
 
 def _choose_groups(matrix: ScoreMatrix, noise: Noise, start: int, stop: int, first_slot: int | Tensor) -> _Groups:
@@ -127,80 +105,23 @@ def _choose_groups(matrix: ScoreMatrix, noise: Noise, start: int, stop: int, fir
     blocks = blocks.view(blocks.shape[0], -1, _BLOCKS)
     groups = blocks.logsumexp(-1)
     first_group = (first_slot + start) // GROUP
-    noisy = groups[noise.query, None] + noise.of_groups(first_group, groups.shape[1])
-    if noise.distinct == 1:
-        perturbed, group = noisy.max(-1)
-    else:
-        noisy = pad(noisy[:, 0], (0, noise.distinct), value=-_INFINITY)  # there may be fewer groups
-        group = _largest(noisy, noise.distinct)
-        perturbed, group = noisy.gather(1, group), group.clamp(max=groups.shape[1] - 1)
-    within_group = blocks[noise.query[:, None], group]
-    return _Groups(group + first_group, perturbed, groups.logsumexp(-1), within_group)
+    perturbed, group = (groups[:, None] + noise.of_groups(first_group, groups.shape[1])).max(-1)
+    of_query = torch.arange(groups.shape[0], device=groups.device)[:, None]
+    return _Groups(group + first_group, perturbed, groups.logsumexp(-1), blocks[of_query, group])
 
 
-def _better(a: _Groups, b: _Groups, distinct: int) -> _Groups:
-    log_normalizer = torch.logaddexp(a.log_normalizer, b.log_normalizer)
-    if distinct > 1:
-        group, perturbed, blocks = (
-            torch.cat(both, dim=1) for both in ((a.group, b.group), (a.perturbed, b.perturbed), (a.blocks, b.blocks))
-        )
-        place = _largest(perturbed, distinct)
-        of_place = place[..., None].expand(*place.shape, _BLOCKS)
-        return _Groups(group.gather(1, place), perturbed.gather(1, place), log_normalizer, blocks.gather(1, of_place))
+def _better(a: _Groups, b: _Groups) -> _Groups:
     b_wins = b.perturbed > a.perturbed
     return _Groups(
         torch.where(b_wins, b.group, a.group),
         torch.where(b_wins, b.perturbed, a.perturbed),
-        log_normalizer,
+        torch.logaddexp(a.log_normalizer, b.log_normalizer),
         torch.where(b_wins[..., None], b.blocks, a.blocks),
     )
 
 
-def _choose_children(
-    parent: Tensor, perturbed: Tensor, scores: Tensor, noise: Noise, level: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Among the n children of each chosen place: number, perturbed score and score of m of them, [B, m].
-
-    Args:
-        parent: [B, m] numbers.
-        perturbed: [B, m] their perturbed scores.
-        scores: [B, m, n] of their children.
-        noise: of the queries.
-        level: of the children.
-    """
+def _choose_child(parent: Tensor, scores: Tensor, noise: Noise, level: int) -> tuple[Tensor, Tensor]:
+    """One of the n children of each chosen place [B, k], by their scores [B, k, n]: its number and its score."""
     children = scores.shape[-1]
-    quads = children // QUAD
-    quad = parent[..., None] * quads + torch.arange(quads, device=parent.device)
-    noisy = scores + noise.columns(quad, level)
-    if noise.distinct == 1:  # a child of each parent, whose perturbed score is the parent's
-        place = noisy.argmax(-1)
-        return parent * children + place, perturbed, scores.gather(-1, place[..., None]).squeeze(-1)
-    noisy = _given_maximum(noisy, perturbed).flatten(1)
-    place = _largest(noisy, noise.distinct)
-    number = parent.gather(1, place // children) * children + place % children
-    return number, noisy.gather(1, place), scores.flatten(1).gather(1, place)
-
-
-def _given_maximum(perturbed: Tensor, maximum: Tensor) -> Tensor:
-    """[B, m, n] perturbed scores, changed into such whose largest one is `maximum` [B, m].
-
-    With `Z` the largest, `G` becomes `-log(exp(-maximum) - exp(-Z) + exp(-G))`: of Gumbel variables it makes variables
-    with the law that those have given their maximum. Which one is the largest stays.
-    """
-    below = perturbed - perturbed.amax(-1, keepdim=True)
-    difference = maximum[..., None] - perturbed + torch.log(-torch.expm1(below))
-    given = maximum[..., None] - torch.logaddexp(difference, torch.zeros_like(difference))
-    nothing = (perturbed == -_INFINITY) | (maximum == -_INFINITY)[..., None]
-    return torch.where(nothing, -_INFINITY, given)
-
-
-def _largest(values: Tensor, n: int) -> Tensor:
-    """[B, n] places of the n largest values of each row, ties by place; the places ascend."""
-    return values.sort(dim=1, descending=True, stable=True).indices[:, :n].sort(dim=1).values
-
-
-def _in_order(slot: Tensor, score: Tensor, perturbed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The n of largest perturbed score of each row, in descending order, ties by place."""
-    perturbed, place = perturbed.sort(dim=1, descending=True, stable=True)
-    place = place[:, :n]
-    return slot.gather(1, place), score.gather(1, place), perturbed[:, :n]
+    place = (scores + noise.of_children(parent, children, level)).argmax(-1)
+    return parent * children + place, scores.gather(-1, place[..., None]).squeeze(-1)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from negcache_fn._cache.state import take
 from negcache_fn._checks import check_embeddings
-from negcache_fn._draws.sample import Draw, check_draw
+from negcache_fn._draws.draw import Draw, check_draw
 from negcache_fn._features import Features, leaves, map_features, rows_where
+from negcache_fn._scores.stream import logsumexp
 
 __all__ = ["merge_draws", "split_refresh", "take_drawn"]
 
@@ -22,20 +23,24 @@ __all__ = ["merge_draws", "split_refresh", "take_drawn"]
 def merge_draws(a: Draw, b: Draw) -> Draw:
     """The draws from the union of two disjoint sets of documents, from the draws of each.
 
-    The larger perturbed values win (of each sample, or without replacement the k largest of both) and the normalisers
-    add. Associative, and commutative but for the numbers in `source`: those of `b` are counted on from those of `a`.
+    The larger perturbed values win (of each sample, or for the batch the M largest of both) and the normalisers add.
+    Associative, and commutative but for the numbers in `source`: those of `b` are counted on from those of `a`.
+
+    For the batch, masses stay as they are. So the result is the draw of the union with `importance` p + q, if the
+    `importance` p and q of `a` and `b` are each cache's share in the query's softmax over everything. With other ones
+    the M documents are not the best choice, but `loss` is right all the same.
 
     Args:
         a: draws for B queries.
-        b: draws for the same queries, exclusions and number of samples, with replacement if those of `a` are, from a
-            cache with another seed (or other slots of the same): equal noise would favour the same places in both.
+        b: draws for the same queries, exclusions and number of draws, from a cache with another seed (or other slots of
+            the same): equal noise would favour the same places in both.
 
     Returns:
         Draws whose `slot` refers to the cache `source`.
 
     Raises:
-        ValueError: another number of queries, samples or dimensions; one with and one without replacement; draws of
-            some queries only, which are others in each cache.
+        ValueError: another number of queries, draws, dimensions or excluded ids; one for the batch and one for each
+            query.
 
     Examples:
         >>> left, right = (init_cache(8, 4, torch.zeros(1, 3), seed=seed) for seed in (0, 1))
@@ -46,23 +51,23 @@ def merge_draws(a: Draw, b: Draw) -> Draw:
     """
     check_draw("a", a)
     check_draw("b", b)
-    for name, draw in (("a", a), ("b", b)):
-        if not draw.of_all_queries:
-            queries = draw.log_normalizer.shape[0]
-            raise ValueError(
-                f"{name} has draws of {draw.query.shape[0]} of {queries} queries; expected draws of all, made without "
-                f"num_draws: caches of other seeds choose other queries"
-            )
+    if a.for_batch != b.for_batch:
+        raise ValueError(f"b was drawn for {_whom(b)} and a for {_whom(a)}; expected both alike")
+    if a.log_normalizer.shape != b.log_normalizer.shape:
+        queries = a.log_normalizer.shape[0]
+        raise ValueError(f"b is a draw for {b.log_normalizer.shape[0]} queries; expected {queries}, as a is")
     if a.embedding.shape != b.embedding.shape:
         raise ValueError(
-            f"b has embeddings of shape {tuple(b.embedding.shape)}; "
-            f"expected those of a, [queries, samples, D] = {tuple(a.embedding.shape)}"
+            f"b has embeddings of shape {tuple(b.embedding.shape)}; expected those of a, {tuple(a.embedding.shape)}"
         )
-    if a.distinct != b.distinct:
-        raise ValueError(f"b was drawn {_how(b)} replacement and a {_how(a)}; expected both alike")
+    if a.exclude_ids.shape != b.exclude_ids.shape:
+        raise ValueError(
+            f"b has excluded ids of shape {tuple(b.exclude_ids.shape)}; "
+            f"expected those of a, {tuple(a.exclude_ids.shape)}: the same exclusions for every cache"
+        )
     samples = a.slot.shape[1]
     perturbed = torch.cat([a.perturbed, b.perturbed], dim=1)
-    if not a.distinct:
+    if not a.for_batch:
         # The first half of the places are a's: the winner of sample m is at m or samples + m.
         winner = torch.arange(samples, device=perturbed.device) + samples * (b.perturbed > a.perturbed)
         threshold = a.threshold
@@ -76,12 +81,11 @@ def merge_draws(a: Draw, b: Draw) -> Draw:
         return both.gather(1, winner.view(*winner.shape, *[1] * (both.ndim - 2)).expand(-1, -1, *both.shape[2:]))
 
     return Draw(
-        query=a.query,
         slot=winners(a.slot, b.slot),
         score=winners(a.score, b.score),
         perturbed=winners(a.perturbed, b.perturbed),
         threshold=threshold,
-        log_normalizer=torch.logaddexp(a.log_normalizer, b.log_normalizer),
+        log_normalizer=logsumexp(torch.stack([a.log_normalizer, b.log_normalizer], dim=-1)),
         embedding=winners(a.embedding, b.embedding),
         id=winners(a.id, b.id),
         log_weight=winners(a.log_weight, b.log_weight),
@@ -156,8 +160,8 @@ def split_refresh(draw: Draw, embeddings: Tensor) -> list[tuple[Tensor, Tensor]]
     return [(_slots_of(draw, source), embeddings.detach()) for source in range(draw.cutoff.shape[1])]
 
 
-def _how(draw: Draw) -> str:
-    return "without" if draw.distinct else "with"
+def _whom(draw: Draw) -> str:
+    return "the batch" if draw.for_batch else "each query"
 
 
 def _slots_of(draw: Draw, source: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""The noise of a draw: which variates each query uses at each level of the tree.
+"""The noise of a draw: which variates are used at each level of the tree.
 
-Every variate is a function of the state's seed and step, the row (query and sample), the column and the level. Rows and
-columns have the numbers that they have in the whole batch and the whole cache, so the draws do not depend on how the
-work is divided.
+Every variate is a function of the state's seed and step, the row (query and sample, or the one row of the batch), the
+column and the level. Rows and columns have the numbers that they have in the whole batch and the whole cache, so the
+draws do not depend on how the work is divided.
 """
 
 from typing import NamedTuple
@@ -13,41 +13,32 @@ from torch import Tensor
 
 from negcache_fn._cache.state import scalar
 from negcache_fn._kernels import dispatch
-from negcache_fn._options import StepOptions
 from negcache_fn.random import gumbel
 
 __all__ = ["AMONG_BLOCKS", "AMONG_GROUPS", "AMONG_SLOTS", "QUAD", "Noise"]
 
 QUAD = 4  # variates that one Philox call gives
-# Levels, which must not share noise.
-AMONG_GROUPS, AMONG_BLOCKS, AMONG_SLOTS, _AMONG_QUERIES = 0, 1, 2, 3
+AMONG_GROUPS, AMONG_BLOCKS, AMONG_SLOTS = 0, 1, 2  # levels, which must not share noise
 
 
 class Noise(NamedTuple):
-    """The rows of noise by which the queries choose, and how many places each row chooses."""
+    """The rows of noise by which documents are chosen."""
 
     seed: Tensor
     step: Tensor
-    query: Tensor  # [B] the queries that choose, in ascending order: all, B of B, or one of each so many
-    row: Tensor  # [B, k] row of the noise matrix, query x sample; [B, 1] if it chooses several places
-    distinct: int  # the number of different places that a row chooses, those of its largest perturbed scores
+    row: Tensor  # [B, k] row of the noise matrix: query x sample; [1, 1] of a draw for the batch
 
     @classmethod
-    def of(cls, state: TensorDictBase, first: int, queries: int, drawing: int, options: StepOptions) -> "Noise":
-        """Of the queries `first ...` of all ranks' queries, of which `drawing` draw: one of each as many in a row.
-
-        Without replacement one place more is chosen than drawn.
-        """
-        samples, replacement = options.samples, options.replacement
+    def of_queries(cls, state: TensorDictBase, first: int, queries: int, samples: int) -> "Noise":
+        """Of the queries `first ...` of all ranks' queries."""
         seed, step = scalar(state, "seed"), scalar(state, "step")
-        query = torch.arange(queries, device=seed.device)
-        if drawing < queries:
-            variates = gumbel(seed, step, query + first, torch.zeros_like(seed), level=_AMONG_QUERIES)[:, 0]
-            place = variates.view(drawing, queries // drawing).argmax(1, keepdim=True)
-            query = query.view(drawing, queries // drawing).gather(1, place)[:, 0]
-        each = samples if replacement else 1
-        row = (query + first)[:, None] * each + torch.arange(each, device=seed.device)
-        return cls(seed, step, query, row, 1 if replacement else samples + 1)
+        query = torch.arange(queries, device=seed.device) + first
+        return cls(seed, step, query[:, None] * samples + torch.arange(samples, device=seed.device))
+
+    @classmethod
+    def of_batch(cls, state: TensorDictBase) -> "Noise":
+        """One row for all."""
+        return cls.of_queries(state, 0, 1, 1)
 
     def columns(self, quad: Tensor, level: int) -> Tensor:
         """[B, m, 4 n] variates of the columns in the quads [..., n] (broadcast against [B, k, n])."""
@@ -65,3 +56,15 @@ class Noise(NamedTuple):
         quads = torch.arange(-(-count // QUAD) + 1, device=self.row.device) + first // QUAD
         columns = torch.arange(count, device=self.row.device) + first % QUAD
         return self.columns(quads, AMONG_GROUPS).index_select(-1, columns)
+
+    def of_slots(self, slots: Tensor) -> Tensor:
+        """[B, k, n] variates of the slots [B, n] that are chosen among without a tree."""
+        column = slots.clamp(min=0)[:, None, :]
+        variates = self.columns(column // QUAD, AMONG_SLOTS)
+        lane = torch.arange(slots.shape[1], device=slots.device) * QUAD + column % QUAD
+        return variates.gather(-1, lane.expand(-1, variates.shape[1], -1))
+
+    def of_children(self, parent: Tensor, children: int, level: int) -> Tensor:
+        """[B, k, children] variates of the children of each chosen place [B, k]."""
+        quads = children // QUAD
+        return self.columns(parent[..., None] * quads + torch.arange(quads, device=parent.device), level)

@@ -1,74 +1,55 @@
-"""Draws from the softmax over the cache, and what is known of them.
+"""Draws from the softmax over the cache: for the whole batch (`for_batch`) or for each query (`gumbel_tree`).
 
-How slots are drawn: see `gumbel_tree`. Source of the cache softmax: Lindgren, Reddi, Guo, Kumar, NeurIPS 2021,
-section 3.
+Source of the cache softmax: Lindgren, Reddi, Guo, Kumar, NeurIPS 2021, section 3.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn._cache.state import scalar, stored
-from negcache_fn._checks import check_size
-from negcache_fn._draws.gumbel_tree import DrawnSlots, draw_among, draw_slots, merge_shards
+from negcache_fn._checks import check_rows, check_size
+from negcache_fn._draws.draw import Draw, describe
+from negcache_fn._draws.for_batch import (
+    Importance,
+    Largest,
+    as_on_first_rank,
+    draw_largest,
+    draw_largest_among,
+    largest_of_ranks,
+    pass_over,
+)
+from negcache_fn._draws.gumbel_tree import DrawnSlots, draw_among, draw_slots, merge_shards, restricted
 from negcache_fn._draws.noise import Noise
 from negcache_fn._options import Placement, ScoreTransform, StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
-from negcache_fn._ranks.group import Ranks, Shards, fetch_rows, ranks_of
-from negcache_fn._scores.definition import Similarity, check_search, dtype_of_scores, full_precision, score_matrix
+from negcache_fn._ranks.group import ALONE, Ranks, Shards, ranks_of
+from negcache_fn._scores.definition import (
+    ScoreMatrix,
+    Similarity,
+    check_search,
+    dtype_of_scores,
+    full_precision,
+    score_matrix,
+)
 from negcache_fn._scores.exclude import NO_FALSE_NEGATIVES, Exclusions, FalseNegatives, check_false_negatives
-from negcache_fn._scores.hardest import hardest_of_all
+from negcache_fn._scores.hardest import hardest_of_all, logsumexp_at
+from negcache_fn._scores.stream import logsumexp
 
-__all__ = ["Draw", "check_draw", "check_draws", "draw_negatives", "sample_gumbel"]
+__all__ = ["check_draws", "draw_for_batch", "draw_for_queries", "sample_gumbel"]
 
 _INFINITY = float("inf")
-
-
-class Draw(NamedTuple):
-    """k draws for each of B queries, with or without replacement, and what their weights need. No gradient.
-
-    With `num_draws` M of the queries have drawn, once each: the fields [B, k, ...] are [M, 1, ...].
-    """
-
-    query: Tensor  # [B] int64: whose draws those of a row are; its own, where all have drawn
-    slot: Tensor  # [B, k] int64; -1: the query has no document to draw, or without replacement no other one
-    score: Tensor  # [B, k] stale score of the drawn document, log-weight included
-    perturbed: Tensor  # [B, k] perturbed score: the largest of each sample; or the k largest, in descending order
-    threshold: Tensor  # [B, 1]: the (k+1)-th largest perturbed score, -inf if all are drawn; [B, 0] with replacement
-    log_normalizer: Tensor  # [B] log-sum-exp of the scores, -inf where there is no document
-    embedding: Tensor  # [B, k, D] stale embedding, storage dtype
-    id: Tensor  # [B, k] int64
-    log_weight: Tensor  # [B, k] float32
-    source: Tensor  # [B, k] int64: of which of S merged caches the slot is
-    cutoff: Tensor  # [B, S]: documents of that source with a lower score have probability 0; -inf without top_k
-    max_score: Tensor  # [B, S]: those with a higher one, log-weight not included, too; +inf without such a limit
-    exclude_ids: Tensor  # [1 or B, P] int64: documents that have probability 0; P may be 0
-
-    @property
-    def distinct(self) -> bool:
-        """Whether the documents that a query has drawn are all different: without replacement."""
-        return self.threshold.shape[1] > 0
-
-    @property
-    def of_all_queries(self) -> bool:
-        """Whether every query has drawn."""
-        return self.query.shape[0] == self.log_normalizer.shape[0]
-
-    @property
-    def has_documents(self) -> Tensor:
-        """[B] bool: whether there is anything that the query could draw."""
-        return self.log_normalizer > -_INFINITY  # not where it is NaN
 
 
 def sample_gumbel(
     state: TensorDictBase,
     queries: Tensor,
     *,
-    draws_per_query: int | None = None,
-    replacement: bool = True,
     num_draws: int | None = None,
+    importance: Tensor | None = None,
+    draws_per_query: int | None = None,
     scale: float | Tensor = 1.0,
     score_transform: ScoreTransform | None = None,
     exclude_ids: Tensor | None = None,
@@ -77,20 +58,23 @@ def sample_gumbel(
     group: torch.distributed.ProcessGroup | None = None,
     placement: Placement = "sharded",
 ) -> Draw:
-    """Draws documents from `softmax(score(state, queries))`, independently for every query and sample.
+    """Draws cached documents: `num_draws` different ones for the whole batch, or `draws_per_query` for each query.
 
-    Equivalent to `(score(state, queries)[:, None, :] + gumbel_noise).argmax(-1)`, without the [B, C] matrices; without
-    replacement to `(score(state, queries) + gumbel_noise).topk(draws_per_query)`: each sample comes from the softmax
-    over the documents that are left. The draws are a function of the arguments alone; `state["step"]`, which every
-    update advances, makes them new.
+    For the batch, equivalent to `(log_mass + gumbel_noise).topk(num_draws)`, where document j has the mass
+    `sum_i importance[i] * softmax(score(state, queries))[i, j]`. For each query, equivalent to
+    `(score(state, queries)[:, None, :] + gumbel_noise).argmax(-1)`, independently for every query and sample. Neither
+    makes a [B, C] matrix. The draws are a function of the arguments alone; `state["step"]`, which every update
+    advances, makes them new.
 
     Args:
         state: the cache.
         queries: [B, D] floating.
-        draws_per_query: k. None: 4, or 1 with `num_draws`.
-        replacement: whether a query may draw a document more than once.
-        num_draws: M, a divisor of B: of each B / M consecutive queries one draws, chosen at random. The others use its
-            draws (`loss` with `share_draws=True`). None: every query draws.
+        num_draws: M, for the batch; with a group for that of all ranks, a multiple of their number. None: as many as
+            there are queries (on all ranks), unless `draws_per_query` is given.
+        importance: [B] floating, positive: how much the batch needs of each query's softmax over the cache. Best is the
+            share of the cache in the query's softmax over batch and cache, which `step` takes; no choice biases `loss`.
+            All alike by default.
+        draws_per_query: k, instead of `num_draws`.
         scale: number or 0-d tensor.
         score_transform: elementwise function of the scaled inner products.
         exclude_ids: int64 ids of documents that must not be drawn (positives, and what is a class already), [P] for
@@ -98,39 +82,40 @@ def sample_gumbel(
         false_negatives: further documents to exclude from a query's negatives, by id or by score.
         top_k: restricts each query's softmax to its `top_k` highest scores, exactly, ties by slot.
         group: of ranks that draw together, each for its own queries: what they draw is what one rank draws that has
-            the queries of all, in the order of ranks. Ids [P] are excluded for the queries of every rank.
+            the queries of all, in the order of ranks. Ids [P] are excluded for the queries of every rank. Of M
+            documents each rank gets M / ranks.
         placement: "sharded": each rank has a part of the cache, and slots are numbers of all its slots; "replicated":
             each has the whole.
 
     Returns:
-        The draws. A query that has no document gets slot -1 and log-normaliser -inf; without replacement, one that has
-        fewer than k documents gets each of them, then slot -1. With `num_draws` they are those that `query` have
-        without it; the normalisers are of all queries.
+        The draws. Where there are fewer than `num_draws` documents, all of them, then slot -1. A query that has no
+        document has the log-normaliser -inf and, with `draws_per_query`, slot -1. For the batch, `log_normalizer` is
+        differentiable in `queries` and `scale`; `loss` needs that.
 
     Raises:
         ValueError, TypeError: queries that are not [B, D] floating on the device of the state; non-positive
-            `draws_per_query`; `num_draws` that does not divide B, with several samples or without replacement; `top_k`
-            not in 1 ... C; `exclude_ids` or `false_negatives` of another shape or dtype.
+            `num_draws` or `draws_per_query`, both, or `num_draws` that is not a multiple of the number of ranks;
+            `importance` of another shape or dtype, or with `draws_per_query`; `top_k` not in 1 ... C; `exclude_ids` or
+            `false_negatives` of another shape or dtype.
 
     Examples:
         >>> state = init_cache(8, 4, torch.zeros(1, 3))
-        >>> state = update(state, torch.ones(2, 3), torch.randn(2, 4))
-        >>> draw = sample_gumbel(state, torch.randn(5, 4), draws_per_query=3)
-        >>> draw.slot.shape, bool((draw.slot < 2).all())
-        (torch.Size([5, 3]), True)
-        >>> sample_gumbel(state, torch.zeros(1, 4), draws_per_query=3, replacement=False).slot.sort()[0]
-        tensor([[-1,  0,  1]])
-        >>> sample_gumbel(state, torch.randn(6, 4), num_draws=2).slot.shape
-        torch.Size([2, 1])
+        >>> state = update(state, torch.ones(3, 3), torch.randn(3, 4))
+        >>> queries = torch.randn(5, 4)
+        >>> sample_gumbel(state, queries, num_draws=4).slot.sort().values
+        tensor([[-1,  0,  1,  2]])
+        >>> sample_gumbel(state, queries, num_draws=2, importance=torch.rand(5)).slot.shape
+        torch.Size([1, 2])
+        >>> sample_gumbel(state, queries, draws_per_query=3).slot.shape
+        torch.Size([5, 3])
 
     Reference: Lindgren et al., NeurIPS 2021, section 3 and algorithm 1; Kool et al., ICML 2019, section 3.
     """
     ranks = ranks_of(group)
     with checking_arguments(ranks):
         options = StepOptions(
-            draws_per_query=draws_per_query,
-            replacement=replacement,
             num_draws=num_draws,
+            draws_per_query=draws_per_query,
             top_k=top_k,
             score_transform=score_transform,
             placement=placement,
@@ -138,7 +123,11 @@ def sample_gumbel(
         options.check_group(ranks.name is None)
         check_search(state, queries, scale, exclude_ids)
         check_false_negatives(false_negatives, queries, knows_positives=False)
-        check_draws(state, queries, options, ranks)
+        check_draws(state, options, ranks)
+        if importance is not None:
+            if not options.for_batch:
+                raise ValueError("importance is given with draws_per_query; expected num_draws, or no importance")
+            check_rows("importance", importance, None, queries.shape[0], queries.device)
         similarity = Similarity.of(options, scale, dtype_of_scores(state, queries))
         exclusions = Exclusions.of(queries, exclude_ids, false_negatives, similarity.dtype)
     queries, shards = check_ranks_agree(
@@ -152,10 +141,18 @@ def sample_gumbel(
         numbers={"queries": queries.shape[0], **exclusions.numbers},
         choices=exclusions.choices,
     )
-    return draw_negatives(state, queries, similarity, exclusions, options, ranks, shards, [])[0]
+    if not options.for_batch:
+        return draw_for_queries(state, queries, similarity, exclusions, options, ranks, shards, [])[0]
+
+    def log_importance(log_normalizer: Tensor) -> Tensor:
+        if importance is None:
+            return torch.zeros_like(log_normalizer)
+        return importance.detach().to(log_normalizer.dtype).log()
+
+    return draw_for_batch(state, queries, similarity, exclusions, options, ranks, shards, [], log_importance)[0]
 
 
-def draw_negatives(
+def draw_for_queries(
     state: TensorDictBase,
     queries: Tensor,
     similarity: Similarity,
@@ -165,85 +162,127 @@ def draw_negatives(
     shards: Shards,
     extra_columns: list[Tensor],
 ) -> tuple[Draw, list[Tensor]]:
-    """`sample_gumbel` on checked arguments: for this rank's queries, from slots wherever they are.
+    """`sample_gumbel` for each of this rank's queries, on checked arguments, from slots wherever they are.
 
     Also returns the drawn rows [B * k, ...] of `extra_columns`, tensors [C, ...].
     """
     rows = queries.shape[0]
-    drawing = rows if options.num_draws is None else options.num_draws
-    with torch.no_grad(), full_precision(queries):  # sampling has no gradient
-        if shards.ranks.name is not None:
-            # A shard is searched for the queries of all ranks.
-            everyone, of_all = exclusions.gathered(queries, ranks)
-        else:
-            everyone, of_all = queries, exclusions
-            if of_all.for_all.shape[0] > 0:
-                of_all = of_all._replace(for_all=ranks.gather(of_all.for_all))
-        matrix = score_matrix(state, everyone, similarity, of_all)
-        first_row = ranks.rank * rows
+    samples, first = options.draws_for(rows) // rows, ranks.rank * rows
+    with torch.no_grad(), full_precision(queries):  # these draws have no gradient
+        matrix, excluded = _matrix(state, queries, similarity, exclusions, ranks, shards)
         if options.top_k is not None:
-            noise = Noise.of(state, first_row, rows, drawing, options)
+            noise = Noise.of_queries(state, first, rows, samples)
             drawn = draw_among(*hardest_of_all(matrix, options.top_k + 1, shards), noise)
         else:
-            if shards.ranks.name is not None:
-                first_row, rows, drawing = 0, everyone.shape[0], drawing * ranks.size
-            noise = Noise.of(state, first_row, rows, drawing, options)
-            drawn = merge_shards(draw_slots(matrix, noise, shards.first), noise.distinct, shards.ranks)
-        # Documents excluded for all queries are not among the draws, so only those excluded for each are kept.
-        excluded = exclusions.for_each if exclusions.for_each.shape[1] > 0 else of_all.for_all[None]
-        return _describe(state, drawn, options.samples, shards, exclusions.max_score, excluded, extra_columns)
+            of_all = matrix.queries.shape[0]
+            noise = Noise.of_queries(state, 0 if of_all > rows else first, of_all, samples)
+            drawn = merge_shards(draw_slots(matrix, noise, shards.first), shards.ranks)
+        return _described(state, drawn, shards, exclusions.max_score, excluded, extra_columns)
 
 
-def check_draws(state: TensorDictBase, queries: Tensor, options: StepOptions, ranks: Ranks) -> None:
-    """Raises unless so many draws can be made for the queries, from the cache."""
-    if options.num_draws is not None and queries.shape[0] % options.num_draws:
-        raise ValueError(
-            f"num_draws is {options.num_draws}; expected a divisor of {queries.shape[0]}, the number of queries "
-            f"(drop_last=True, if the last batch has fewer)"
-        )
+def draw_for_batch(
+    state: TensorDictBase,
+    queries: Tensor,
+    similarity: Similarity,
+    exclusions: Exclusions,
+    options: StepOptions,
+    ranks: Ranks,
+    shards: Shards,
+    extra_columns: list[Tensor],
+    log_importance: Callable[[Tensor], Tensor],
+) -> tuple[Draw, list[Tensor]]:
+    """`sample_gumbel` for the batch, on checked arguments: this rank's part of the drawn documents.
+
+    Also returns their rows [M / ranks, ...] of `extra_columns`. `log_importance` is a function of this rank's
+    log-normalisers [B].
+    """
+    n = options.draws_for(queries.shape[0] * ranks.size)
+    with full_precision(queries):
+        matrix, excluded = _matrix(state, queries, similarity, exclusions, ranks, shards)
+        if options.top_k is None:
+            log_normalizer, largest = _largest_of_all(state, matrix, log_importance, ranks, shards, n + 1)
+            cutoff = torch.full_like(largest.perturbed[:1], -_INFINITY).expand(queries.shape[0], 1)
+        else:
+            with torch.no_grad():  # which documents they are is not differentiable
+                scores, slots, cutoff = restricted(*hardest_of_all(matrix, options.top_k + 1, shards))
+            log_normalizer = logsumexp_at(state, queries, similarity, scores, slots, shards)
+            with torch.no_grad():  # which of them are drawn is a constant
+                weight = _log_weight(log_normalizer, log_importance)
+                of_all = ranks.gather_all(scores, slots, weight)
+                largest = draw_largest_among(of_all[0], of_all[1], of_all[2], Noise.of_batch(state), n + 1)
+                largest = as_on_first_rank(largest, ranks)
+    with torch.no_grad():
+        share = n // ranks.size
+        own = slice(ranks.rank * share, (ranks.rank + 1) * share)
+        slot, log_mass, perturbed = largest.slot[None], largest.log_mass[None], largest.perturbed[None]
+        chosen = (slot[:, own], log_mass[:, own], perturbed[:, own], perturbed[:, n:])
+        limit = exclusions.max_score
+        return describe(state, chosen, log_normalizer, cutoff, shards, limit, excluded, extra_columns)
+
+
+def _largest_of_all(
+    state: TensorDictBase,
+    matrix: ScoreMatrix,
+    log_importance: Callable[[Tensor], Tensor],
+    ranks: Ranks,
+    shards: Shards,
+    n: int,
+) -> tuple[Tensor, Largest]:
+    """This rank's log-normalisers [B], and the `n` largest perturbed masses of the whole cache."""
+    found = pass_over(matrix)
+    log_normalizer = found.log_normalizer
+    if shards.ranks.name is not None:
+        log_normalizer = logsumexp(ranks.by_rank(ranks.exchange(log_normalizer)).t())
+    with torch.no_grad():  # which documents are drawn is a constant
+        weight = _log_weight(log_normalizer, log_importance)
+        # A shard has been searched for the queries of all ranks, a replica for this rank's own.
+        importance = Importance(shards.ranks.gather(weight), ranks if shards.ranks.name is None else ALONE)
+        largest = draw_largest(matrix, found, importance, Noise.of_batch(state), shards.first, n)
+        return log_normalizer, largest_of_ranks(largest, shards.ranks)
+
+
+def check_draws(state: TensorDictBase, options: StepOptions, ranks: Ranks) -> None:
+    """Raises unless so many draws can be made from the cache, by so many ranks."""
+    if options.num_draws is not None and options.num_draws % ranks.size:
+        raise ValueError(f"num_draws is {options.num_draws}; expected a multiple of {ranks.size}, the number of ranks")
     if options.top_k is not None:
         check_size("top_k", options.top_k, most=stored(state, "embedding").shape[0] if ranks.name is None else None)
 
 
-def check_draw(name: str, value: object) -> None:
-    """Raises unless `value` is a `Draw`."""
-    if not isinstance(value, Draw):
-        raise TypeError(
-            f"{name} is a {type(value).__name__}; expected a Draw, as made by negcache_fn.sample_gumbel(...)"
-        )
+def _matrix(
+    state: TensorDictBase, queries: Tensor, similarity: Similarity, exclusions: Exclusions, ranks: Ranks, shards: Shards
+) -> tuple[ScoreMatrix, Tensor]:
+    """The scores of the queries that are to be searched for here, and the ids that the draw keeps."""
+    if shards.ranks.name is not None:
+        # A shard is searched for the queries of all ranks.
+        everyone, of_all = ranks.gather(queries), exclusions.gathered(queries[:0], ranks)[1]
+    else:
+        everyone, of_all = queries, exclusions
+        if of_all.for_all.shape[0] > 0:
+            of_all = of_all._replace(for_all=ranks.gather(of_all.for_all))
+    # Documents excluded for all queries are not among the draws, so only those excluded for each are kept.
+    excluded = exclusions.for_each if exclusions.for_each.shape[1] > 0 else of_all.for_all[None]
+    return score_matrix(state, everyone, similarity, of_all), excluded
 
 
-def _describe(
+def _log_weight(log_normalizer: Tensor, log_importance: Callable[[Tensor], Tensor]) -> Tensor:
+    """[B] as `Importance` takes it: queries without documents, or diverged, have no say."""
+    log_normalizer = log_normalizer.detach()
+    weight = log_importance(log_normalizer) - log_normalizer
+    return torch.where(log_normalizer.isfinite(), weight, -_INFINITY)
+
+
+def _described(
     state: TensorDictBase,
-    drawn_slots: DrawnSlots,
-    samples: int,
+    drawn: DrawnSlots,
     shards: Shards,
     max_score: Tensor | None,
     excluded: Tensor,
     extra_columns: list[Tensor],
 ) -> tuple[Draw, list[Tensor]]:
-    # Without replacement there is one more than is drawn.
-    slot, score, perturbed = (
-        values[:, :samples] for values in (drawn_slots.slot, drawn_slots.score, drawn_slots.perturbed)
-    )
-    # Comparisons that NaN fails: queries that have diverged draw nothing, and their loss says so.
-    drawn = (drawn_slots.log_normalizer > -_INFINITY)[drawn_slots.query, None] & (perturbed > -_INFINITY)
-    slot = torch.where(drawn, slot, -1)
-    leaves = [stored(state, name) for name in ("embedding", "id", "log_weight")]
-    embedding, document, log_weight, *others = fetch_rows([*leaves, *extra_columns], slot.flatten(), shards)
-    draw = Draw(
-        query=drawn_slots.query,
-        slot=slot,
-        score=torch.where(drawn, score, -_INFINITY),
-        perturbed=perturbed.contiguous(),
-        threshold=drawn_slots.perturbed[:, samples:].contiguous(),
-        log_normalizer=drawn_slots.log_normalizer,
-        embedding=embedding.view(*slot.shape, -1),
-        id=torch.where(drawn, document.view(slot.shape), -1),
-        log_weight=torch.where(drawn, log_weight.view(slot.shape), 0.0),
-        source=torch.zeros_like(slot),
-        cutoff=drawn_slots.cutoff,
-        max_score=torch.full_like(drawn_slots.cutoff, _INFINITY) if max_score is None else max_score[:, None].clone(),
-        exclude_ids=excluded,
-    )
-    return draw, others
+    """The draws of each query."""
+    # A comparison that NaN fails: queries that have diverged draw nothing, and their loss says so.
+    has_documents = (drawn.log_normalizer > -_INFINITY)[:, None]
+    perturbed = torch.where(has_documents, drawn.perturbed, -_INFINITY)
+    chosen = (drawn.slot, drawn.score, perturbed, perturbed[:, :0])
+    return describe(state, chosen, drawn.log_normalizer, drawn.cutoff, shards, max_score, excluded, extra_columns)

@@ -1,25 +1,31 @@
 """The cache as one class: its logit `c_i`, estimated from the documents that were drawn.
 
-With `L_i` the log-sum-exp of query i's scores over the cache, `f_im` the fresh and `g_im` the stale score of draw m,
-and weights `w_im` of the draws,
+With `L_i` the log-sum-exp of query i's scores over the cache, and `f_im` the fresh and `g_im` the stale score of its
+draw m, for draws of the batch
 
-    staleness_correction="none"             c_i = L_i + sum_m w_im (f_im - stop_gradient f_im)
+    staleness_correction="self_normalized"  c_i = L_i + log(sum_m r_m exp(f_im) / sum_m r_m exp(g_im))
+    staleness_correction="none"             c_i = L_i + sum_m p_i(j_m) r_m (f_im - g_im)
+
+where `r_m` is the inverse of the chance that document j_m is among the drawn, given the noise of all other documents,
+
+    1 / r_m = 1 - exp(-exp(log a_m - threshold)),
+
+`a_m` its mass and the threshold the (M+1)-th largest perturbed mass. `r_m` and, with "none", `p_i(j_m)` are constants;
+`L_i`, `f_im` and `g_im` are differentiable in the query and the scale. Where nothing is stale `c_i` is `L_i`, whose
+gradient is exact, for every draw; only the gradient in the documents is estimated.
+
+For draws of each query, with weights `w_im` of the draws and nothing but `f_im` differentiable,
+
     staleness_correction="self_normalized"  c_i = L_i + log(sum_m w_im exp(f_im - g_im) / sum_m w_im)
-    staleness_correction="unnormalized"     c_i = L_i + log(sum_m w_im exp(f_im - g_im))
+    staleness_correction="none"             c_i = L_i + sum_m w_im (f_im - stop_gradient f_im)
 
-    share_draws=True                        w_im = p_i(j_m) / sum_i' n_i'(j_m), with p_i(j) = exp(s_ij - L_i)
-    share_draws=False                       w_im = p_i(j_m) / n_i(j_m) for the draws of query i
+    share_draws=True                        w_im = p_i(j_m) / sum_i' k p_i'(j_m)
+    share_draws=False                       w_im = 1/k for the draws of query i, 0 for others
 
-`n_i(j)` is how many draws of document j are expected of query i: `k p_i(j)` with replacement, so that own draws weigh
-1/k; with `num_draws` M of the B queries, chosen at random, draw once each, so that it is `M/B p_i(j)`, whoever drew;
-without replacement, the probability that j is among the k, given the perturbed scores of all other documents,
+A draw that is a false negative of query i, or outside its `top_k`, has no part in either sum of `c_i`.
 
-    n_i(j) = 1 - exp(-exp(s_ij - threshold)), threshold: the k-th largest perturbed score of the other documents,
-
-which is the (k+1)-th largest of all where i drew j, and the k-th where it did not.
-
-Sources: Lindgren, Reddi, Guo, Kumar, NeurIPS 2021 (own draws, "none"); Veach, Guibas, SIGGRAPH 1995 (the balance
-heuristic that shares draws); Kool, van Hoof, Welling, ICML 2019, ICLR 2020 (without replacement). Proofs:
+Sources: Duffield, Lund, Thorup, J. ACM 2007, and Kool, van Hoof, Welling, ICLR 2020 (`r_m`); Lindgren, Reddi, Guo,
+Kumar, NeurIPS 2021 (own draws, "none"); Veach, Guibas, SIGGRAPH 1995 (the balance heuristic that shares draws). Proofs:
 docs/method.md.
 """
 
@@ -29,12 +35,13 @@ import torch
 from torch import Tensor
 
 from negcache_fn._cache.ids import named
-from negcache_fn._draws.sample import Draw
-from negcache_fn._options import StalenessCorrection, StepOptions
+from negcache_fn._draws.draw import Draw
+from negcache_fn._options import StepOptions
 from negcache_fn._ranks.group import Ranks
 from negcache_fn._scores.definition import Similarity
+from negcache_fn._scores.stream import logsumexp
 
-__all__ = ["CacheClass", "SharedDraws", "estimate_cache_logit", "gather_draws"]
+__all__ = ["CacheClass", "SharedDraws", "estimate_cache_logit", "gather_draws", "inverse_inclusion"]
 
 _INFINITY = float("inf")
 _MORE_THAN_SLOTS = 2**48
@@ -51,6 +58,7 @@ class SharedDraws(NamedTuple):
     id: Tensor  # [M]
     log_weight: Tensor  # [M]
     source: Tensor  # [M]
+    score: Tensor  # [M]
 
 
 class CacheClass(NamedTuple):
@@ -58,12 +66,13 @@ class CacheClass(NamedTuple):
 
     logit: Tensor  # [B]; -inf: the query has no document
     log_importance: Tensor  # [B, m] logarithm of the (unnormalised) weight that f_im gets in it, -inf for none
+    log_probability: Tensor  # [B, m] log p_i(j_m), -inf where the query cannot use the draw
     masked: Tensor  # [B, m] bool: the draw exists, and is a false negative of the query
 
 
 def gather_draws(negatives: Tensor, draw: Draw, ranks: Ranks) -> SharedDraws:
     """The draws of all ranks; those of this one if it is alone."""
-    known = (draw.embedding, draw.slot, draw.id, draw.log_weight, draw.source)
+    known = (draw.embedding, draw.slot, draw.id, draw.log_weight, draw.source, draw.score)
     return SharedDraws(ranks, ranks.gather(negatives), *ranks.gather_all(*(values.flatten(0, 1) for values in known)))
 
 
@@ -80,7 +89,7 @@ def estimate_cache_logit(
     Args:
         similarity: the score of a query and a document, up to the document's log-weight.
         queries: [B, D].
-        negatives: [B * k, D] fresh embeddings of the drawn documents.
+        negatives: [R * m, D] fresh embeddings of the drawn documents.
         draw: the draws.
         shared: the draws to share; None: each query uses its own.
         options: of the step.
@@ -88,35 +97,98 @@ def estimate_cache_logit(
     Returns:
         The logits, with gradient to `queries`, `negatives` and the scale, and what is behind them.
     """
-    # What was encoded in place of a draw that does not exist has no part in the loss, not even a NaN.
+    if draw.for_batch:
+        assert shared is not None  # checked at the boundary
+        return _of_batch(similarity, queries, draw, shared, options)
+    return _of_queries(similarity, queries, negatives, draw, shared, options)
+
+
+def inverse_inclusion(log_mass: Tensor, threshold: Tensor) -> Tensor:
+    """`r_m` [M], at least 1, from the masses of the documents drawn for the batch."""
+    return (-_log_inclusion(log_mass, threshold)).exp()
+
+
+def _of_batch(
+    similarity: Similarity, queries: Tensor, draw: Draw, shared: SharedDraws, options: StepOptions
+) -> CacheClass:
+    """The draws of the batch."""
+    fresh, products = _fresh_of_shared(similarity, queries, shared), similarity.pairwise(queries, shared.embedding)
+    stale = products + shared.log_weight
+    normalizer = draw.log_normalizer[:, None]
+    with torch.no_grad():  # weights are constants of the estimator
+        masked = _false_negatives(products, draw, shared)
+        possible = _possible(stale, masked, draw, shared)
+        log_probability = torch.where(possible, stale - normalizer, -_INFINITY)
+        log_inverse = torch.where(possible, -_log_inclusion(shared.score, draw.threshold[0]), -_INFINITY)
+        has_draws = possible.any(-1)
+    if options.staleness_correction == "none":
+        weights = (log_probability + log_inverse).exp()
+        change = torch.where(possible, fresh - stale, 0.0)  # what is impossible may be infinite
+        logit = draw.log_normalizer + (weights * change).sum(-1)
+        log_importance = log_probability + log_inverse
+    else:
+        # Impossible draws leave both sums, and their gradients.
+        of_fresh, of_stale = (torch.where(possible, log_inverse + scores, -_INFINITY) for scores in (fresh, stale))
+        change = torch.where(has_draws, logsumexp(of_fresh), 0.0) - torch.where(has_draws, logsumexp(of_stale), 0.0)
+        logit = draw.log_normalizer + change
+        log_importance = of_fresh.detach()
+    return CacheClass(logit, log_importance, log_probability, masked)
+
+
+def _of_queries(
+    similarity: Similarity,
+    queries: Tensor,
+    negatives: Tensor,
+    draw: Draw,
+    shared: SharedDraws | None,
+    options: StepOptions,
+) -> CacheClass:
+    """The draws of each query."""
     if shared is None:
+        # What was encoded in place of a draw that does not exist has no part in the loss, not even a NaN.
         negatives = torch.where(draw.slot.flatten()[:, None] >= 0, negatives, 0.0)
         fresh = similarity.rowwise(queries, negatives.view(draw.embedding.shape)) + draw.log_weight
     else:
-        negatives = torch.where(shared.slot[:, None] >= 0, shared.negatives, 0.0)
-        fresh = similarity.pairwise(queries, negatives) + shared.log_weight
+        fresh = _fresh_of_shared(similarity, queries, shared)
     with torch.no_grad():  # weights and stale scores are constants of the estimator
         if shared is not None:
             products = similarity.pairwise(queries, shared.embedding)
             stale = products + shared.log_weight
             drawn = _drawn(draw, shared)
-            masked = _false_negatives(products, drawn, draw, shared)
-            log_weights_of_draws = _balance_heuristic(stale, drawn, masked, draw, shared)
+            # What the query drew is no false negative, whatever rounding says here.
+            masked = _false_negatives(products, draw, shared) & ~drawn
+            possible = _possible(stale, masked, draw, shared)
+            possible = possible | drawn & (shared.slot >= 0) & draw.has_documents[:, None]
+            log_probability = torch.where(possible, stale - draw.log_normalizer[:, None], -_INFINITY)
+            log_weights_of_draws = log_probability - _log_expected(log_probability, draw, shared)
+            log_weights_of_draws = torch.where(possible, log_weights_of_draws, -_INFINITY)
         else:
             stale = similarity.rowwise(queries, draw.embedding) + draw.log_weight
             masked = torch.zeros_like(draw.slot, dtype=torch.bool)
-            log_weights_of_draws = _own_weights(stale, draw)
+            possible = draw.slot >= 0
+            log_probability = torch.where(possible, stale - draw.log_normalizer[:, None], -_INFINITY)
+            own = torch.full_like(stale, 1.0 / draw.slot.shape[1]).log_()
+            log_weights_of_draws = torch.where(possible, own, -_INFINITY)
         has_draws = (log_weights_of_draws > -_INFINITY).any(-1, keepdim=True)
         log_weights_of_draws = torch.where(has_draws, log_weights_of_draws, 0.0)
-    cache_logit = _cache_logit(draw.log_normalizer, log_weights_of_draws, fresh, stale, options.staleness_correction)
+    if options.staleness_correction == "none":
+        change = (log_weights_of_draws.exp() * (fresh - fresh.detach())).sum(-1)
+        log_importance = log_weights_of_draws
+    else:
+        change = (log_weights_of_draws + fresh - stale).logsumexp(-1) - log_weights_of_draws.logsumexp(-1)
+        log_importance = log_weights_of_draws + fresh.detach() - stale
     # A query that drew nothing, and can use no draw of others, knows of the cache what the log-normaliser says: -inf if
     # it has no document; if the queries have diverged it is NaN, and should be seen.
-    cache_logit = torch.where(has_draws[:, 0], cache_logit, draw.log_normalizer)
-    log_importance = log_weights_of_draws
-    if options.staleness_correction != "none":
-        log_importance = log_importance + fresh.detach() - stale
+    logit = torch.where(has_draws[:, 0], draw.log_normalizer + change, draw.log_normalizer)
     log_importance = log_importance.masked_fill(~has_draws, -_INFINITY)
-    return CacheClass(cache_logit, log_importance, masked)
+    return CacheClass(logit, log_importance, log_probability, masked)
+
+
+def _fresh_of_shared(similarity: Similarity, queries: Tensor, shared: SharedDraws) -> Tensor:
+    """[B, M] fresh scores."""
+    # What was encoded in place of a draw that does not exist has no part in the loss, not even a NaN.
+    negatives = torch.where(shared.slot[:, None] >= 0, shared.negatives, 0.0)
+    return similarity.pairwise(queries, negatives) + shared.log_weight
 
 
 def _drawn(draw: Draw, shared: SharedDraws) -> Tensor:
@@ -124,48 +196,34 @@ def _drawn(draw: Draw, shared: SharedDraws) -> Tensor:
     of_query, of_shared = (draws.source * _MORE_THAN_SLOTS + draws.slot for draws in (draw, shared))
     ordered = of_shared.sort().values
     number = torch.searchsorted(ordered, of_shared)  # equal for equal documents, below M
-    queries = draw.log_normalizer.shape[0]
-    by_number = torch.zeros(queries, of_shared.shape[0], dtype=torch.bool, device=of_shared.device)
+    query = torch.arange(of_query.shape[0], device=of_query.device)[:, None]
+    by_number = torch.zeros(of_query.shape[0], of_shared.shape[0], dtype=torch.bool, device=of_shared.device)
     true = torch.ones_like(by_number[:1, :1])
-    by_number = by_number.index_put((draw.query[:, None], torch.searchsorted(ordered, of_query)), true)
+    by_number = by_number.index_put((query, torch.searchsorted(ordered, of_query)), true)
     return by_number.index_select(1, number)
 
 
-def _false_negatives(products: Tensor, drawn: Tensor, draw: Draw, shared: SharedDraws) -> Tensor:
-    """[B, M] bool: whether a draw of another query is a false negative of this one; `products`: no log-weights."""
+def _false_negatives(products: Tensor, draw: Draw, shared: SharedDraws) -> Tensor:
+    """[B, M] bool: whether a draw is a false negative of the query; `products`: no log-weights."""
     masked = products > draw.max_score[:, shared.source]
     if draw.exclude_ids.shape[0] == products.shape[0]:  # what is excluded for all is not among the draws
         excluded = (shared.id[:, None] == draw.exclude_ids[:, None, :]) & named(shared.id)[:, None]
         masked = masked | excluded.any(-1)
-    # What the query drew is one, whatever rounding says here.
-    return masked & ~drawn & (shared.slot >= 0) & draw.has_documents[:, None]
+    return masked & (shared.slot >= 0) & draw.has_documents[:, None]
 
 
-def _balance_heuristic(stale: Tensor, drawn: Tensor, masked: Tensor, draw: Draw, shared: SharedDraws) -> Tensor:
-    """[B, M]: `log w_im = log p_i(j_m) - log sum_i' n_i'(j_m)`, -inf where `p_i(j_m) = 0`."""
-    possible = (stale >= draw.cutoff[:, shared.source]) & ~masked
-    possible = (possible | drawn) & (shared.slot >= 0) & draw.has_documents[:, None]
-    log_probability = torch.where(possible, stale - draw.log_normalizer[:, None], -_INFINITY)
-    if not draw.distinct:
-        log_expected = log_probability.logsumexp(0)
-    else:
-        threshold = torch.where(drawn, draw.threshold, draw.perturbed[:, -1:])
-        log_expected = torch.where(possible, _log_inclusion(stale, threshold), -_INFINITY).logsumexp(0)
+def _possible(stale: Tensor, masked: Tensor, draw: Draw, shared: SharedDraws) -> Tensor:
+    """[B, M] bool: whether the query's softmax has the drawn document."""
+    return (stale >= draw.cutoff[:, shared.source]) & ~masked & (shared.slot >= 0) & draw.has_documents[:, None]
+
+
+def _log_expected(log_probability: Tensor, draw: Draw, shared: SharedDraws) -> Tensor:
+    """[M]: logarithm of how many draws of the document are expected of all queries, `sum_i k p_i(j_m)`."""
+    log_expected = log_probability.logsumexp(0)
     if shared.ranks.name is not None:
         # No overflow: probabilities. No underflow in float64: one of them is that of who drew.
-        log_expected = shared.ranks.all_sum(log_expected.double().exp()).log().to(stale.dtype)
-    if not draw.distinct:
-        log_expected = log_expected + torch.full_like(stale[0], draw.slot.numel() / stale.shape[0]).log_()
-    return torch.where(possible, log_probability - log_expected, -_INFINITY)
-
-
-def _own_weights(stale: Tensor, draw: Draw) -> Tensor:
-    """[B, k]: `log w_im = log p_i(j_m) - log n_i(j_m)`, -inf where nothing was drawn."""
-    if not draw.distinct:
-        log_weights = torch.full_like(stale, 1.0 / draw.slot.shape[1]).log_()
-    else:
-        log_weights = stale - draw.log_normalizer[:, None] - _log_inclusion(stale, draw.threshold)
-    return torch.where(draw.slot >= 0, log_weights, -_INFINITY)
+        log_expected = shared.ranks.all_sum(log_expected.double().exp()).log().to(log_probability.dtype)
+    return log_expected + torch.full_like(log_probability[0], draw.slot.shape[1]).log_()
 
 
 def _log_inclusion(score: Tensor, threshold: Tensor) -> Tensor:
@@ -173,14 +231,3 @@ def _log_inclusion(score: Tensor, threshold: Tensor) -> Tensor:
     above = score - threshold
     # Far below, the difference itself: the next term of the series is exp(above) / 2.
     return torch.where(above > _FAR_BELOW, torch.log(-torch.expm1(-torch.exp(above))), above)
-
-
-def _cache_logit(
-    log_normalizer: Tensor, log_weights: Tensor, fresh: Tensor, stale: Tensor, correction: StalenessCorrection
-) -> Tensor:
-    if correction == "none":
-        return log_normalizer + (log_weights.exp() * (fresh - fresh.detach())).sum(-1)
-    ratio = (log_weights + fresh - stale).logsumexp(-1)
-    if correction == "unnormalized":
-        return log_normalizer + ratio
-    return log_normalizer + ratio - log_weights.logsumexp(-1)

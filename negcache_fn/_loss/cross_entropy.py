@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from negcache_fn._checks import check_embeddings, check_scale
-from negcache_fn._draws.sample import Draw, check_draw
-from negcache_fn._loss.batch_classes import Classes, batch_classes, batch_scores, check_batch
-from negcache_fn._loss.cache_class import CacheClass, SharedDraws, estimate_cache_logit, gather_draws
+from negcache_fn._draws.draw import Draw, check_draw
+from negcache_fn._loss.batch_classes import batch_classes, batch_scores, check_batch
+from negcache_fn._loss.cache_class import CacheClass, estimate_cache_logit, gather_draws
 from negcache_fn._options import InBatch, Reduction, ScoreTransform, StalenessCorrection, StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
 from negcache_fn._ranks.group import ranks_of
 from negcache_fn._scores.definition import Similarity, full_precision, in_dtype
 from negcache_fn._scores.exclude import NO_FALSE_NEGATIVES, FalseNegatives
 
-__all__ = ["Terms", "cross_entropy", "loss", "loss_terms", "reduced"]
+__all__ = ["Terms", "cross_entropy", "loss", "reduced"]
 
 
 class Terms(NamedTuple):
@@ -53,17 +53,20 @@ def loss(
 ) -> Tensor:
     """Cross entropy of each query's positive against batch and cache, from the draws' fresh embeddings.
 
-    The cache is one class, with a logit `c_i` (see `docs/method.md`): its value is the log-sum-exp over all of
-    the cache, its gradient that of the drawn documents. Where nothing is stale, the expected gradient is the one of
-    the exact softmax ("none": exactly; "self_normalized": up to O(1/k)).
+    The cache is one class, with a logit `c_i` (see `docs/method.md`). With draws for the batch, value and gradients to
+    `queries` and `scale` are those of the exact softmax for every draw, where nothing is stale; the expected gradient
+    to `negatives` is right ("none": exactly; "self_normalized": up to O(1/M)). With draws of each query the value is
+    exact, and the expected gradients are those of the exact softmax ("none": exactly; "self_normalized": up to O(1/k)).
 
     Args:
         queries: [B, D] floating.
         documents: [N, D] floating, N >= B. Row i < B is the positive of query i; the others are further candidates,
             and count only with `in_batch`.
-        negatives: [B * k, D] floating, or [M, D] with `num_draws`: the fresh embeddings of the drawn documents, in the
-            order of `draw.slot.flatten()`.
-        draw: what `sample_gumbel` gave for these queries, with the same scale and transform.
+        negatives: [R * m, D] floating: the fresh embeddings of the drawn documents, in the order of
+            `draw.slot.flatten()`.
+        draw: what `sample_gumbel` gave for these queries, with the same scale and transform. For the batch, its
+            `log_normalizer` carries the gradient that the whole cache has in `queries` and `scale`; so `queries` are
+            those of the draw, not detached there.
         scale: number or 0-d tensor, learnable.
         score_transform: elementwise function of the scaled inner products.
         in_batch: whether all documents are classes of every query; "global": those of all ranks.
@@ -73,9 +76,10 @@ def loss(
         log_weights: [N] floating, added to the documents' scores (log-Q correction, importance).
         false_negatives: documents of the batch to exclude from a query's negatives; the draw has excluded those of
             the cache.
-        share_draws: whether every query uses every draw (multiple importance sampling with the balance heuristic).
-            Must be, where only some of the queries have drawn (`num_draws`).
-        staleness_correction: "none", "self_normalized" or "unnormalized".
+        share_draws: with draws of each query, whether every query uses every draw (multiple importance sampling with
+            the balance heuristic).
+        staleness_correction: "self_normalized": the expected loss is that of the fresh softmax, up to O(1/M) or O(1/k);
+            "none": drift is not corrected for, except to first order with draws for the batch.
         reduction: "mean", "sum" or "none".
         group: of ranks that share their draws. The loss is that of this rank's queries; the gradient that arrives in
             this rank's embeddings is that of the sum of all ranks' losses.
@@ -101,7 +105,9 @@ def loss(
     """
     ranks = ranks_of(group)
     with checking_arguments(ranks):
+        check_draw("draw", draw)
         options = StepOptions(
+            draws_per_query=None if draw.for_batch else draw.slot.shape[1],
             score_transform=score_transform,
             in_batch=in_batch,
             share_draws=share_draws,
@@ -109,12 +115,6 @@ def loss(
             reduction=reduction,
         )
         options.check_group(ranks.name is None)
-        check_draw("draw", draw)
-        if not (share_draws or draw.of_all_queries):
-            raise ValueError(
-                f"share_draws is {share_draws}, and {draw.query.shape[0]} of {draw.log_normalizer.shape[0]} queries "
-                f"have drawn; expected share_draws=True, as the others have no draws of their own"
-            )
         check_embeddings("queries", queries, draw.embedding, rows=draw.log_normalizer.shape[0])
         check_embeddings("negatives", negatives, queries, rows=draw.slot.numel())
         check_scale(scale, queries.device)
@@ -129,34 +129,18 @@ def loss(
         numbers={
             "queries": queries.shape[0],
             "documents": documents.shape[0],
-            "draws of a query": draw.slot.shape[1],
-            "queries that draw": draw.slot.shape[0],
+            "draws": draw.slot.numel(),
         },
-        choices={"distinct": draw.distinct, "ids": ids is not None, "log_weights": log_weights is not None},
+        choices={"ids": ids is not None, "log_weights": log_weights is not None},
     )
     classes = batch_classes(queries.shape[0], documents, ids, log_weights, options, ranks)
     shared = gather_draws(negatives, draw, ranks) if share_draws else None
-    terms = loss_terms(queries, classes, negatives, draw, shared, scale, false_negatives, options)
-    return reduced(cross_entropy(terms.batch_logits, terms.cache.logit, terms.positive), options)
-
-
-def loss_terms(
-    queries: Tensor,
-    classes: Classes,
-    negatives: Tensor,
-    draw: Draw,
-    shared: SharedDraws | None,
-    scale: float | Tensor,
-    false_negatives: FalseNegatives,
-    options: StepOptions,
-) -> Terms:
-    """The logits that `loss` is made of; `shared` are the draws to share, None if each query uses its own."""
     queries, scale = in_dtype(queries, scale, draw.log_normalizer.dtype)
     similarity = Similarity.of(options, scale, draw.log_normalizer.dtype)
     with full_precision(queries):
         batch_logits, positive = batch_scores(similarity, queries, classes, options, false_negatives)
         cache = estimate_cache_logit(similarity, queries, negatives, draw, shared, options)
-    return Terms(batch_logits, positive, cache)
+    return reduced(cross_entropy(batch_logits, cache.logit, positive), options)
 
 
 def cross_entropy(batch_logits: Tensor, cache_logit: Tensor, positive: Tensor) -> Tensor:

@@ -13,9 +13,8 @@ from negcache_fn._loss.batch_classes import batch_classes, batch_scores, check_b
 from negcache_fn._loss.cross_entropy import cross_entropy, reduced
 from negcache_fn._options import InBatch, Reduction, ScoreTransform, StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
-from negcache_fn._ranks.group import Shards, fetch_rows, ranks_of
+from negcache_fn._ranks.group import Shards, ranks_of
 from negcache_fn._scores.definition import (
-    ScoreMatrix,
     Similarity,
     check_search,
     dtype_of_scores,
@@ -24,12 +23,10 @@ from negcache_fn._scores.definition import (
     score_matrix,
 )
 from negcache_fn._scores.exclude import NO_FALSE_NEGATIVES, Exclusions, FalseNegatives, needs_positives
-from negcache_fn._scores.hardest import hardest_of_all
-from negcache_fn._scores.stream import cache_logsumexp, logsumexp
+from negcache_fn._scores.hardest import hardest_of_all, logsumexp_at
+from negcache_fn._scores.stream import logsumexp, summarize
 
 __all__ = ["exact_loss"]
-
-_INFINITY = float("inf")
 
 
 def exact_loss(
@@ -121,9 +118,11 @@ def exact_loss(
         # Each shard's part of the sum is made where the shard is, for the queries of all ranks.
         matrix = score_matrix(state, ranks.gather(queries), similarity, of_all)
         if top_k is None:
-            cache_logit = _over_all_ranks(cache_logsumexp(matrix), shards)
+            cache_logit = _over_all_ranks(summarize(matrix).log_normalizer, shards)
         else:
-            cache_logit = _among_hardest(state, queries, similarity, matrix, top_k, shards)
+            with torch.no_grad():  # which ones they are is not differentiable
+                scores, slots = hardest_of_all(matrix, top_k, shards)
+            cache_logit = logsumexp_at(state, queries, similarity, scores, slots, shards)
         return reduced(cross_entropy(batch_logits, cache_logit, positive), options)
 
 
@@ -131,16 +130,3 @@ def _over_all_ranks(normalizers: Tensor, shards: Shards) -> Tensor:
     """[B] for this rank's queries, from each shard's normalisers [ranks * B] for the queries of all ranks."""
     ranks = shards.ranks
     return normalizers if ranks.name is None else logsumexp(ranks.by_rank(ranks.exchange(normalizers)).t())
-
-
-def _among_hardest(
-    state: TensorDictBase, queries: Tensor, similarity: Similarity, matrix: ScoreMatrix, n: int, shards: Shards
-) -> Tensor:
-    """[B] log-sum-exp of each query's `n` highest scores."""
-    with torch.no_grad():  # which ones they are is not differentiable
-        scores, slots = hardest_of_all(matrix, n, shards)
-    columns = [stored(state, "embedding"), stored(state, "log_weight")]
-    embedding, log_weight = fetch_rows(columns, slots.flatten(), shards)
-    rows = queries.shape[0]
-    own = similarity.rowwise(queries, embedding.view(rows, n, -1)) + log_weight.view(rows, n)
-    return logsumexp(torch.where(scores > -_INFINITY, own, -_INFINITY))

@@ -6,11 +6,12 @@ from torch import Tensor
 
 from negcache_fn._cache.state import live, scalar, stored
 from negcache_fn._codec import storable
-from negcache_fn._draws.sample import Draw
+from negcache_fn._draws.draw import Draw
+from negcache_fn._loss.cache_class import SharedDraws, inverse_inclusion
 from negcache_fn._loss.cross_entropy import Terms, cross_entropy
 from negcache_fn._ranks.group import Ranks
 
-__all__ = ["count_not_storable", "step_metrics"]
+__all__ = ["count_not_storable", "draw_noise", "step_metrics"]
 
 _INFINITY = float("inf")
 
@@ -52,8 +53,6 @@ def step_metrics(
     log_importance = terms.cache.log_importance
     sample_size = (2 * log_importance.logsumexp(-1) - (2 * log_importance).logsumexp(-1)).exp()
     sample_size = sample_size.masked_fill((log_importance == -_INFINITY).all(-1), 0.0)
-    in_order = drawn_by_all.sort().values
-    distinct = (in_order >= 0) & torch.cat([torch.ones_like(drawn[0, :1]), in_order[1:] != in_order[:-1]])
     draws = (drawn_by_all >= 0).sum()
     queries = capacity.new_full((), exact.shape[0])
     ratios = {
@@ -65,9 +64,10 @@ def step_metrics(
         "draw_age_steps": _sum_where(step - drawn_at, drawn.flatten()),
         "drift": _sum_where(drift, drawn.flatten()),
         "effective_sample_size": _sum_where(sample_size, draw.has_documents),
-        "unique_draws": (distinct.sum(), draws),
         "masked_pairs": (terms.cache.masked.sum(), draw.has_documents.sum() * draws),
     }
+    if not draw.for_batch:
+        ratios["unique_draws"] = (_distinct(drawn_by_all), draws)
     totals = [value for ratio in ratios.values() for value in ratio] + [not_written]
     if ranks.name is not None:
         totals = list(ranks.all_sum(torch.stack([value.double() for value in totals])).unbind())
@@ -78,6 +78,39 @@ def step_metrics(
     }
     metrics["non_finite"] = totals[-1].to(not_written.dtype)
     return metrics
+
+
+def draw_noise(queries: Tensor, draw: Draw, terms: Terms, shared: SharedDraws) -> Tensor:
+    """[]: the relative error of the documents' gradient that drawing for the batch makes, estimated from the draws.
+
+    With `v_m = sum_i u_i p_i(j_m) q_i`, which is up to the scale the gradient of the loss in document m where nothing
+    is stale (u_i being the share of the cache in the softmax), and the inclusion probability `1 / r_m`,
+
+        sqrt(sum_m (r_m - 1) r_m |v_m|^2) / |sum_m r_m v_m|.
+
+    The root's argument is the Horvitz-Thompson estimate of the variance of `sum_m r_m v_m`.
+
+    Args:
+        queries: [B, D].
+        draw: for the batch.
+        terms: the classes of the queries.
+        shared: the M draws of all ranks.
+    """
+    log_share = torch.nn.functional.logsigmoid(draw.log_normalizer - terms.batch_logits.logsumexp(-1))
+    weights = (terms.cache.log_probability + log_share[:, None]).exp()
+    weights = torch.where(draw.has_documents[:, None], weights, 0.0)
+    gradients = shared.ranks.all_sum(weights.T @ queries)
+    inverse = torch.where(shared.slot >= 0, inverse_inclusion(shared.score, draw.threshold[0]), 0.0)
+    variance = ((inverse - 1) * inverse * gradients.square().sum(-1)).sum()
+    size = (inverse[:, None] * gradients).sum(0).square().sum().sqrt()
+    return variance.sqrt() / size.clamp(min=torch.finfo(size.dtype).tiny)
+
+
+def _distinct(slots: Tensor) -> Tensor:
+    """[] number of different slots, without -1."""
+    in_order = slots.sort().values
+    first = torch.cat([torch.ones_like(in_order[:1], dtype=torch.bool), in_order[1:] != in_order[:-1]])
+    return ((in_order >= 0) & first).sum()
 
 
 def _sum_where(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,15 +85,24 @@ class ScoreMatrix(NamedTuple):
         """The tensors, as kernels and operators take them; they know no transform."""
         return Problem(*self[:-1])
 
-    def of_rows(self, rows: Tensor) -> "ScoreMatrix":
-        """The rows [M] alone."""
-        limit = None if self.max_score is None else self.max_score[rows]
-        return self._replace(queries=self.queries[rows], excluded=self.excluded[rows], max_score=limit)
-
     def of_slots(self, start: int, stop: int) -> "ScoreMatrix":
         """The columns `start ... stop - 1` alone."""
         return self._replace(
             embeddings=self.embeddings[start:stop], bias=self.bias[start:stop], excluded=self.excluded - start
+        )
+
+    def of_stretches(self, number: Tensor, length: int) -> "ScoreMatrix":
+        """The columns of some stretches of `length` slots, whose numbers [n] ascend; -inf past the end."""
+        capacity = self.embeddings.shape[0]
+        slots = (number[:, None] * length + torch.arange(length, device=number.device)).flatten()
+        rows = slots.clamp(max=capacity - 1)
+        wanted = self.excluded.clamp(min=0) // length
+        place = torch.searchsorted(number, wanted).clamp(max=number.shape[0] - 1)
+        here = (self.excluded >= 0) & (number[place] == wanted)
+        return self._replace(
+            embeddings=self.embeddings[rows],
+            bias=self.bias[rows].masked_fill(slots >= capacity, -_INFINITY),
+            excluded=torch.where(here, place * length + self.excluded % length, -1),
         )
 
     def similarities(self, products: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from negcache_fn._kernels import dispatch
 from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._options import ScoreTransform, StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
-from negcache_fn._ranks.group import Shards, ranks_of
+from negcache_fn._ranks.group import Shards, fetch_rows, ranks_of
 from negcache_fn._scores.definition import (
     ScoreMatrix,
     Similarity,
@@ -23,9 +23,9 @@ from negcache_fn._scores.definition import (
     score_matrix,
 )
 from negcache_fn._scores.exclude import NO_FALSE_NEGATIVES, Exclusions, FalseNegatives, check_false_negatives
-from negcache_fn._scores.stream import reduce_blocks, score_blocks
+from negcache_fn._scores.stream import logsumexp, reduce_blocks, score_blocks
 
-__all__ = ["hardest", "hardest_of_all", "top_negatives"]
+__all__ = ["hardest", "hardest_of_all", "logsumexp_at", "top_negatives"]
 
 _SLAB = 32  # blocks rescored at a time
 _INFINITY = float("inf")
@@ -109,6 +109,21 @@ def hardest_of_all(matrix: ScoreMatrix, n: int, shards: Shards) -> tuple[Tensor,
     # Slots ascend from rank to rank, so that a stable sort breaks ties by slot.
     best, columns = _top(all_scores[:, :0], all_scores, n)
     return best.to(scores.dtype).contiguous(), all_slots.gather(1, columns).to(torch.int64)
+
+
+def logsumexp_at(
+    state: TensorDictBase, queries: Tensor, similarity: Similarity, scores: Tensor, slots: Tensor, shards: Shards
+) -> Tensor:
+    """[B]: log-sum-exp of the `scores` of this rank's queries at `slots`, [B, n]; differentiable by scoring again."""
+    scale = similarity.scale
+    if not torch.is_grad_enabled() or not (
+        queries.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad)
+    ):
+        return scores.logsumexp(-1)
+    columns = [stored(state, "embedding"), stored(state, "log_weight")]
+    embedding, log_weight = fetch_rows(columns, slots.flatten(), shards)
+    own = similarity.rowwise(queries, embedding.view(*slots.shape, -1)) + log_weight.view(slots.shape)
+    return logsumexp(torch.where(scores > -_INFINITY, own, -_INFINITY))
 
 
 def hardest(matrix: ScoreMatrix, n: int) -> tuple[Tensor, Tensor]:

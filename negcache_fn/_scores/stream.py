@@ -1,13 +1,17 @@
 """The passes over the scores of a batch against the cache, without the [B, C] matrix of them.
 
-A `ScoreMatrix` is read in two ways only: reduced block by block in one streaming pass (`reduce_blocks`, and
-`cache_logsumexp` with a gradient), or scored again in a few chosen blocks (`score_blocks`). Each is a custom operator,
-opaque to the compiler; with a transform, which an operator cannot take, the same Python code runs inline.
+A `ScoreMatrix` is read in two ways only: reduced block by block in one streaming pass (`reduce_blocks`, and `summarize`
+with a gradient), or scored again in a few chosen blocks (`score_blocks`). Each is a custom operator, opaque to the
+compiler; with a transform, which an operator cannot take, the same Python code runs inline.
 
 A block is `BLOCK` consecutive slots. The last one is filled up with slots of score -inf.
+
+The gradient of a row's log-sum-exp in its query is the mean of the embeddings under the row's softmax, which the same
+pass accumulates as attention does (keys and values being the embeddings): relative to the largest score so far. So the
+backward pass reads [B, D] numbers, not the cache.
 """
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,9 +19,9 @@ from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVa
 
 from negcache_fn._kernels import dispatch
 from negcache_fn._kernels.blocks import BLOCK
-from negcache_fn._scores.definition import ScoreMatrix, full_precision
+from negcache_fn._scores.definition import ScoreMatrix
 
-__all__ = ["cache_logsumexp", "logsumexp", "reduce_blocks", "score_blocks"]
+__all__ = ["Summary", "logsumexp", "reduce_blocks", "score_blocks", "summarize"]
 
 _CHUNK = 2048  # slots scored at a time; a multiple of BLOCK
 _GATHER_BYTES = 2**23
@@ -38,19 +42,28 @@ def score_blocks(matrix: ScoreMatrix, blocks: Tensor) -> Tensor:
     return cast(Tensor, _score_blocks_op(*matrix.problem, blocks))
 
 
-def cache_logsumexp(matrix: ScoreMatrix) -> Tensor:
-    """[B]: log-sum-exp of every row. Differentiable in the queries by recomputation: memory stays O(B * chunk)."""
+class Summary(NamedTuple):
+    """What a pass leaves of the scores."""
+
+    blocks: Tensor  # [B, ceil(C / BLOCK)] log-sum-exp of every block of scores; without a gradient
+    log_normalizer: Tensor  # [B] log-sum-exp of every row; differentiable in the queries
+
+
+def summarize(matrix: ScoreMatrix) -> Summary:
+    """`scores.view(B, -1, BLOCK).logsumexp(-1)` and `scores.logsumexp(-1)`, in one streaming pass.
+
+    A row without a finite score has -inf and the gradient 0. The gradient is computed with the value if there may be
+    one, in memory O(B * D).
+    """
+    wanted = torch.is_grad_enabled() and matrix.queries.requires_grad
     if matrix.transform is None:
-        return cast(Tensor, _cache_logsumexp_op(*matrix.problem))
-
-    def chunk_logsumexp(start: int, *fields: Any) -> Tensor:
-        return logsumexp(_chunk(ScoreMatrix(*fields), start).scores())
-
-    parts = [
-        cast(Tensor, checkpoint(chunk_logsumexp, start, *matrix, use_reentrant=False))
-        for start in range(0, matrix.embeddings.shape[0], _CHUNK)
-    ]
-    return logsumexp(torch.stack(parts, dim=-1))
+        blocks, log_normalizer, _ = cast("tuple[Tensor, Tensor, Tensor]", _summarize_op(*matrix.problem, wanted))
+    elif wanted:
+        blocks, log_normalizer = _summarize_transformed(matrix)
+    else:
+        blocks = _reduce_blocks(matrix, "logsumexp")
+        log_normalizer = blocks.logsumexp(-1)
+    return Summary(blocks.detach(), log_normalizer)
 
 
 def logsumexp(values: Tensor) -> Tensor:
@@ -70,6 +83,43 @@ def _reduce_blocks(matrix: ScoreMatrix, by: str) -> Tensor:
         blocks = blocks.view(blocks.shape[0], -1, BLOCK)
         parts.append(blocks.amax(-1) if by == "max" else blocks.logsumexp(-1))
     return torch.cat(parts, dim=1)
+
+
+def _summarize_transformed(matrix: ScoreMatrix) -> tuple[Tensor, Tensor]:
+    """By recomputation in the backward pass: a transform may have parameters, and their gradients are exact too."""
+
+    def summarize_chunk(start: int, *fields: Any) -> tuple[Tensor, Tensor]:
+        scores = _chunk(ScoreMatrix(*fields), start).scores()
+        # Not the log-sum-exp of the blocks: of padded scores, Inductor gets the gradient of that wrong.
+        return scores.detach().view(scores.shape[0], -1, BLOCK).logsumexp(-1), logsumexp(scores)
+
+    parts = [
+        cast("tuple[Tensor, Tensor]", checkpoint(summarize_chunk, start, *matrix, use_reentrant=False))
+        for start in range(0, matrix.embeddings.shape[0], _CHUNK)
+    ]
+    blocks, log_normalizers = zip(*parts, strict=True)
+    return torch.cat(blocks, dim=1), logsumexp(torch.stack(log_normalizers, dim=-1))
+
+
+def _blocks_and_mean(matrix: ScoreMatrix) -> tuple[Tensor, Tensor]:
+    """[B, ceil(C / BLOCK)] log-sum-exp of the blocks, [B, D] mean of the embeddings under each row's softmax."""
+    parts: list[Tensor] = []
+    total = torch.zeros_like(matrix.queries)
+    log_scale = torch.full_like(total[:, 0], -_INFINITY)  # `total` is in units of exp(log_scale)
+    for start in range(0, matrix.embeddings.shape[0], _CHUNK):
+        chunk = _chunk(matrix, start)
+        scores = chunk.scores()
+        parts.append(scores.view(scores.shape[0], -1, BLOCK).logsumexp(-1))
+        larger = torch.maximum(log_scale, parts[-1].amax(-1))
+        # While a row is empty, any finite stand-in gives its slots the weight 0.
+        shift = larger.masked_fill(larger == -_INFINITY, 0.0)
+        weights = (scores[:, : chunk.bias.shape[0]] - shift[:, None]).exp_()
+        total.mul_((log_scale - shift).exp_()[:, None]).add_(chunk.pull_back(weights))
+        log_scale = larger
+    blocks = torch.cat(parts, dim=1)
+    log_normalizer = blocks.logsumexp(-1)
+    empty = log_normalizer == -_INFINITY
+    return blocks, total.mul_((log_scale - log_normalizer).masked_fill_(empty, 0.0).exp_()[:, None])
 
 
 def _score_blocks(matrix: ScoreMatrix, blocks: Tensor) -> Tensor:
@@ -119,63 +169,40 @@ def _(
     return queries.new_empty(*blocks.shape, BLOCK)
 
 
-@torch.library.custom_op("negcache_fn::cache_logsumexp", mutates_args=())
-def _cache_logsumexp_op(
-    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None
-) -> Tensor:
-    return _block_logsumexp(dispatch.Problem(queries, embeddings, bias, excluded, max_score)).logsumexp(1)
+@torch.library.custom_op("negcache_fn::summarize", mutates_args=())
+def _summarize_op(
+    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, differentiable: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The blocks, the normalisers and, if they are to be differentiable, their gradient [B, D], else [0, D]."""
+    problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score)
+    if differentiable:
+        blocks, mean = _blocks_and_mean(ScoreMatrix(*problem, None))
+    else:
+        blocks, mean = _block_logsumexp(problem), torch.empty_like(queries[:0])
+    return blocks, blocks.logsumexp(1), mean
 
 
-@_cache_logsumexp_op.register_fake
-def _(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None) -> Tensor:
-    return queries.new_empty(queries.shape[0])
-
-
-@torch.library.custom_op("negcache_fn::cache_logsumexp_backward", mutates_args=())
-def _cache_logsumexp_backward_op(
-    gradient: Tensor,
-    logsumexp: Tensor,
-    queries: Tensor,
-    embeddings: Tensor,
-    bias: Tensor,
-    excluded: Tensor,
-    max_score: Tensor | None,
-) -> Tensor:
-    # The scores of an empty row are -inf, so any finite stand-in gives them probability 0.
-    normalizer = torch.where(logsumexp > -_INFINITY, logsumexp, 0.0)[:, None]
-    total = torch.zeros_like(queries)
-    matrix = ScoreMatrix(queries, embeddings, bias, excluded, max_score, None)
-    # `backward` may be called under autocast; scores in half precision would be far off.
-    with full_precision(queries):
-        for start in range(0, embeddings.shape[0], _CHUNK):
-            chunk = _chunk(matrix, start)
-            scores = chunk.scores()[:, : chunk.bias.shape[0]]
-            total.add_(chunk.pull_back((scores - normalizer).exp_().mul_(gradient[:, None])))
-    return total
-
-
-@_cache_logsumexp_backward_op.register_fake
+@_summarize_op.register_fake
 def _(
-    gradient: Tensor,
-    logsumexp: Tensor,
-    queries: Tensor,
-    embeddings: Tensor,
-    bias: Tensor,
-    excluded: Tensor,
-    max_score: Tensor | None,
-) -> Tensor:
-    return torch.empty_like(queries)
+    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, differentiable: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dim = queries.shape
+    blocks = queries.new_empty(rows, -(-embeddings.shape[0] // BLOCK))
+    return blocks, queries.new_empty(rows), queries.new_empty(rows if differentiable else 0, dim)
 
 
-def _save_for_backward(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor | None, ...], output: Tensor
-) -> None:
-    ctx.save_for_backward(output, *inputs)  # pyright: ignore[reportArgumentType] - None is one of them
+def _save_mean(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[2])
 
 
-def _cache_logsumexp_gradient(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    saved = cast("tuple[Tensor | None, ...]", ctx.saved_tensors)  # pyright: ignore[reportAttributeAccessIssue] - undeclared
-    return cast(Tensor, _cache_logsumexp_backward_op(gradient.contiguous(), *saved)), None, None, None, None
+def _gradient(
+    ctx: torch.autograd.function.FunctionCtx, of_blocks: Tensor | None, gradient: Tensor | None, of_mean: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if of_blocks is not None or of_mean is not None:
+        raise NotImplementedError("the log-sum-exp of the cache is differentiable once only")
+    (mean,) = cast("tuple[Tensor]", ctx.saved_tensors)  # pyright: ignore[reportAttributeAccessIssue] - undeclared
+    return None if gradient is None else gradient[:, None] * mean, None, None, None, None, None
 
 
-_cache_logsumexp_op.register_autograd(_cache_logsumexp_gradient, setup_context=_save_for_backward)
+_summarize_op.register_autograd(_gradient, setup_context=_save_mean)

@@ -186,7 +186,7 @@ def test_fields_of_any_draw(case: strategies.Case) -> None:
 def _ties(case: strategies.Case) -> bool:
     """Whether two candidates score nearly the same, so that the k-th best is a matter of rounding."""
     options = case.sample_options | {"top_k": None}
-    del options["draws_per_query"], options["replacement"]
+    del options["draws_per_query"]
     scores = draws.exact_scores(case.state, case.queries, **options).sort(dim=-1).values
     gaps = (scores[:, 1:] - scores[:, :-1]) / (1 + scores[:, 1:].abs())
     return bool((gaps < 1e-5).any())
@@ -268,6 +268,6 @@ def test_log_normalizer_is_exact(data: st.DataObject) -> None:
     case = data.draw(strategies.cases())
     options = case.sample_options | {"top_k": None}
     draw = sample(case.state, case.queries, **options)
-    del options["draws_per_query"], options["replacement"]
+    del options["draws_per_query"]
     exact = oracles.log_normalizer(draws.exact_scores(case.state, case.queries, **options))
     assert is_close(draw.log_normalizer, exact, 1e-12 if case.queries.dtype == torch.float64 else 1e-5)

@@ -242,8 +242,12 @@ def test_operators_are_what_they_say(
         torch.library.opcheck(torch.ops.negcache_fn.reduce_blocks.default, (*arguments, reduction))
     torch.library.opcheck(torch.ops.negcache_fn.score_blocks.default, (*arguments, blocks))
     torch.library.opcheck(torch.ops.negcache_fn.hardest.default, (*arguments, 5))
+    for differentiable in (True, False):
+        torch.library.opcheck(torch.ops.negcache_fn.summarize.default, (*arguments, differentiable))
     queries.requires_grad_()
-    torch.library.opcheck(torch.ops.negcache_fn.cache_logsumexp.default, arguments)
+    # Not the last check, which sums all outputs: only one of them is differentiable.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.negcache_fn.summarize.default, (*arguments, True), test_utils=checks)
 
 
 @needs_kernels

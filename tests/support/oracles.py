@@ -160,15 +160,12 @@ def sampled_cache_logits(
     *,
     share_draws: bool,
     staleness_correction: str,
-    expected: Tensor | None = None,
 ) -> Tensor:
     """`[B]` logits `c_i` of the cache class from `B*k` draws, by the formulas, one weight at a time.
 
-    `fresh`, `stale` and `probability` are `[B, B*k]`: every query's score, and probability, of every draw; `expected`
-    is how many draws of it are expected of every query, `k` times its probability with replacement.
+    `fresh`, `stale` and `probability` are `[B, B*k]`: every query's score, and probability, of every draw.
     """
     stale = stale.detach()
-    expected = draws_per_query * probability if expected is None else expected
     logits = []
     for i in range(len(fresh)):
         first, weight_sum, ratio_sum, linear = i * draws_per_query, 0.0, 0.0, 0.0
@@ -176,9 +173,9 @@ def sampled_cache_logits(
             if float(probability[i, m]) == 0.0:
                 continue
             if share_draws:
-                weight = float(probability[i, m]) / sum(float(n) for n in expected[:, m])
+                weight = float(probability[i, m]) / sum(draws_per_query * float(p) for p in probability[:, m])
             else:
-                weight = float(probability[i, m] / expected[i, m]) if first <= m < first + draws_per_query else 0.0
+                weight = 1 / draws_per_query if first <= m < first + draws_per_query else 0.0
             if weight > 0.0:
                 weight_sum = weight_sum + weight
                 ratio_sum = ratio_sum + weight * torch.exp(fresh[i, m] - stale[i, m])
@@ -187,91 +184,93 @@ def sampled_cache_logits(
             logits.append(normalizer[i])
         elif staleness_correction == "none":
             logits.append(normalizer[i] + linear)
-        elif staleness_correction == "self_normalized":
-            logits.append(normalizer[i] + torch.log(ratio_sum / weight_sum))
         else:
-            logits.append(normalizer[i] + torch.log(ratio_sum))
+            logits.append(normalizer[i] + torch.log(ratio_sum / weight_sum))
     return torch.stack(logits)
 
 
-def joint_outcomes(
-    probability: np.ndarray, draws_per_query: int, num_draws: int | None = None
-) -> Iterator[tuple[list[list[int]], float]]:
+def logits_of_batch_draws(
+    fresh: Tensor,
+    stale: Tensor,
+    normalizer: Tensor,
+    log_mass: Sequence[float],
+    threshold: float,
+    *,
+    staleness_correction: str,
+) -> Tensor:
+    """`[B]` logits `c_i` of the cache class from M documents drawn for the batch, one weight at a time.
+
+    `fresh` and `stale` are `[B, M]`, differentiable, -inf where the query cannot use the draw.
+    """
+    inverse = [1.0 if threshold == -math.inf else -1 / math.expm1(-math.exp(mass - threshold)) for mass in log_mass]
+    logits = []
+    for i in range(len(fresh)):
+        usable = [m for m in range(fresh.shape[1]) if float(stale[i, m].detach()) > -math.inf]
+        if not usable:
+            logits.append(normalizer[i])
+        elif staleness_correction == "none":
+            change = torch.zeros((), dtype=torch.float64)
+            for m in usable:
+                weight = math.exp(float((stale[i, m] - normalizer[i]).detach())) * inverse[m]
+                change = change + weight * (fresh[i, m] - stale[i, m])
+            logits.append(normalizer[i] + change)
+        else:
+            above, below = (sum(inverse[m] * torch.exp(scores[i, m]) for m in usable) for scores in (fresh, stale))
+            logits.append(normalizer[i] + torch.log(torch.as_tensor(above)) - torch.log(torch.as_tensor(below)))
+    return torch.stack(logits)
+
+
+def masses(scores: Tensor, importance: Tensor) -> np.ndarray:
+    """`[C]` masses `a_j`: the sum over queries of importance times probability."""
+    return (importance.double().numpy()[:, None] * probabilities(scores)).sum(0)
+
+
+def joint_outcomes(probability: np.ndarray, draws_per_query: int) -> Iterator[tuple[list[list[int]], float]]:
     """Every joint draw of `draws_per_query` slots by each query, with its probability: `C^(B*k)` outcomes.
 
-    A query that can draw nothing draws -1. With `num_draws` M only one of each B / M consecutive queries draws, each
-    with the same chance; the others have an empty list.
+    A query that can draw nothing draws -1.
     """
-    rows = len(probability)
-    each = rows // (num_draws or rows)
     choices = [[j for j in range(probability.shape[1]) if row[j] > 0] or [-1] for row in probability]
-    for who in itertools.product(*(range(first, first + each) for first in range(0, rows, each))):
-        for flat in itertools.product(*(choices[i] for i in who for _ in range(draws_per_query))):
-            slots: list[list[int]] = [[] for _ in range(rows)]
-            for n, i in enumerate(who):
-                slots[i] = list(flat[n * draws_per_query : (n + 1) * draws_per_query])
-            weight = math.prod(float(probability[i, j]) for i, row in enumerate(slots) for j in row if j >= 0)
-            yield slots, weight / each ** len(who)
+    for flat in itertools.product(*(choices[i] for i in range(len(choices)) for _ in range(draws_per_query))):
+        slots = [list(flat[n : n + draws_per_query]) for n in range(0, len(flat), draws_per_query)]
+        weight = math.prod(float(probability[i, j]) for i, row in enumerate(slots) for j in row if j >= 0)
+        yield slots, weight
 
 
-def inclusion(score: float, slot: int, drawn: Sequence[int], last: float, threshold: float) -> float:
-    """Chance that a document is among the k of a query, given the perturbed scores of all others.
+def ordered_draws(mass: np.ndarray, draws: int) -> Iterator[tuple[tuple[int, ...], float]]:
+    """Every ordered draw of different slots, each from the masses of what is left (Plackett-Luce), and its chance.
 
-    `last` and `threshold` are the k-th and the (k+1)-th largest perturbed score of the query, `drawn` its k slots.
+    So many of them, or all if there are fewer.
     """
-    limit = threshold if slot in drawn else last
-    if score == -math.inf:
-        return 0.0
-    return 1.0 if limit == -math.inf else -math.expm1(-math.exp(score - limit))
-
-
-def ordered_draws(probability: np.ndarray, draws_per_query: int) -> Iterator[tuple[tuple[int, ...], float]]:
-    """Every ordered draw of different slots from one softmax, each from what is left (Plackett-Luce), and its chance.
-
-    `draws_per_query` of them, or all if there are fewer.
-    """
-    support = [j for j in range(len(probability)) if probability[j] > 0]
-    for slots in itertools.permutations(support, min(draws_per_query, len(support))):
+    support = [j for j in range(len(mass)) if mass[j] > 0]
+    for slots in itertools.permutations(support, min(draws, len(support))):
         chance = 1.0
         for n, j in enumerate(slots):
-            chance *= float(probability[j]) / sum(float(probability[left]) for left in support if left not in slots[:n])
+            chance *= float(mass[j]) / sum(float(mass[left]) for left in support if left not in slots[:n])
         yield slots, chance
 
 
-def distinct_draws(
-    probability: np.ndarray, draws_per_query: int, width: float
-) -> Iterator[tuple[list[int], np.ndarray, np.ndarray, np.ndarray]]:
-    """Every set of k slots of one query with nodes of a quadrature over its k-th and (k+1)-th largest perturbed value.
+def sets_of_draws(
+    mass: np.ndarray, draws: int, width: float = 0.05
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Every set of so many slots, with nodes of a quadrature over the largest perturbed mass outside it, and weights.
 
-    Document j arrives at an exponential time of rate `p_j`; those that come first are drawn, and minus the logarithm of
-    an arrival is its perturbed score, less the log-normaliser. The last of a set arrives at a time of density
-    `d/dt prod_j (1 - exp(-p_j t)) exp(-R t)`, with `R` the rate of the others, the next `1/R` later on average. Both
-    integrals are over a half-line and double exponential, with nodes `width` apart. Yields the slots (-1 where there
-    are too few), both values at the nodes, and weights; their sum over everything is 1.
+    Document j arrives at an exponential time of rate `a_j`; those that come first are drawn, and minus the logarithm of
+    an arrival is its perturbed mass. With `R` the rate of the others, the first of them comes at a time of density
+    `R exp(-R t)`, and by then those of the set have come with probability `prod_j (1 - exp(-a_j t))`. The integral over
+    t is double exponential, with nodes `width` apart. The weights of everything sum to 1.
     """
-    support = [j for j in range(len(probability)) if probability[j] > 0]
-    if len(support) <= draws_per_query:
-        last = np.full(1, 0.0 if len(support) == draws_per_query else -math.inf)
-        missing = [-1] * (draws_per_query - len(support))
-        yield support + missing, last, np.full(1, -math.inf), np.ones(1)
+    support = [j for j in range(len(mass)) if mass[j] > 0]
+    if len(support) <= draws:
+        yield support, np.full(1, -math.inf), np.ones(1)
         return
-    place = np.arange(-3.0, 3.7, width)
+    place = np.arange(-4.5, 5.0, width)
     node = np.exp(place - np.exp(-place))
     weight = width * node * (1 + np.exp(-place))
-    for slots in itertools.combinations(support, draws_per_query):
-        rates = [float(probability[j]) for j in slots]
-        rest = sum(float(probability[j]) for j in support if j not in slots)
-        slowest = rest + min(rates)
-        time = node / slowest
-        density = np.zeros_like(time)
-        for n, rate in enumerate(rates):
-            others = [1 - np.exp(-other * time) for m, other in enumerate(rates) if m != n]
-            density = density + rate * np.exp(-rate * time) * np.prod(others, axis=0)
-        density = density * np.exp(-rest * time) * weight / slowest
-        later = time[:, None] + node / rest
-        chance = density[:, None] * weight * np.exp(-node)
-        last = np.broadcast_to(-np.log(time)[:, None], later.shape)
-        yield list(slots), last.ravel(), -np.log(later).ravel(), chance.ravel()
+    for slots in itertools.combinations(support, draws):
+        rest = sum(float(mass[j]) for j in support if j not in slots)
+        chance = np.prod([-np.expm1(-float(mass[j]) * node / rest) for j in slots], axis=0) * np.exp(-node) * weight
+        yield list(slots), -np.log(node / rest), chance
 
 
 def philox4x32(counter: Sequence[int], key: Sequence[int], rounds: int = 10) -> list[int]:

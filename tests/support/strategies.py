@@ -106,7 +106,6 @@ class Case:
     scale: float
     transform: Callable[[Tensor], Tensor] | None
     draws_per_query: int
-    replacement: bool
     top_k: int | None
     log_weights: Tensor | None
     positives: Tensor | None
@@ -129,7 +128,6 @@ class Case:
         """For `sample_gumbel`."""
         return {
             "draws_per_query": self.draws_per_query,
-            "replacement": self.replacement,
             "scale": self.scale,
             "score_transform": self.transform,
             "exclude_ids": self.exclude_ids,
@@ -178,7 +176,6 @@ def cases(draw: st.DrawFn, *, max_scale: float = 100.0) -> Case:
         scale=draw(st.sampled_from([0.01, 1.0, 20.0, max_scale])),
         transform=draw(transforms),
         draws_per_query=draw(st.integers(1, 3)),
-        replacement=draw(st.booleans()),
         top_k=draw(st.sampled_from([None, None, *(k for k in (1, 2, 40, capacity) if k <= capacity)])),
         log_weights=torch.randn(total, generator=generator) if draw(st.booleans()) else None,
         positives=names + torch.randint(-1, 9, (rows, 2), generator=generator) if draw(st.booleans()) else None,

@@ -121,7 +121,8 @@ def joint_independence(sample: Sampler, *, steps: int = 60, copies: int = 100) -
 def fields(sample: Sampler, state: TensorDictBase, queries: Tensor, *, tolerance: float = 2e-5, **options: Any) -> Any:
     """Each field says what the drawn slot is, and `log_normalizer` is the exact logsumexp."""
     draw = sample(state, queries, **options)
-    samples, replacement = options.pop("draws_per_query", 1), options.pop("replacement", True)
+    samples = options["draws_per_query"]
+    options.pop("draws_per_query")
     scores = exact_scores(state, queries, **options)
     size = 1 + float(options.get("scale", 1.0))  # what a sum that cancels was made of
     items, rows = state["items"], len(queries)
@@ -129,16 +130,8 @@ def fields(sample: Sampler, state: TensorDictBase, queries: Tensor, *, tolerance
     assert is_close(draw.log_normalizer, oracles.log_normalizer(scores), tolerance, size)
     valid = draw.slot >= 0
     candidates = (scores > -math.inf).sum(-1, keepdim=True)
-    if replacement:
-        assert torch.equal(valid, (candidates > 0).expand(rows, samples))
-        assert draw.threshold.shape == (rows, 0)
-    else:
-        assert torch.equal(valid, torch.arange(samples) < candidates)
-        ranked = torch.cat([draw.perturbed, draw.threshold], 1)
-        assert ranked.shape == (rows, samples + 1)
-        assert torch.equal(ranked > -math.inf, torch.arange(samples + 1) < candidates)
-        assert bool((ranked[:, 1:] <= ranked[:, :-1]).all())
-        assert all(len(set(row)) == len(row) for row in (s[s >= 0].tolist() for s in draw.slot))
+    assert torch.equal(valid, (candidates > 0).expand(rows, samples))
+    assert draw.threshold.shape == (rows, 0)
     assert draw.source.shape == draw.slot.shape and not bool(draw.source.any())
     assert draw.cutoff.shape == (rows, 1)
     assert draw.exclude_ids.ndim == 2 and draw.exclude_ids.dtype == torch.int64

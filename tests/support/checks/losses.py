@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.support import oracles
 from tests.support.builders import relative_error
 from tests.support.checks.problems import Loss, Problem, Scenario
 
@@ -43,26 +42,6 @@ def values_exact_where_fresh(loss: Loss, scenario: Scenario, *, share_draws: boo
     for slots, _ in problem.outcomes():
         given = problem.call(loss, slots, share_draws=share_draws, staleness_correction="self_normalized")
         assert relative_error(given, exact) < EXACT, f"value at {slots}"
-
-
-def partition_unbiased(loss: Loss, scenario: Scenario, *, share_draws: bool) -> None:
-    """`unnormalized`, under drift: `exp(c_i)` has the mean of the fresh partition, and its gradient.
-
-    Without in-batch classes `exp(c_i) = exp(loss_i + s_pos) - exp(s_pos)`.
-    """
-    problem = Problem(scenario)
-    assert not scenario.in_batch and scenario.transform is None
-    queries, documents, scale = (problem.leaves[name] for name in ("queries", "documents", "scale"))
-    positive = scale * (queries * documents[: scenario.rows]).sum(-1)
-    if problem.weights is not None:
-        positive = positive + problem.weights[: scenario.rows].double()
-    mean = torch.zeros(scenario.rows, dtype=torch.float64)
-    for slots, chance in problem.outcomes():
-        given = problem.call(loss, slots, share_draws=share_draws, staleness_correction="unnormalized")
-        mean = mean + chance * (torch.exp(given + positive) - torch.exp(positive))
-    fresh = torch.exp(oracles.log_normalizer(problem.scores(problem.encode())))
-    assert relative_error(mean, fresh) < 1e-11
-    _agree(problem.gradients(mean), problem.gradients(fresh), 1e-11)
 
 
 def follows_formula(loss: Loss, scenario: Scenario, *, share_draws: bool, staleness_correction: str) -> None:

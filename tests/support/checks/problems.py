@@ -12,22 +12,19 @@ from torch import Tensor
 
 from negcache_fn import Draw, FalseNegatives
 from tests.support import oracles
+from tests.support.builders import make_state
 
 Loss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A small problem: B queries, N documents, C cached documents of a tiny encoder `tanh(X W)`, k draws a query.
-
-    If `draws` is given only so many of the queries draw.
-    """
+    """A small problem: B queries, N documents, C cached documents of a tiny encoder `tanh(X W)`, k draws a query."""
 
     rows: int = 2
     documents: int = 3
     capacity: int = 4
     samples: int = 1
-    draws: int | None = None
     in_batch: bool = True
     ids: tuple[int, ...] | None = None
     cache_ids: tuple[int, ...] | None = None
@@ -138,53 +135,87 @@ class Problem:
             max_score=self.max_score,
         )
 
-    def by_formula(
-        self,
-        slots: Sequence[Sequence[int]],
-        *,
-        share_draws: bool,
-        staleness_correction: str,
-        largest: Sequence[tuple[float, float]] | None = None,
-    ) -> Tensor:
-        """`[B]` sampled losses of one joint draw, by the formulas of the design; queries without slots do not draw.
-
-        `largest` are the k-th and the (k+1)-th largest perturbed scores of each query, for draws without replacement.
-        """
+    def by_formula(self, slots: Sequence[Sequence[int]], *, share_draws: bool, staleness_correction: str) -> Tensor:
+        """`[B]` sampled losses of one joint draw, by the formulas of the design."""
         flat = [max(j, 0) for row in slots for j in row]
         valid = torch.tensor([j >= 0 for row in slots for j in row])
-        probability = torch.from_numpy(self.probability)[:, flat] * valid
-        expected = probability * (len(flat) / len(slots))
-        if largest is not None:
-            scores = self.stale_scores.tolist()
-            rows = zip(scores, slots, largest, strict=True)
-            expected = torch.tensor(
-                [[oracles.inclusion(row[j], j, drawn, *limits) for j in flat] for row, drawn, limits in rows],
-                dtype=torch.float64,
-            )
         logits = oracles.sampled_cache_logits(
             self.scores(self.encode())[:, flat],
             self.stale_scores[:, flat],
-            probability,
+            torch.from_numpy(self.probability)[:, flat] * valid,
             self.normalizer,
             self.scenario.samples,
             share_draws=share_draws,
             staleness_correction=staleness_correction,
-            expected=expected,
         )
         return self._cross_entropy(logits)
 
+    def by_formula_of_batch(self, slots: Sequence[int], threshold: float, *, staleness_correction: str) -> Tensor:
+        """`[B]` sampled losses of documents drawn for the batch, by the formulas of the design."""
+        stale, drawn = self.scores(self.stale.detach()), list(slots)
+        logits = oracles.logits_of_batch_draws(
+            self.scores(self.encode())[:, drawn],
+            stale[:, drawn],
+            oracles.log_normalizer(stale),
+            [math.log(self.mass[j]) for j in drawn],
+            threshold,
+            staleness_correction=staleness_correction,
+        )
+        return self._cross_entropy(logits)
+
+    @property
+    def importance(self) -> Tensor:
+        """`[B]` of the queries: their row weights, as good as any."""
+        return self.row_weight
+
+    @property
+    def mass(self) -> Any:
+        """`[C]` of the documents."""
+        return oracles.masses(self.stale_scores, self.importance)
+
+    def draw_of_batch(self, slots: Sequence[int], threshold: float | Tensor) -> Draw:
+        """The `Draw` that a sampler would have given for documents drawn for the batch, in that order."""
+        of_query = self.draw([list(slots)] * self.scenario.rows)
+        one = ("slot", "embedding", "id", "log_weight", "source")
+        mass = torch.tensor([[math.log(self.mass[j]) if j >= 0 else -math.inf for j in slots]], dtype=torch.float64)
+        return of_query._replace(
+            **{name: getattr(of_query, name)[:1] for name in one},
+            score=mass,
+            perturbed=mass,
+            threshold=torch.as_tensor(threshold, dtype=torch.float64).view(1, 1),
+            log_normalizer=oracles.log_normalizer(self.scores(self.stale.detach())),
+        )
+
+    def sampled_for_batch(self, sample: Callable[..., Draw], draws: int, *, step: int = 1) -> Draw:
+        """The draw that a sampler makes of the problem, for the batch."""
+        it = self.scenario
+        state = make_state(self.stale.detach(), live=it.live, ids=self.names, log_weight=self.cache_weight, step=step)
+        exclude = None
+        if self.ids is not None:
+            exclude = self.ids if it.in_batch else self.ids[: it.rows, None]
+        limit = None if self.max_score is None else torch.tensor(self.max_score, dtype=torch.float64)
+        return sample(
+            state,
+            self.leaves["queries"],
+            num_draws=draws,
+            importance=self.importance,
+            scale=self.leaves["scale"],
+            score_transform=it.transform,
+            exclude_ids=exclude,
+            top_k=it.top_k,
+            false_negatives=self.false_negatives._replace(max_score=limit),
+        )
+
     def draw(self, slots: Sequence[Sequence[int]]) -> Draw:
-        """The `Draw` that a sampler would have given for these slots; queries without slots do not draw."""
-        it, slot = self.scenario, torch.tensor([row for row in slots if row])
-        query = torch.tensor([i for i, row in enumerate(slots) if row])
+        """The `Draw` that a sampler would have given for these slots of each query."""
+        it, slot = self.scenario, torch.tensor(slots)
         place = slot.clamp_min(0)
         start = torch.tensor([0 if it.split is None or int(j) < it.split else it.split for j in place.flatten()])
-        score = self.stale_scores[query].gather(1, place)
+        score = self.stale_scores.gather(1, place)
         exclude = self.exclude_all if self.exclude_all is not None else [[]]
         if it.in_batch:  # what is excluded for all is not drawn
             exclude = it.positives or exclude[:1]
         return Draw(
-            query=query,
             slot=torch.where(slot >= 0, slot - start.view_as(slot), -1),
             score=torch.where(slot >= 0, score, -math.inf),
             perturbed=score + 1.0,
@@ -214,7 +245,7 @@ class Problem:
 
     def outcomes(self) -> Iterator[tuple[list[list[int]], float]]:
         """Every joint draw of the scenario, and its probability."""
-        return oracles.joint_outcomes(self.probability, self.scenario.samples, self.scenario.draws)
+        return oracles.joint_outcomes(self.probability, self.scenario.samples)
 
     def call(self, loss: Loss, slots: Sequence[Sequence[int]], **options: Any) -> Tensor:
         """`loss` of one joint draw, the drawn documents encoded with gradient, `reduction="none"`."""
@@ -222,7 +253,7 @@ class Problem:
         return self.call_on(loss, flat, self.draw(slots), **options)
 
     def call_on(self, loss: Loss, flat: Tensor, draw: Draw, **options: Any) -> Tensor:
-        """`loss` of a `Draw` of the documents `flat` [B * k]."""
+        """`loss` of a `Draw` of the documents `flat` [R * m]."""
         it = self.scenario
         options = {"reduction": "none", **options}
         if it.positives is not None or it.margin is not None:

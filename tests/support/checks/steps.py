@@ -23,10 +23,10 @@ METRICS = {
     "draw_age_steps",
     "drift",
     "effective_sample_size",
-    "unique_draws",
     "masked_pairs",
     "non_finite",
 }
+OF_BATCH, OF_QUERIES = METRICS | {"draw_noise"}, METRICS | {"unique_draws"}
 
 
 class Tower(nn.Module):
@@ -92,9 +92,10 @@ def composed(
     exclude = None if ids is None else (ids if in_batch else ids[:rows, None])
     picks = {key: options[key] for key in ("draws_per_query", "num_draws", "top_k") if key in options}
     stale_known = negcache_fn.FalseNegatives(known.ids, limit)
-    draw = negcache_fn.sample_gumbel(
-        state, queries, exclude_ids=exclude, false_negatives=stale_known, **picks, **shared
-    )
+    picks |= {"exclude_ids": exclude, "false_negatives": stale_known, **shared}
+    if "draws_per_query" not in options:
+        picks["importance"] = importance_of(state, queries, encode(batch).detach(), limit, picks, options)
+    draw = negcache_fn.sample_gumbel(state, queries, **picks)
     assert bool((draw.slot >= 0).all())
     slots, count = draw.slot.flatten(), len(next(iter(batch.values())))
     stalest = options.get("refresh_stalest", 0)
@@ -113,6 +114,42 @@ def composed(
         **{key: options[key] for key in ("ids", "log_weights", "cacheable", "evict", "priorities") if key in options},
     )
     return value, after, naive_metrics(state, queries, own, negatives, draw, **options), draw
+
+
+def batch_log_sum(queries: Tensor, own: Tensor, limit: Tensor | list[float] | None, options: dict[str, Any]) -> Tensor:
+    """`[B]` log-sum-exp of each query's classes in the batch, float64."""
+    known = options.get("false_negatives", negcache_fn.FalseNegatives())
+    ids, weights = options.get("ids"), options.get("log_weights")
+    score: dict[str, Any] = {"scale": float(options.get("scale", 1.0)), "transform": options.get("score_transform")}
+    queries = queries.detach().double()
+    losses = oracles.cross_entropy(
+        queries,
+        own,
+        torch.full((len(queries),), -math.inf),
+        ids=None if ids is None else ids.tolist(),
+        log_weights=weights,
+        in_batch=options.get("in_batch", True),
+        positives=None if known.ids is None else known.ids.tolist(),
+        max_score=None if limit is None else torch.as_tensor(limit).tolist(),
+        **score,
+    )
+    positive = (score["transform"] or oracles.identity)(
+        score["scale"] * (queries * own[: len(queries)].double()).sum(-1)
+    )
+    return losses + positive + (0.0 if weights is None else weights[: len(queries)].double())
+
+
+def importance_of(
+    state: TensorDictBase,
+    queries: Tensor,
+    own: Tensor,
+    limit: Tensor | None,
+    picks: dict[str, Any],
+    options: dict[str, Any],
+) -> Tensor:
+    """`[B]` the share of the cache in each query's softmax."""
+    normalizer = negcache_fn.sample_gumbel(state, queries, **picks).log_normalizer.detach().double()
+    return torch.sigmoid(normalizer - batch_log_sum(queries, own, limit, options))
 
 
 def max_score_of(
@@ -177,10 +214,19 @@ def naive_metrics(
     )
     fresh = oracles.cache_scores(queries, negatives, log_weight=items["log_weight"][slots], **shared)
     probability = torch.from_numpy(oracles.probabilities(stale))[:, slots]
-    sizes = []
+    sizes, inverse = [], [0.0] * len(slots)
+    if draw.for_batch:
+        above = (draw.score - draw.threshold)[0].double()
+        inverse = (-1 / torch.expm1(-torch.exp(above))).tolist()
     for i in range(len(queries)):
         weights = []
         for m in range(len(slots)):
+            if draw.for_batch:
+                weight = inverse[m] * float(probability[i, m])
+                if options.get("staleness_correction", "self_normalized") != "none" and weight > 0:
+                    weight *= math.exp(float(fresh[i, m] - stale[i, slots[m]]))
+                weights.append(weight)
+                continue
             if options.get("share_draws", True):
                 weight = float(probability[i, m] / (len(slots) / len(queries) * probability[:, m].sum()))
             else:
@@ -191,7 +237,16 @@ def naive_metrics(
         sizes.append(sum(weights) ** 2 / sum(w * w for w in weights) if any(weights) else 0.0)
     held = items["embedding"].double()
     drifts = [float((negatives[m] - held[j]).square().sum() / negatives[m].square().sum()) for m, j in enumerate(slots)]
-    return {
+    own_metrics = {"unique_draws": len(set(slots)) / len(slots)}
+    if draw.for_batch:
+        share = torch.sigmoid(cache_logit - batch_log_sum(queries, own, limits["max_score"], options))
+        gradients = [
+            sum(share[i] * probability[i, m] * queries[i] for i in range(len(queries))) for m in range(len(slots))
+        ]
+        variance = sum((r - 1) * r * float(v @ v) for r, v in zip(inverse, gradients, strict=True))
+        whole = sum(r * v for r, v in zip(inverse, gradients, strict=True))
+        own_metrics = {"draw_noise": math.sqrt(variance) / float(torch.as_tensor(whole).norm())}
+    return own_metrics | {
         "exact_loss": float(losses.mean()),
         "positive_probability": float(torch.exp(-losses).mean()),
         "cache_share": float((1 - torch.exp(without_cache - losses)).mean()),
@@ -200,7 +255,6 @@ def naive_metrics(
         "draw_age_steps": sum(now - at[j] for j in slots) / len(slots),
         "drift": sum(drifts) / len(drifts),
         "effective_sample_size": sum(sizes) / len(sizes),
-        "unique_draws": len(set(slots)) / len(slots),
         "masked_pairs": masked_pairs(queries, items, draw, positives, limits["max_score"], shared, options),
         "non_finite": 0.0,
     }
@@ -215,11 +269,11 @@ def masked_pairs(
     shared: dict[str, Any],
     options: dict[str, Any],
 ) -> float:
-    """Share of the pairs of a query and a draw of another that are false negatives."""
+    """Share of the pairs of a query and a draw (of another query, or for the batch) that are false negatives."""
     if not options.get("share_draws", True):
         return 0.0
     rows, count = len(queries), 0
-    draws = [(int(who), int(j)) for who, row in zip(draw.query, draw.slot, strict=True) for j in row]
+    draws = [(-1 if draw.for_batch else who, int(j)) for who, row in enumerate(draw.slot) for j in row]
     bare = oracles.cache_scores(queries, items["embedding"], **shared)
     for i in range(rows):
         named = set(positives[i]) if positives is not None else set()
@@ -233,7 +287,7 @@ def masked_pairs(
 
 def same_metrics(given: dict[str, Tensor], expected: dict[str, float], tolerance: float = 1e-4) -> None:
     """Flat, detached, 0-d, and equal to the naive ones."""
-    assert set(given) == METRICS
+    assert set(given) == set(expected) and set(given) in (OF_BATCH, OF_QUERIES)
     for key, value in given.items():
         assert isinstance(value, Tensor)
         assert value.shape == ()

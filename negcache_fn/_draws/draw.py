@@ -1,0 +1,89 @@
+"""A draw: which documents were drawn, for each query or for the batch, and what is known of them."""
+
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from negcache_fn._cache.state import stored
+from negcache_fn._ranks.group import Shards, fetch_rows
+
+__all__ = ["Draw", "check_draw", "describe"]
+
+_INFINITY = float("inf")
+
+
+class Draw(NamedTuple):
+    """The drawn documents, and what their weights need.
+
+    For the batch, R = 1: m different documents, those of the largest perturbed masses, in descending order (with a
+    group this rank's part of them). For each query, R = B: the m = k documents that each has drawn, with replacement.
+    """
+
+    slot: Tensor  # [R, m] int64; -1: there is no document to draw, or no other one
+    score: Tensor  # [R, m] stale score of query and document, log-weight included; for the batch, logarithm of the mass
+    perturbed: Tensor  # [R, m] the score plus noise: the largest of each sample, or the m largest
+    threshold: Tensor  # [1, 1] the next largest perturbed mass, -inf if all are drawn; [B, 0] if each query draws
+    log_normalizer: Tensor  # [B] log-sum-exp of the scores, -inf without documents; for the batch, differentiable
+    embedding: Tensor  # [R, m, D] stale embedding, storage dtype
+    id: Tensor  # [R, m] int64
+    log_weight: Tensor  # [R, m] float32
+    source: Tensor  # [R, m] int64: of which of S merged caches the slot is
+    cutoff: Tensor  # [B, S]: documents of that source with a lower score have probability 0; -inf without top_k
+    max_score: Tensor  # [B, S]: those with a higher one, log-weight not included, too; +inf without such a limit
+    exclude_ids: Tensor  # [1 or B, P] int64: documents that have probability 0; P may be 0
+
+    @property
+    def for_batch(self) -> bool:
+        """Whether the documents are drawn for the whole batch, not for each query."""
+        return self.threshold.shape[1] > 0
+
+    @property
+    def has_documents(self) -> Tensor:
+        """[B] bool: whether there is anything that the query could draw."""
+        return self.log_normalizer > -_INFINITY  # not where it is NaN
+
+
+def check_draw(name: str, value: object) -> None:
+    """Raises unless `value` is a `Draw`."""
+    if not isinstance(value, Draw):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; expected a Draw, as made by negcache_fn.sample_gumbel(...)"
+        )
+
+
+def describe(
+    state: TensorDictBase,
+    chosen: tuple[Tensor, Tensor, Tensor, Tensor],
+    log_normalizer: Tensor,
+    cutoff: Tensor,
+    shards: Shards,
+    max_score: Tensor | None,
+    excluded: Tensor,
+    extra_columns: list[Tensor],
+) -> tuple[Draw, list[Tensor]]:
+    """The draw of the `chosen` slots, scores, perturbed scores [R, m] and threshold; rows of `extra_columns` [C, ...].
+
+    A slot whose perturbed score is -inf, or NaN, was not drawn.
+    """
+    slot, score, perturbed, threshold = chosen
+    drawn = perturbed > -_INFINITY
+    slot = torch.where(drawn, slot, -1)
+    leaves = [stored(state, name) for name in ("embedding", "id", "log_weight")]
+    embedding, document, log_weight, *others = fetch_rows([*leaves, *extra_columns], slot.flatten(), shards)
+    draw = Draw(
+        slot=slot,
+        score=torch.where(drawn, score, -_INFINITY),
+        perturbed=perturbed.contiguous(),
+        threshold=threshold.contiguous(),
+        log_normalizer=log_normalizer,
+        embedding=embedding.view(*slot.shape, -1),
+        id=torch.where(drawn, document.view(slot.shape), -1),
+        log_weight=torch.where(drawn, log_weight.view(slot.shape), 0.0),
+        source=torch.zeros_like(slot),
+        cutoff=cutoff,
+        max_score=torch.full_like(cutoff, _INFINITY) if max_score is None else max_score[:, None].clone(),
+        exclude_ids=excluded,
+    )
+    return draw, others

@@ -1,0 +1,213 @@
+"""Which slots are drawn for the whole batch: the largest perturbed masses, along the tree, after one streaming pass.
+
+What the gradient of the batch needs of document j is proportional to at most its *mass*
+
+    a_j = sum_i u_i p_i(j),     p_i(j) = exp(s_ij - L_i),
+
+with u_i the importance of query i, best the share of the cache in its softmax. The M documents drawn are those of the
+M largest `log a_j + Gumbel_j`, with one row of noise for the whole batch: they are all different, and each next one
+comes from the masses of those that are left.
+
+They lie in the M groups of largest perturbed mass, and in the M blocks of those. A level takes the perturbed value of a
+parent as the largest one among its children, and changes their noise accordingly (`_given_maximum`). The masses of the
+blocks follow from the log-sum-exp that the pass leaves of every block, for each query; the slots of the M + 1 chosen
+blocks are scored again for all queries. A cache of several segments keeps those of groups only, and scores the chosen
+groups again as well, so that memory does not grow with C / BLOCK.
+
+Sources: Kool, van Hoof, Welling, "Stochastic beams and where to find them", ICML 2019, appendix B.3; the inclusion
+weights that go with it after Duffield, Lund, Thorup, "Priority sampling for estimation of arbitrary subset sums",
+J. ACM 2007.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from negcache_fn._cache.select import segments
+from negcache_fn._draws.noise import AMONG_BLOCKS, AMONG_SLOTS, Noise
+from negcache_fn._kernels.blocks import BLOCK, GROUP
+from negcache_fn._ranks.group import Ranks
+from negcache_fn._ranks.order import sequenced_after
+from negcache_fn._scores.definition import ScoreMatrix
+from negcache_fn._scores.stream import logsumexp, reduce_blocks, summarize
+
+__all__ = [
+    "Importance",
+    "Largest",
+    "Pass",
+    "as_on_first_rank",
+    "draw_largest",
+    "draw_largest_among",
+    "largest_of_ranks",
+    "pass_over",
+]
+
+_BLOCKS = GROUP // BLOCK  # of a group
+_INFINITY = float("inf")
+_SLAB = 2**12  # slots scored again at a time
+
+
+class Pass(NamedTuple):
+    """What a pass leaves."""
+
+    log_normalizer: Tensor  # [B]; differentiable in the queries
+    groups: Tensor  # [B, ceil(C / GROUP)] log-sum-exp of every group
+    blocks: Tensor | None  # [B, ceil(C / GROUP) * _BLOCKS] of every block; None: of several segments, not kept
+
+
+class Importance(NamedTuple):
+    """What the documents' masses are sums over: `exp(log_weight_i + s_ij)` of each query."""
+
+    log_weight: Tensor  # [B] logarithm of the query's importance, less its log-normaliser; -inf: not in the sum
+    ranks: Ranks  # whose queries are in the sum besides those here
+
+    def log_mass(self, values: Tensor) -> Tensor:
+        """[B, n] -> [n]: logarithm of the masses, from scores or their log-sum-exp."""
+        counts = self.log_weight > -_INFINITY
+        mass = torch.where(counts[:, None], values + self.log_weight[:, None], -_INFINITY).logsumexp(0)
+        return self.ranks.by_rank(self.ranks.gather(mass)).logsumexp(0)
+
+
+class Largest(NamedTuple):
+    """The slots of largest perturbed mass, in descending order: as many as asked for."""
+
+    slot: Tensor  # [m]
+    log_mass: Tensor  # [m]
+    perturbed: Tensor  # [m]; -inf: there are fewer
+
+
+def pass_over(matrix: ScoreMatrix) -> Pass:
+    """All slots of the matrix, with a gradient of the normalisers if the queries have one."""
+    log_normalizers: list[Tensor] = []
+    of_groups: list[Tensor] = []
+    blocks = None
+    stretches = segments(matrix.embeddings.shape[0])
+    for start, stop in stretches:
+        if of_groups:
+            # Else the compiler may keep the blocks of all segments at once.
+            matrix = matrix._replace(queries=sequenced_after(matrix.queries, of_groups[-1]))
+        summary = summarize(matrix.of_slots(start, stop))
+        found = pad(summary.blocks, (0, -summary.blocks.shape[1] % _BLOCKS), value=-_INFINITY)
+        log_normalizers.append(summary.log_normalizer)
+        of_groups.append(found.view(found.shape[0], -1, _BLOCKS).logsumexp(-1))
+        blocks = found if len(stretches) == 1 else None
+    log_normalizer = logsumexp(torch.stack(log_normalizers, dim=-1)) if len(stretches) > 1 else log_normalizers[0]
+    return Pass(log_normalizer, torch.cat(of_groups, dim=1), blocks)
+
+
+def draw_largest(
+    matrix: ScoreMatrix, found: Pass, importance: Importance, noise: Noise, first_slot: int | Tensor, n: int
+) -> Largest:
+    """The `n` slots of largest perturbed mass, of a matrix whose first slot is `first_slot` in the whole cache."""
+    # Groups, blocks and slots have the numbers that they have in the whole cache: noise goes by them.
+    first_group, first_block = first_slot // GROUP, first_slot // BLOCK
+    log_mass = importance.log_mass(found.groups)
+    perturbed = log_mass + noise.of_groups(first_group, log_mass.shape[0])[0, 0]
+    group = _largest(perturbed, n)
+    if found.blocks is not None:
+        of_blocks = importance.log_mass(found.blocks).view(-1, _BLOCKS)[group]
+    else:
+        of_blocks = _scored_again(matrix, group, GROUP, importance)
+    block, perturbed, _ = _choose(group + first_group, perturbed[group], of_blocks, noise, AMONG_BLOCKS, n)
+    of_slots = _scored_again(matrix, block - first_block, BLOCK, importance)
+    slot, perturbed, log_mass = _choose(block, perturbed, of_slots, noise, AMONG_SLOTS, n)
+    return _in_order(Largest(slot, log_mass, perturbed), n)
+
+
+def draw_largest_among(scores: Tensor, slots: Tensor, log_weight: Tensor, noise: Noise, n: int) -> Largest:
+    """The same among the documents of each query [B, k], of the slots [B, k]."""
+    log_mass = torch.where((slots >= 0) & (log_weight > -_INFINITY)[:, None], scores + log_weight[:, None], -_INFINITY)
+    slot, order = slots.flatten().sort(stable=True)
+    log_mass = log_mass.flatten()[order]
+    first = torch.cat([torch.ones_like(slot[:1], dtype=torch.bool), slot[1:] != slot[:-1]])
+    number = first.cumsum(0) - 1  # of the document
+    # Each document's masses are added relative to the largest.
+    top = torch.full_like(log_mass, -_INFINITY).scatter_reduce(0, number, log_mass, "amax")
+    relative = torch.where(log_mass > -_INFINITY, log_mass - top[number], -_INFINITY)
+    log_mass = top + torch.zeros_like(log_mass).index_add(0, number, relative.exp()).log()
+    slot = torch.full_like(slot, -1).scatter(0, number, slot)
+    perturbed = log_mass + noise.of_slots(slot[None])[0, 0]
+    return _in_order(Largest(slot, log_mass, torch.where(log_mass > -_INFINITY, perturbed, -_INFINITY)), n)
+
+
+def largest_of_ranks(found: Largest, ranks: Ranks) -> Largest:
+    """Of what each rank has found in its shard: the largest of all."""
+    return found if ranks.name is None else _in_order(_gathered(found, ranks), found.slot.shape[0])
+
+
+def as_on_first_rank(found: Largest, ranks: Ranks) -> Largest:
+    """The same on every rank, although a device may add up masses in any order."""
+    if ranks.name is None:
+        return found
+    n = found.slot.shape[0]
+    slot, log_mass, perturbed = _gathered(found, ranks)
+    return Largest(slot[:n], log_mass[:n], perturbed[:n])
+
+
+def _gathered(found: Largest, ranks: Ranks) -> Largest:
+    # Slot numbers are exact in float64.
+    sent = torch.stack([values.double() for values in found], dim=1)
+    slot, log_mass, perturbed = ranks.gather(sent).unbind(1)
+    dtype = found.log_mass.dtype
+    return Largest(slot.to(torch.int64), log_mass.to(dtype), perturbed.to(dtype))
+
+
+def _scored_again(matrix: ScoreMatrix, number: Tensor, length: int, importance: Importance) -> Tensor:
+    """[n, length / its parts] log-masses of the blocks of groups, or of the slots of blocks, by their numbers [n]."""
+    parts: list[Tensor] = []
+    for some in torch.split(number, _SLAB // length):
+        chosen = matrix.of_stretches(some, length)
+        scores = chosen.scores() if length == BLOCK else reduce_blocks(chosen, "logsumexp")
+        parts.append(importance.log_mass(scores).view(some.shape[0], -1))
+    return torch.cat(parts)
+
+
+def _choose(
+    parent: Tensor, perturbed: Tensor, log_mass: Tensor, noise: Noise, level: int, n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers (ascending), perturbed masses and masses of the children of largest perturbed mass, `n` if there are.
+
+    Args:
+        parent: [p] numbers, ascending.
+        perturbed: [p] their perturbed masses.
+        log_mass: [p, children].
+        noise: of the batch.
+        level: of the children.
+        n: how many.
+    """
+    children = log_mass.shape[1]
+    noisy = _given_maximum(log_mass + noise.of_children(parent[None], children, level)[0], perturbed).flatten()
+    place = _largest(noisy, n)
+    return parent[place // children] * children + place % children, noisy[place], log_mass.flatten()[place]
+
+
+def _given_maximum(perturbed: Tensor, maximum: Tensor) -> Tensor:
+    """[p, n] perturbed masses, changed into such whose largest one is `maximum` [p].
+
+    With `Z` the largest, `G` becomes `-log(exp(-maximum) - exp(-Z) + exp(-G))`: of Gumbel variables it makes variables
+    with the law that those have given their maximum. Which one is the largest stays.
+    """
+    below = perturbed - perturbed.amax(-1, keepdim=True)
+    difference = maximum[:, None] - perturbed + torch.log(-torch.expm1(below))
+    given = maximum[:, None] - torch.logaddexp(difference, torch.zeros_like(difference))
+    nothing = (perturbed == -_INFINITY) | (maximum == -_INFINITY)[:, None]
+    return torch.where(nothing, -_INFINITY, given)
+
+
+def _largest(values: Tensor, n: int) -> Tensor:
+    """[min(n, values)] places of the n largest values, ties by place; the places ascend."""
+    return values.sort(descending=True, stable=True).indices[:n].sort().values
+
+
+def _in_order(found: Largest, n: int) -> Largest:
+    """The n of largest perturbed mass in descending order, ties by place, filled up with (-1, -inf, -inf)."""
+    missing = (0, max(n - found.slot.shape[0], 0))
+    perturbed, place = found.perturbed.sort(descending=True, stable=True)
+    place = place[:n]
+    return Largest(
+        pad(found.slot[place], missing, value=-1),
+        pad(found.log_mass[place], missing, value=-_INFINITY),
+        pad(perturbed[:n], missing, value=-_INFINITY),
+    )
