@@ -176,7 +176,8 @@ def _summarize_op(
     """The blocks, the normalisers and, if they are to be differentiable, their gradient [B, D], else [0, D]."""
     problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score)
     if differentiable:
-        blocks, mean = _blocks_and_mean(ScoreMatrix(*problem, None))
+        found = dispatch.blocks_and_mean(problem)
+        blocks, mean = _blocks_and_mean(ScoreMatrix(*problem, None)) if found is None else found
     else:
         blocks, mean = _block_logsumexp(problem), torch.empty_like(queries[:0])
     return blocks, blocks.logsumexp(1), mean
