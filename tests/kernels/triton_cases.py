@@ -51,6 +51,14 @@ def block_logsumexp(*arguments: Tensor, limit: Tensor | None = None) -> Tensor:
     return cuda.block_logsumexp(Problem(*(argument.to(DEVICE) for argument in arguments), limit)).cpu()
 
 
+def blocks_and_mean(given_problem: Problem) -> tuple[Tensor, Tensor]:
+    """The blocks, and the mean under each row's softmax."""
+    blocks, total, log_scale = cuda.blocks_and_sums(given_problem)
+    log_normalizer = blocks.logsumexp(1)
+    assert torch.equal(log_scale == -math.inf, log_normalizer == -math.inf)
+    return blocks, total * (log_scale - log_normalizer).masked_fill(log_scale == -math.inf, 0.0).exp()[:, None]
+
+
 def exact_blocks(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
     scores = exact_scores(queries, embeddings, bias, excluded)
     return pad(scores, (0, -scores.shape[1] % 64), value=-math.inf).view(len(queries), -1, 64).logsumexp(-1)
@@ -92,7 +100,7 @@ def test_mean_is_exact(storage: torch.dtype, shape: tuple[int, int, int, int, in
     torch.set_float32_matmul_precision(precision)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_WEIGHTS_BYTES", chunk)
-        blocks, mean = cuda.blocks_and_mean(Problem(*(argument.to(DEVICE) for argument in arguments), None))
+        blocks, mean = blocks_and_mean(Problem(*(argument.to(DEVICE) for argument in arguments), None))
     scores = exact_scores(*arguments)
     of_scores = ERRORS[storage][precision] * norms(*arguments[:2]) + ROUNDING
     assert largest_error(blocks.cpu(), exact_blocks(*arguments)) <= of_scores
@@ -112,7 +120,7 @@ def test_mean_of_rows_without_documents_and_with_nan(storage: torch.dtype) -> No
     excluded = torch.tensor([[-1, -1], [128, 129], [-1, -1], [128, -1]])
     queries[2, 1] = math.nan
     given_problem = Problem(*(argument.to(DEVICE) for argument in (queries, embeddings, bias, excluded)), None)
-    mean = cuda.blocks_and_mean(given_problem)[1].cpu()
+    mean = blocks_and_mean(given_problem)[1].cpu()
     assert mean.isnan().all(1).tolist() == [False, False, True, False]
     assert torch.equal(mean[1], torch.zeros(5))
     torch.testing.assert_close(mean[3], embeddings[129].float(), atol=1e-6, rtol=2.0**-7)
@@ -128,7 +136,7 @@ def test_mass_spread_over_many_blocks_is_not_lost(storage: torch.dtype) -> None:
     bias[0] = math.log(4096)
     bias[1:] -= 1.0
     arguments = (torch.ones(1, 1), embeddings, bias, torch.empty(1, 0, dtype=torch.int64))
-    mean = cuda.blocks_and_mean(Problem(*(argument.to(DEVICE) for argument in arguments), None))[1]
+    mean = blocks_and_mean(Problem(*(argument.to(DEVICE) for argument in arguments), None))[1]
     torch.testing.assert_close(mean.cpu(), torch.tensor([[0.5]]), atol=2.0**-9, rtol=0)
 
 

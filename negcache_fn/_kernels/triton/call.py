@@ -21,7 +21,7 @@ from negcache_fn._codec import STORAGES
 from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._kernels.problem import Problem
 
-__all__ = ["block_logsumexp", "blocks_and_mean", "kernel", "supports"]
+__all__ = ["block_logsumexp", "blocks_and_sums", "kernel", "supports"]
 
 _STORAGE = tuple(dtype for dtype, storage in STORAGES.items() if storage.triton)
 _PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
@@ -62,8 +62,8 @@ def block_logsumexp(problem: Problem) -> Tensor:
     return _Pass(problem).of_slots(0, problem.embeddings.shape[0], None)
 
 
-def blocks_and_mean(problem: Problem) -> tuple[Tensor, Tensor]:
-    """[B, ceil(C / BLOCK)] as above, and [B, D] the mean of the embeddings under each row's softmax.
+def blocks_and_sums(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, `exp(scores - log_scale) @ embeddings` [B, D], and that log-scale [B], -inf where a row is empty.
 
     The kernel writes the softmax inside every block of some slots; scaled by the masses of the blocks, relative to the
     largest so far, it is multiplied with the embeddings, which is a product for cuBLAS.
@@ -75,7 +75,7 @@ def blocks_and_mean(problem: Problem) -> tuple[Tensor, Tensor]:
     run = _Pass(problem)
     parts: list[Tensor] = []
     total = queries.new_zeros(rows, dim)
-    log_scale = torch.full_like(total[:, 0], -_INFINITY)  # `total` is in units of exp(log_scale) / _UNIT
+    log_scale = torch.full_like(total[:, 0], -_INFINITY)
     for start in range(0, capacity, slots):
         stop = min(start + slots, capacity)
         shares = weights[: rows * -(-(stop - start) // BLOCK) * BLOCK].view(rows, -1, BLOCK)
@@ -86,10 +86,7 @@ def blocks_and_mean(problem: Problem) -> tuple[Tensor, Tensor]:
         product = _multiply(shares.flatten(1)[:, : stop - start], embeddings[start:stop])
         total.mul_((log_scale - shift).exp_()[:, None]).add_(product)
         log_scale = larger
-    blocks = torch.cat(parts, dim=1)
-    log_normalizer = blocks.logsumexp(1)
-    factor = (log_scale - log_normalizer).masked_fill_(log_normalizer == -_INFINITY, 0.0).exp_() / _UNIT
-    return blocks, total.mul_(factor[:, None])
+    return torch.cat(parts, dim=1), total.div_(_UNIT), log_scale
 
 
 class _Pass:
