@@ -48,6 +48,8 @@ def measure(
                 row |= {"first_call_seconds": time.perf_counter() - start, "largest_error": error}
                 row["kernel_ms"] = _milliseconds(lambda p=problem: triton.block_logsumexp(p))
                 row["call_ms"] = _call_milliseconds(lambda p=problem: triton.block_logsumexp(p))
+                row["with_sums_ms"] = _milliseconds(lambda p=problem: triton.blocks_and_sums(p))
+                row["sums_error"] = _sums_error(problem)
                 row["product_ms"] = _milliseconds(_product(problem))
                 row["tile"] = _tile(storage)
             row["ratio"] = row["kernel_ms"] / row["product_ms"]
@@ -93,6 +95,15 @@ def _error(problem: Problem) -> float:
         exact = (problem.queries[:64].double() @ rows.T).unflatten(1, (-1, 64)).logsumexp(2)
         worst = max(worst, float((found[:, start // 64 : start // 64 + exact.shape[1]] - exact).abs().max()))
     return worst
+
+
+def _sums_error(problem: Problem) -> float:
+    """Of the mean embedding of the first 64 queries, relative to it in float64."""
+    _, total, log_scale = (value[:64].double() for value in triton.blocks_and_sums(problem))
+    scores = problem.queries[:64].double() @ problem.embeddings.double().T
+    exact = scores.softmax(1) @ problem.embeddings.double()
+    found = total * (log_scale - scores.logsumexp(1)).exp()[:, None]
+    return float(((found - exact).norm(dim=1) / exact.norm(dim=1)).max())
 
 
 def _tile(storage: torch.dtype) -> str:
