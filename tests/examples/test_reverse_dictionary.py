@@ -48,7 +48,7 @@ def test_reads_distinct_entries_without_examples(tmp_path: Path) -> None:
 
 
 def test_says_what_is_not_wordnet(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no file data\.verb; expected the npm package"):
+    with pytest.raises(ValueError, match=r"has no file data\.verb; expected the files of WordNet"):
         read_entries(archive_of({"noun": DATA["noun"]}, tmp_path / "wordnet.tgz"))
 
 
