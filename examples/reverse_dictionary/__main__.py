@@ -44,7 +44,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument("--draws-per-query", type=positive, default=1, help="negatives each query draws from the cache")
     train.add_argument("--learning-rate", type=float, default=2e-4, help="the highest one")
     train.add_argument("--evaluate-every", type=positive, help="steps between evaluations (default: a third of all)")
-    train.add_argument("--bf16", action="store_true", help="on a CPU as well, which must have instructions for it")
+    train.add_argument("--float32", action="store_true", help="no bfloat16, which a GPU and some CPUs compute faster")
     train.add_argument("--seed", type=int, default=0, help="of batches and draws")
     train.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where results and checkpoints go")
 
@@ -69,6 +69,7 @@ def _train(options: argparse.Namespace) -> None:
     import torch
 
     from examples.reverse_dictionary.data import read_entries
+    from examples.reverse_dictionary.model import fast_in_bfloat16
     from examples.reverse_dictionary.train import Options, train
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,7 +86,7 @@ def _train(options: argparse.Namespace) -> None:
             draws_per_query=options.draws_per_query,
             learning_rate=options.learning_rate,
             evaluate_every=options.evaluate_every or -(-steps // 3),
-            bf16=options.bf16 or device == "cuda",
+            bf16=not options.float32 and fast_in_bfloat16(device),
             seed=options.seed,
         ),
         options.out,

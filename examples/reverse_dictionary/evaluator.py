@@ -24,10 +24,12 @@ class DictionaryEvaluator(SentenceEvaluator):
     Args:
         entries: N, whose documents are searched.
         rows: of the entries whose definitions ask.
+        bf16: whether to compute in bfloat16.
     """
 
-    def __init__(self, entries: Sequence[Entry], rows: Sequence[int]) -> None:
+    def __init__(self, entries: Sequence[Entry], rows: Sequence[int], *, bf16: bool = False) -> None:
         super().__init__()
+        self.bf16 = bf16
         self.documents = [entry.document for entry in entries]
         self.queries = [entries[row].definition for row in rows]
         self.rows = np.array(rows, dtype=np.int64)[:, None]
@@ -37,20 +39,24 @@ class DictionaryEvaluator(SentenceEvaluator):
         self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
         """The measures."""
-        return self.measure(model, embed(model, self.documents, "evaluation"))
+        return self.measure(model, self.embed_documents(model))
+
+    def embed_documents(self, model: SentenceTransformer) -> Tensor:
+        """[N, D], with a progress bar."""
+        return embed(model, self.documents, bf16=self.bf16, progress=True)
 
     def measure(self, model: SentenceTransformer, documents: Tensor) -> dict[str, float]:
         """The measures, of documents [N, D] that are embedded already."""
-        return summarize(ranks_of(embed(model, self.queries), documents, self.rows))
+        return summarize(ranks_of(embed(model, self.queries, bf16=self.bf16), documents, self.rows))
 
 
-def embed(model: SentenceTransformer, texts: list[str], shown_as: str | None = None) -> Tensor:
-    """[N, D] unit embeddings on the CPU, with a progress bar if it has a name."""
-    with torch.inference_mode():
+def embed(model: SentenceTransformer, texts: list[str], *, bf16: bool = False, progress: bool = False) -> Tensor:
+    """[N, D] unit embeddings on the CPU."""
+    with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         found = model.encode(
             texts,
             batch_size=_TEXTS_AT_ONCE,
-            show_progress_bar=shown_as is not None,
+            show_progress_bar=progress,
             convert_to_tensor=True,
             normalize_embeddings=True,
         )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-__all__ = ["LONGEST_TEXT", "load_model"]
+__all__ = ["LONGEST_TEXT", "fast_in_bfloat16", "load_model"]
 
 LONGEST_TEXT = 32
 """Tokens. Definitions have 14 on average, the words of an entry 8."""
@@ -34,6 +35,14 @@ def load_model(name: str | Path, *, layers: int | None, device: str) -> Sentence
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
+
+
+def fast_in_bfloat16(device: str) -> bool:
+    """Whether the device has instructions for products in bfloat16."""
+    if device == "cuda":
+        return True
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def _cut(transformer: nn.Module, layers: int) -> None:

@@ -19,7 +19,7 @@ from examples.interruptions import InterruptedRunError, interruptions_deferred
 from examples.reverse_dictionary.callbacks import OneLineProgress, StopWhenInterrupted
 from examples.reverse_dictionary.data import SPLITS, Entry, split_of
 from examples.reverse_dictionary.define import write_dictionary
-from examples.reverse_dictionary.evaluator import DictionaryEvaluator, embed
+from examples.reverse_dictionary.evaluator import DictionaryEvaluator
 from examples.reverse_dictionary.model import load_model
 from examples.reverse_dictionary.picture import draw
 from examples.whole_files import written_whole
@@ -65,14 +65,15 @@ def train(entries: list[Entry], options: Options, out: Path, *, device: str) -> 
         )
     torch.manual_seed(options.seed)
     model = load_model(options.model, layers=options.layers, device=device)
-    validation = DictionaryEvaluator(entries, rows["validation"][:_VALIDATION_QUERIES])
+    validation = DictionaryEvaluator(entries, rows["validation"][:_VALIDATION_QUERIES], bf16=options.bf16)
     print(f"{len(rows['train']):,} definitions to train on; {len(entries):,} entries are searched", flush=True)
 
     untrained = _begin(out, asdict(options) | {"entries": len(entries)}, model, validation)
     history = _fit(model, [entries[row] for row in rows["train"]], validation, options, out, device)
 
-    documents = embed(model, validation.documents, "all entries")
-    test = DictionaryEvaluator(entries, rows["test"][:_TEST_QUERIES]).measure(model, documents)
+    test_queries = DictionaryEvaluator(entries, rows["test"][:_TEST_QUERIES], bf16=options.bf16)
+    documents = test_queries.embed_documents(model)
+    test = test_queries.measure(model, documents)
     write_dictionary(model, documents, entries, out)
     draw(untrained, history, len(entries), out / "training.png")
     trained = [row["eval_mrr@10"] for row in history if "eval_mrr@10" in row][-1]

@@ -76,7 +76,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(tiny: Path, wordnet: Path, out: Path, *options: str) -> int:
     sizes = [f"--steps={STEPS}", "--evaluate-every=4", "--batch-size=8", "--cache-size=32", "--learning-rate=1e-2"]
-    return main(["train", f"--model={tiny}", f"--wordnet={wordnet}", f"--out={out}", "--layers=1", *sizes, *options])
+    return main(
+        [
+            "train",
+            f"--model={tiny}",
+            f"--wordnet={wordnet}",
+            f"--out={out}",
+            "--layers=1",
+            "--float32",
+            *sizes,
+            *options,
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
