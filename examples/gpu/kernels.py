@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.benchmarks.shapes import SIZES, Shape
+from examples.benchmarks.shapes import SIZES, Shape, parse_size
 from examples.command_line import CommandParser, run
 from negcache_fn._kernels.problem import Problem
 from negcache_fn._kernels.triton import call as triton
@@ -164,11 +164,12 @@ def main(arguments: list[str] | None = None) -> int:
     """One line of JSON a row."""
     parser = CommandParser("gpu.kernels", description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="a tiny shape, on any device")
-    parser.add_argument("--kind", type=int, choices=range(len(KINDS)), help="this kind alone, to build its kernels")
+    parser.add_argument("--sizes", nargs="+", type=parse_size, default=SHAPES, metavar="BxCxD", help="other sizes")
+    parser.add_argument("--kind", type=int, nargs="+", choices=range(len(KINDS)), help="these kinds alone")
 
     def command(options: Any) -> None:
-        shapes = (Shape(4, 128, 16),) if options.dry_run else SHAPES
-        kinds = KINDS if options.kind is None else (KINDS[options.kind],)
+        shapes = (Shape(4, 128, 16),) if options.dry_run else options.sizes
+        kinds = KINDS if options.kind is None else tuple(KINDS[kind] for kind in options.kind)
         for row in measure(shapes, kinds, "cuda" if torch.cuda.is_available() else "cpu"):
             print(json.dumps(row), flush=True)
 

@@ -40,7 +40,7 @@ class Method:
     @property
     def texts_per_step(self) -> int:
         """How many texts a step encodes: queries, documents and draws."""
-        draws = self.options.num_draws or self.batch_size * self.options.samples
+        draws = self.options.draws_for(self.batch_size)
         return 2 * self.batch_size + (draws if self.cache_size else 0)
 
 
@@ -49,12 +49,14 @@ METHODS = (
     Method("in-batch, B=1024", 1024),
     Method("cache of 65,536, B=256", 256, cache_size=65_536),
     Method("cache of all, prefilled, B=256", 256, cache_size=ALL_DOCUMENTS, prefilled=True),
+    Method("cache of 65,536, for the batch, B=256", 256, cache_size=65_536, options=StepOptions(num_draws=256)),
 )
 
 TINY_METHODS = (
     Method("in-batch, B=8", 8),
     Method("cache of 64, B=8", 8, cache_size=64),
     Method("cache of all, prefilled, B=8", 8, cache_size=ALL_DOCUMENTS, prefilled=True),
+    Method("cache of 64, for the batch, B=8", 8, cache_size=64, options=StepOptions(num_draws=8)),
 )
 
 
