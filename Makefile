@@ -35,6 +35,9 @@ train-distributed: $(VENV)/.train ## the run with the cache on 2 processes, whic
 bench: $(VENV)/.bench ## time and memory of a step beside its peers; make bench ARGS="--quick" for a first look
 	$(PY) -m examples.benchmarks $(ARGS)
 
+gpu: $(VENV)/.dev $(VENV)/.bench ## tests, kernels and steps on a GPU, in a few minutes
+	$(PY) -m examples.gpu $(ARGS)
+
 experiments: $(VENV)/.train ## compare all ways to find negatives, over seeds: hours; resumes where it stopped
 	$(PY) -m examples.experiments $(ARGS)
 

@@ -1,8 +1,9 @@
 """Times of the Triton kernel beside cuBLAS's product of the same shape: ``python -m examples.gpu.kernels``.
 
-The product writes its B x C scores; the kernel reduces them where they are made. Both are timed as CUDA
-graphs, which leave out Python, medians of many calls in one process; `call_ms` is a call from Python. The floor is the larger of two times: the embeddings read once, and the products of the
-storage's dtype, at the rates that this device showed for a large copy and a large product.
+The product writes its B x C scores; the kernel reduces them where they are made. Both are timed as CUDA graphs, which
+leave out Python, medians of many calls in one process; `call_ms` is a call from Python. The floor is the larger of two
+times: the embeddings read once, and the products of the storage's dtype, at the rates that this device showed for a
+large copy and a large product.
 """
 
 from __future__ import annotations

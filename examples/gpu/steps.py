@@ -103,35 +103,37 @@ def methods(reference: Path | None, *, compiled: bool) -> list[Method]:
 def measure(shape: Shape, kept: list[Method], device: str, rounds: Rounds) -> list[dict[str, Any]]:
     """A row a method: seconds, their ratios, peak bytes beyond what there is before the call, or why there are none."""
     problem, calls, rows = Problem(shape, device), {}, []
-    reasons: dict[str, str] = {}
-    first: dict[str, float] = {}
-    for method in kept:
-        try:
-            free = torch.cuda.mem_get_info()[0] if device == "cuda" else 2**40
-            if method.name == "port" and shape.scores > 2**26:
-                raise UnavailableError("over a second")
-            if method.bytes_needed(shape) > 0.4 * free:
-                raise UnavailableError(f"needs {method.bytes_needed(shape) / 2**30:.0f} GiB")
-            start = time.perf_counter()
-            call = method.make(problem)
-            call()
-            first[method.name] = time.perf_counter() - start
-            print(f"{shape}: {method.name}: {first[method.name]:.1f} s to the end of the first call", file=sys.stderr)
-            calls[method.name] = call
-        except UnavailableError as error:
-            reasons[method.name] = str(error)
-        except Exception as error:  # a peer that fails must not take the others with it
-            reasons[method.name] = f"{type(error).__name__}: {str(error)[:300]}"
-    peaks = {name: _peak(call, device) for name, call in calls.items()}
-    figures = summarize(interleave(calls, rounds, lambda name: None))
     for method in kept:
         row = {"shape": asdict(shape), "method": method.name, "label": method.label}
-        if method.name in reasons:
-            rows.append(row | {"skipped": reasons[method.name]})
+        start = time.perf_counter()
+        call, reason = _first_call(method, problem)
+        if call is None:
+            row["skipped"] = reason
         else:
-            row |= figures[method.name]
-            rows.append(row | {"peak_bytes": peaks[method.name], "first_call_seconds": first[method.name]})
-    return rows
+            calls[method.name] = call
+            row |= {"first_call_seconds": time.perf_counter() - start, "peak_bytes": _peak(call, device)}
+        rows.append(row)
+        print(f"{shape}: {method.name}: {reason or 'ready'}", file=sys.stderr)
+    figures = summarize(interleave(calls, rounds, lambda name: None))
+    return [row | figures.get(row["method"], {}) for row in rows]
+
+
+def _first_call(method: Method, problem: Problem) -> tuple[Call | None, str]:
+    """The call, made once; or None, and why."""
+    shape = problem.shape
+    free = torch.cuda.mem_get_info()[0] if problem.device.type == "cuda" else 2**40
+    if method.bytes_needed(shape) > 0.4 * free:
+        return None, f"needs {method.bytes_needed(shape) / 2**30:.0f} GiB"
+    if method.name == "port" and shape.scores > 2**26:
+        return None, "over a second"
+    try:
+        call = method.make(problem)
+        call()
+    except UnavailableError as error:
+        return None, str(error)
+    except Exception as error:  # a peer that fails must not take the others with it
+        return None, f"{type(error).__name__}: {str(error)[:300]}"
+    return call, ""
 
 
 def _peak(call: Call, device: str) -> int:

@@ -40,17 +40,27 @@ def test_triton_kernel(interpreted: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("weighted", [False, True], ids=["blocks", "weights"])
-@pytest.mark.parametrize(("storage", "precision", "dim"), [("bf16", "tf32", 768), ("fp32", "tf32x3", 100)])
-def test_kernel_compiles_without_a_gpu(capability: int, weighted: bool, storage: str, precision: str, dim: int) -> None:
-    """To machine code that multiplies on tensor cores."""
+@pytest.mark.parametrize(
+    ("capability", "storage", "precision", "dim", "weighted", "size"),
+    [
+        (80, "bf16", "tf32", 768, False, None),
+        (90, "fp32", "tf32x3", 100, False, None),
+        (80, "fp32", "tf32x3", 100, True, 1),
+        (90, "bf16", "tf32", 768, True, None),
+    ],
+)
+def test_kernel_compiles_without_a_gpu(
+    capability: int, storage: str, precision: str, dim: int, weighted: bool, size: int | None
+) -> None:
+    """To machine code that multiplies on tensor cores; Triton takes a size of 1 for a constant, an int of Python."""
     triton = importlib.import_module("triton")
     if triton.knobs.runtime.interpret:
         pytest.skip("Triton interprets in this process")
     kernel = importlib.import_module(MODULE)._kernel
     constants = {"D": dim, "P": 1, "LIMITED": True, "PARTS": 2, "PRECISION": precision, "WIDEN": False}
     constants |= {"WEIGHTED": weighted, "UNIT": 2.0**15}
+    if size is not None:
+        constants |= dict.fromkeys(("B", "C", "blocks"), size)
     constants |= {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_D": 32}
     pointers = {
         "queries": storage,

@@ -118,7 +118,7 @@ def _kernel(
     if WEIGHTED:
         shares = exponentials * (UNIT / tl.where(total == 0.0, 1.0, total))[:, :, None]
         shares = tl.reshape(shares, [BLOCK_M, BLOCK_N]).to(weights.dtype.element_ty)
-        width = blocks.to(tl.int64) * _BLOCK
+        width = tl.cast(blocks, tl.int64) * _BLOCK
         target = weights + (first_row + row)[:, None] * width + (first_slot + slot)[None, :]
         inside = (tl.arange(0, BLOCK_M)[:, None] < B - first_row) & ((first_slot + slot)[None, :] < width)
         tl.store(target, shares, mask=inside)

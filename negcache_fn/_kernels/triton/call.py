@@ -1,11 +1,11 @@
 """Calls of the Triton kernel in `block_logsumexp.py`, the streaming pass on CUDA.
 
-Its precision is that of `torch.set_float32_matmul_precision`. With float32 storage, "highest" and
-"high" make three TF32 products (error about 2^-21 |q| |e|, that of float32), "medium" one (2^-11). With bfloat16 and
-float16 storage the queries are cut into parts of that dtype, which tensor cores multiply exactly: two parts,
-of an error below 2^-16 and 2^-20 of |q| |e|, which is little beside the 2^-9 and 2^-12 to which the storage is rounded; or with "medium" one
-part, 2^-9 and 2^-12, in half the time. Weights of a mean are rounded to the storage dtype, as the embeddings are that
-they multiply. Where Triton is missing, or with NEGCACHE_FN_NATIVE=0 in the environment, plain torch computes the same.
+Its precision is that of `torch.set_float32_matmul_precision`. With float32 storage, "highest" and "high" make three
+TF32 products (error about 2^-21 |q| |e|, that of float32), "medium" one (2^-11). With bfloat16 and float16 storage the
+queries are cut into parts of that dtype, which tensor cores multiply exactly: two parts, of an error below 2^-16 and
+2^-20 of |q| |e|, which is little beside the 2^-9 and 2^-12 to which the storage is rounded; or with "medium" one part,
+2^-9 and 2^-12, in half the time. Weights of a mean are rounded to the storage dtype, as the embeddings are that they
+multiply. Where Triton is missing, or with NEGCACHE_FN_NATIVE=0 in the environment, plain torch computes the same.
 """
 
 import functools
