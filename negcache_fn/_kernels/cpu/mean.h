@@ -23,9 +23,8 @@ constexpr float kHeadroom = 40.0f;  // exp of it, times the number of slots, is 
 // Adds the products of the weights [count][kLanes rows] and some columns of embeddings to sums of kSumRows rows.
 template <int kVectorsHere, typename Load>
 inline void add_products(const float* weights, int64_t count, Load load_embedding, float* sums, int64_t stride) {
-  Floats total[kSumRows][kVectorsHere];
-  for (int i = 0; i < kSumRows; ++i)
-    for (int v = 0; v < kVectorsHere; ++v) total[i][v] = load(sums + i * stride + v * kLanes);
+  Floats total[kSumRows][kVectorsHere] =
+      {};  // of the block alone: a slot's part of the whole sum may be below rounding
   for (int64_t j = 0; j < count; ++j) {
     Floats embedding[kVectorsHere];
     for (int v = 0; v < kVectorsHere; ++v) embedding[v] = load_embedding(j, v);
@@ -34,7 +33,10 @@ inline void add_products(const float* weights, int64_t count, Load load_embeddin
       for (int v = 0; v < kVectorsHere; ++v) total[i][v] += splat(weights[j * kLanes + i]) * embedding[v];
   }
   for (int i = 0; i < kSumRows; ++i)
-    for (int v = 0; v < kVectorsHere; ++v) store(sums + i * stride + v * kLanes, total[i][v]);
+    for (int v = 0; v < kVectorsHere; ++v) {
+      float* sum = sums + i * stride + v * kLanes;
+      store(sum, load(sum) + total[i][v]);
+    }
 }
 
 // The sums of one thread, over the slots that it has seen.
