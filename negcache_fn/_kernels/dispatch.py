@@ -10,7 +10,7 @@ from negcache_fn._kernels.cpu import call as cpu
 from negcache_fn._kernels.problem import Problem
 from negcache_fn._kernels.triton import call as triton
 
-__all__ = ["Problem", "block_logsumexp", "find_slots", "hardest", "lowest_slots", "score_blocks"]
+__all__ = ["Problem", "block_logsumexp", "blocks_and_sums", "find_slots", "hardest", "lowest_slots", "score_blocks"]
 
 
 def block_logsumexp(problem: Problem) -> Tensor | None:
@@ -19,6 +19,15 @@ def block_logsumexp(problem: Problem) -> Tensor | None:
         return cpu.block_logsumexp(problem)
     if triton.supports(problem):
         return triton.block_logsumexp(problem)
+    return None
+
+
+def blocks_and_sums(problem: Problem) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The same, `exp(scores - log_scale) @ embeddings` [B, D], and that log-scale [B], -inf where a row is empty."""
+    if cpu.supports(problem):
+        return cpu.blocks_and_sums(problem)
+    if triton.supports(problem):
+        return triton.blocks_and_sums(problem)
     return None
 
 

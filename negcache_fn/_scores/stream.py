@@ -101,11 +101,11 @@ def _summarize_transformed(matrix: ScoreMatrix) -> tuple[Tensor, Tensor]:
     return torch.cat(blocks, dim=1), logsumexp(torch.stack(log_normalizers, dim=-1))
 
 
-def _blocks_and_mean(matrix: ScoreMatrix) -> tuple[Tensor, Tensor]:
-    """[B, ceil(C / BLOCK)] log-sum-exp of the blocks, [B, D] mean of the embeddings under each row's softmax."""
+def _blocks_and_sums(matrix: ScoreMatrix) -> tuple[Tensor, Tensor, Tensor]:
+    """See `dispatch.blocks_and_sums`."""
     parts: list[Tensor] = []
     total = torch.zeros_like(matrix.queries)
-    log_scale = torch.full_like(total[:, 0], -_INFINITY)  # `total` is in units of exp(log_scale)
+    log_scale = torch.full_like(total[:, 0], -_INFINITY)
     for start in range(0, matrix.embeddings.shape[0], _CHUNK):
         chunk = _chunk(matrix, start)
         scores = chunk.scores()
@@ -116,10 +116,7 @@ def _blocks_and_mean(matrix: ScoreMatrix) -> tuple[Tensor, Tensor]:
         weights = (scores[:, : chunk.bias.shape[0]] - shift[:, None]).exp_()
         total.mul_((log_scale - shift).exp_()[:, None]).add_(chunk.pull_back(weights))
         log_scale = larger
-    blocks = torch.cat(parts, dim=1)
-    log_normalizer = blocks.logsumexp(-1)
-    empty = log_normalizer == -_INFINITY
-    return blocks, total.mul_((log_scale - log_normalizer).masked_fill_(empty, 0.0).exp_()[:, None])
+    return torch.cat(parts, dim=1), total, log_scale
 
 
 def _score_blocks(matrix: ScoreMatrix, blocks: Tensor) -> Tensor:
@@ -176,10 +173,16 @@ def _summarize_op(
     """The blocks, the normalisers and, if they are to be differentiable, their gradient [B, D], else [0, D]."""
     problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score)
     if differentiable:
-        blocks, mean = _blocks_and_mean(ScoreMatrix(*problem, None))
+        found = dispatch.blocks_and_sums(problem)
+        found = _blocks_and_sums(ScoreMatrix(*problem, None)) if found is None else found
+        blocks, total, log_scale = found
+        log_normalizer = blocks.logsumexp(1)
+        empty = log_normalizer == -_INFINITY
+        mean = total.mul_((log_scale - log_normalizer).masked_fill_(empty, 0.0).exp_()[:, None])
     else:
         blocks, mean = _block_logsumexp(problem), torch.empty_like(queries[:0])
-    return blocks, blocks.logsumexp(1), mean
+        log_normalizer = blocks.logsumexp(1)
+    return blocks, log_normalizer, mean
 
 
 @_summarize_op.register_fake

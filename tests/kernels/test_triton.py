@@ -41,14 +41,16 @@ def test_triton_kernel(interpreted: str) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("weighted", [False, True], ids=["blocks", "weights"])
 @pytest.mark.parametrize(("storage", "precision", "dim"), [("bf16", "tf32", 768), ("fp32", "tf32x3", 100)])
-def test_kernel_compiles_without_a_gpu(capability: int, storage: str, precision: str, dim: int) -> None:
+def test_kernel_compiles_without_a_gpu(capability: int, weighted: bool, storage: str, precision: str, dim: int) -> None:
     """To machine code that multiplies on tensor cores."""
     triton = importlib.import_module("triton")
     if triton.knobs.runtime.interpret:
         pytest.skip("Triton interprets in this process")
     kernel = importlib.import_module(MODULE)._kernel
     constants = {"D": dim, "P": 1, "LIMITED": True, "PARTS": 2, "PRECISION": precision, "WIDEN": False}
+    constants |= {"WEIGHTED": weighted, "UNIT": 2.0**15}
     constants |= {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_D": 32}
     pointers = {
         "queries": storage,
@@ -58,7 +60,7 @@ def test_kernel_compiles_without_a_gpu(capability: int, storage: str, precision:
         "excluded": "i64",
         "max_score": "fp32",
     }
-    types = {name: f"*{kind}" for name, kind in {**pointers, "out": "fp32"}.items()}
+    types = {name: f"*{kind}" for name, kind in {**pointers, "out": "fp32", "weights": storage}.items()}
     source = triton.compiler.ASTSource(
         fn=kernel,
         signature={name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names},
@@ -110,11 +112,16 @@ def plain_launch(
     max_score: Tensor | None,
     precision: str,
     out: Tensor,
+    weights: Tensor | None = None,
+    unit: float = 1.0,
 ) -> None:
     """What the kernel computes, in plain torch."""
     assert precision in ("ieee", "tf32x3", "tf32")
     whole = queries.float().sum(0) * magnitude[:, None]
-    out.copy_(stream._reduce_blocks(ScoreMatrix(whole, embeddings, bias, excluded, max_score, None), "logsumexp"))
+    matrix = ScoreMatrix(whole, embeddings, bias, excluded, max_score, None)
+    out.copy_(stream._reduce_blocks(matrix, "logsumexp"))
+    if weights is not None:
+        weights.copy_((matrix.scores().view(*out.shape, -1) - out[:, :, None]).exp().nan_to_num() * unit)
 
 
 @pytest.fixture

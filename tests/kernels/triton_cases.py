@@ -32,6 +32,8 @@ ERRORS = {
     torch.bfloat16: {"highest": 2.0**-16, "high": 2.0**-16, "medium": 2.0**-8},
     torch.float16: {"highest": 2.0**-20, "high": 2.0**-20, "medium": 2.0**-11},
 }
+# Of a weight, rounded before and after it is scaled.
+WEIGHTS = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 ROUNDING = 2e-5  # of a log-sum-exp of scores of about 50, in float32
 
 shapes = st.tuples(st.integers(1, 140), st.integers(1, 300), st.integers(1, 80), st.integers(0, 3), st.integers(0, 999))
@@ -47,6 +49,14 @@ def _precision() -> Iterator[None]:
 def block_logsumexp(*arguments: Tensor, limit: Tensor | None = None) -> Tensor:
     limit = None if limit is None else limit.to(DEVICE)
     return cuda.block_logsumexp(Problem(*(argument.to(DEVICE) for argument in arguments), limit)).cpu()
+
+
+def blocks_and_mean(given_problem: Problem) -> tuple[Tensor, Tensor]:
+    """The blocks, and the mean under each row's softmax."""
+    blocks, total, log_scale = cuda.blocks_and_sums(given_problem)
+    log_normalizer = blocks.logsumexp(1)
+    assert torch.equal(log_scale == -math.inf, log_normalizer == -math.inf)
+    return blocks, total * (log_scale - log_normalizer).masked_fill(log_scale == -math.inf, 0.0).exp()[:, None]
 
 
 def exact_blocks(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor) -> Tensor:
@@ -71,6 +81,63 @@ def test_block_logsumexp_is_exact(storage: torch.dtype, shape: tuple[int, int, i
     torch.set_float32_matmul_precision(precision)
     bound = ERRORS[storage][precision] * norms(*arguments[:2]) + ROUNDING
     assert largest_error(block_logsumexp(*arguments), exact_blocks(*arguments)) <= bound
+
+
+def exact_mean(scores: Tensor, embeddings: Tensor) -> Tensor:
+    """Under the softmax of each row, 0 where it is empty."""
+    return scores.softmax(1).nan_to_num() @ embeddings.double()
+
+
+@pytest.mark.parametrize("storage", cuda._STORAGE)
+@given(shape=shapes, precision=st.sampled_from(["highest", "high", "medium"]), chunk=st.sampled_from([2**25, 2**13]))
+@example(shape=(65, 129, 33, 2, 2), precision="highest", chunk=2**13)
+@example(shape=(3, 300, 8, 0, 5), precision="high", chunk=1)
+def test_mean_is_exact(storage: torch.dtype, shape: tuple[int, int, int, int, int], precision: str, chunk: int) -> None:
+    """At any number of slots at a time; weights are rounded as the storage is."""
+    rows, capacity, dim, exclusions, seed = shape
+    arguments = problem(rows, capacity, dim, storage, exclusions, seed)
+    arguments[2][: capacity // 2] -= 200.0  # where a later chunk has all the mass
+    torch.set_float32_matmul_precision(precision)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_WEIGHTS_BYTES", chunk)
+        blocks, mean = blocks_and_mean(Problem(*(argument.to(DEVICE) for argument in arguments), None))
+    scores = exact_scores(*arguments)
+    of_scores = ERRORS[storage][precision] * norms(*arguments[:2]) + ROUNDING
+    assert largest_error(blocks.cpu(), exact_blocks(*arguments)) <= of_scores
+    of_weights = WEIGHTS[storage]
+    if storage == torch.float32 and precision != "highest" and DEVICE == "cuda":
+        of_weights = 2.0**-10  # cuBLAS multiplies in TF32
+    largest = float(arguments[1].float().abs().max())
+    error = (mean.cpu().double() - exact_mean(scores, arguments[1])).abs().max()
+    assert float(error) <= largest * (2 * of_scores + 2 * of_weights)
+
+
+@pytest.mark.parametrize("storage", cuda._STORAGE)
+def test_mean_of_rows_without_documents_and_with_nan(storage: torch.dtype) -> None:
+    queries, embeddings, bias, _ = problem(4, 300, 5, storage, 0, 0)
+    bias[:128], bias[130:] = -math.inf, -math.inf
+    bias[128:130] = 1.0
+    excluded = torch.tensor([[-1, -1], [128, 129], [-1, -1], [128, -1]])
+    queries[2, 1] = math.nan
+    given_problem = Problem(*(argument.to(DEVICE) for argument in (queries, embeddings, bias, excluded)), None)
+    mean = blocks_and_mean(given_problem)[1].cpu()
+    assert mean.isnan().all(1).tolist() == [False, False, True, False]
+    assert torch.equal(mean[1], torch.zeros(5))
+    torch.testing.assert_close(mean[3], embeddings[129].float(), atol=1e-6, rtol=2.0**-7)
+
+
+@pytest.mark.parametrize("storage", cuda._STORAGE)
+def test_mass_spread_over_many_blocks_is_not_lost(storage: torch.dtype) -> None:
+    """One document has half of it, and 4,096 others, each below a rounding of the half, share the rest."""
+    capacity = 1 + 4096
+    embeddings = torch.ones(capacity, 1).to(storage)
+    embeddings[0] = 0.0
+    bias = torch.zeros(capacity)
+    bias[0] = math.log(4096)
+    bias[1:] -= 1.0
+    arguments = (torch.ones(1, 1), embeddings, bias, torch.empty(1, 0, dtype=torch.int64))
+    mean = blocks_and_mean(Problem(*(argument.to(DEVICE) for argument in arguments), None))[1]
+    torch.testing.assert_close(mean.cpu(), torch.tensor([[0.5]]), atol=2.0**-9, rtol=0)
 
 
 @pytest.mark.parametrize("storage", cuda._STORAGE)
@@ -137,5 +204,9 @@ def test_the_passes_take_the_kernel(storage: torch.dtype, monkeypatch: pytest.Mo
     monkeypatch.setattr(cuda, "supports", lambda *_: False)
     expected = everything()
     monkeypatch.setattr(cuda, "supports", lambda *_: True)
-    for given_value, value in zip(everything(), expected, strict=True):
+    found = everything()
+    torch.testing.assert_close(
+        found.pop(2), expected.pop(2), atol=2e-3 + WEIGHTS[storage] * 8, rtol=0
+    )  # embeddings up to 4
+    for given_value, value in zip(found, expected, strict=True):
         torch.testing.assert_close(given_value, value, atol=2e-3, rtol=1e-4)

@@ -14,6 +14,7 @@ from negcache_fn._kernels.problem import Problem
 
 __all__ = [
     "block_logsumexp",
+    "blocks_and_sums",
     "find_slots",
     "hardest",
     "lowest_slots",
@@ -56,6 +57,16 @@ def block_logsumexp(problem: Problem) -> Tensor:
     out = problem.queries.new_empty(problem.queries.shape[0], -(-problem.embeddings.shape[0] // BLOCK))
     _score("negcache_block_logsumexp", problem, *_arithmetic(problem), out.data_ptr())
     return out
+
+
+def blocks_and_sums(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, `exp(scores - log_scale) @ embeddings` [B, D], and that log-scale [B], -inf where a row is empty."""
+    queries = problem.queries
+    out = queries.new_empty(queries.shape[0], -(-problem.embeddings.shape[0] // BLOCK))
+    total, log_scale = queries.new_empty(queries.shape), queries.new_empty(queries.shape[0])
+    pointers = (out.data_ptr(), total.data_ptr(), log_scale.data_ptr())
+    _score("negcache_blocks_and_sums", problem, *_arithmetic(problem), *pointers)
+    return out, total, log_scale
 
 
 def score_blocks(problem: Problem, blocks: Tensor) -> Tensor:
@@ -113,6 +124,7 @@ _ARGUMENTS = {
     "negcache_has_amx": (),
     "negcache_score_blocks": (_IN, _TENSOR, _SIZE, _TENSOR),
     "negcache_block_logsumexp": (_IN, _INT, _INT, _TENSOR),
+    "negcache_blocks_and_sums": (_IN, _INT, _INT, _TENSOR, _TENSOR, _TENSOR),
     "negcache_hardest": (_IN, _INT, _INT, _SIZE, _TENSOR, _TENSOR),
     "negcache_lowest": (_TENSOR, _TENSOR, _SIZE, _SIZE, _TENSOR),
     "negcache_find_slots": (_TENSOR, _SIZE, _TENSOR, _TENSOR, _SIZE, _TENSOR),

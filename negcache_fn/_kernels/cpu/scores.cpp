@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "candidates.h"
+#include "mean.h"
 #include "problem.h"
 #include "stream.h"
 #include "vectors.h"
@@ -51,14 +52,43 @@ void score_blocks(const T* embeddings, const Problem& problem, const int64_t* bl
   }
 }
 
-// The logsumexp of each column of a block's scores.
-inline Floats column_logsumexp(const float* scores) {
+inline Floats column_maximum(const float* scores) {
   Floats top = splat(-kInfinity);
   for (int64_t j = 0; j < kBlock; ++j) top = maximum(load(scores + j * kLanes), top);
+  return top;
+}
+
+// The logsumexp of each column of a block's scores, whose maxima are `top`; `keep(j, exp(score - top))` of slot j.
+template <typename Keep>
+inline Floats column_logsumexp(const float* scores, Floats top, Keep keep) {
   const Floats shift = top == -kInfinity ? splat(0.0f) : top;
   Floats total = {};
-  for (int64_t j = 0; j < kBlock; ++j) total += exponential(load(scores + j * kLanes) - shift);
+  for (int64_t j = 0; j < kBlock; ++j) {
+    const Floats e = exponential(load(scores + j * kLanes) - shift);
+    keep(j, e);
+    total += e;
+  }
   return top + logarithm(total);
+}
+
+template <typename T>
+void blocks_and_sums(const T* embeddings, const Problem& problem, Arithmetic arithmetic, float* out, float* total,
+                     float* log_scale) {
+  const int64_t blocks = problem.blocks();
+  std::vector<std::optional<WeightedSums<T>>> of_threads(omp_get_max_threads());
+  stream(embeddings, problem, arithmetic, [&] {
+    std::optional<WeightedSums<T>>& mine = of_threads[omp_get_thread_num()];
+    if (!mine) mine.emplace(embeddings, problem);
+    return [=, &mine = *mine](int64_t block, int64_t row, int64_t lanes, const float* scores) {
+      float exponentials[kBlock * kLanes];
+      const Floats top = column_maximum(scores);
+      const Floats logsumexp =
+          column_logsumexp(scores, top, [&](int64_t j, Floats e) { store(exponentials + j * kLanes, e); });
+      for (int64_t i = 0; i < lanes; ++i) out[(row + i) * blocks + block] = logsumexp[i];
+      mine.add(block, row, lanes, top, logsumexp, exponentials);
+    };
+  });
+  merge_sums(of_threads, problem, total, log_scale);
 }
 
 template <typename T>
@@ -120,11 +150,18 @@ int negcache_block_logsumexp(const Problem* problem, int tiles, int parts, float
   return with_storage(*problem, [&](auto* typed) {
     stream(typed, *problem, {tiles, parts}, [=] {
       return [=](int64_t block, int64_t row, int64_t lanes, const float* scores) {
-        const Floats logsumexp = column_logsumexp(scores);
+        const Floats logsumexp = column_logsumexp(scores, column_maximum(scores), [](int64_t, Floats) {});
         for (int64_t i = 0; i < lanes; ++i) out[(row + i) * blocks + block] = logsumexp[i];
       };
     });
   });
+}
+
+// The same, and total[row, :] = the sum of exp(score - log_scale[row]) times the embedding, over all slots. A row
+// without a finite score has the log-scale -inf and the total 0.
+int negcache_blocks_and_sums(const Problem* problem, int tiles, int parts, float* out, float* total, float* log_scale) {
+  return with_storage(*problem,
+                      [&](auto* typed) { blocks_and_sums(typed, *problem, {tiles, parts}, out, total, log_scale); });
 }
 
 // The `keep` best scores of each row and their slots, by (score descending, slot ascending); (-inf, -1) if fewer. They

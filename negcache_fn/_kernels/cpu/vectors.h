@@ -83,7 +83,7 @@ inline float sum(Floats v) {
   return lane[0];
 }
 
-// exp(x) for x <= 0, to 2 ulp; below -86, near the end of float32's range, exp(-86). NaN stays NaN. (Cephes expf.)
+// exp(x) for x <= 88, to 2 ulp; below -86, near the end of float32's range, exp(-86). NaN stays NaN. (Cephes expf.)
 inline Floats exponential(Floats x) {
   x = x < -86.0f ? splat(-86.0f) : x;
   const Floats shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer

@@ -4,8 +4,9 @@
 """The Triton kernel behind `call.block_logsumexp`: product, bias, exclusions and block log-sum-exp in one pass.
 
 A program scores BLOCK_M queries against BLOCK_N slots, a few whole blocks, in float32 accumulators, reduces every block
-where it lies and writes one number for each: no score reaches memory. Programs that share embeddings run side by side,
-so that these are read once and the queries stay in the L2 cache. `call.py` imports this file only where Triton is.
+where it lies and writes one number for each: no score reaches memory. On wish it also writes the softmax inside every
+block, of which `call.py` makes a mean of the embeddings. Programs that share embeddings run side by side, so that these
+are read once and the queries stay in the L2 cache. `call.py` imports this file only where Triton is.
 """
 
 from typing import Any
@@ -36,6 +37,7 @@ def _kernel(
     excluded,  # [B, P]
     max_score,  # [B]; anything without LIMITED
     out,  # [B, blocks]
+    weights,  # [B, blocks * _BLOCK] in units of 1 / UNIT; anything without WEIGHTED
     B,
     C,
     blocks,
@@ -43,6 +45,8 @@ def _kernel(
     D: tl.constexpr,
     P: tl.constexpr,
     LIMITED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    UNIT: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -104,12 +108,20 @@ def _kernel(
     peak = tl.max(scores, 2)
     # Of an empty block log(0) remains, and of NaN, which a maximum passes over, NaN.
     peak = tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
-    total = tl.sum(tl.exp2(scores - peak[:, :, None]), 2)
+    exponentials = tl.exp2(scores - peak[:, :, None])
+    total = tl.sum(exponentials, 2)
     place = tl.arange(0, BLOCK_N // _BLOCK)[None, :]
     block = first_slot // _BLOCK + place
     target = out + (first_row + row)[:, None] * blocks + block
     inside = (tl.arange(0, BLOCK_M)[:, None] < B - first_row) & (block < blocks)
     tl.store(target, (tl.log2(total) + peak) * _LN_2, mask=inside)
+    if WEIGHTED:
+        shares = exponentials * (UNIT / tl.where(total == 0.0, 1.0, total))[:, :, None]
+        shares = tl.reshape(shares, [BLOCK_M, BLOCK_N]).to(weights.dtype.element_ty)
+        width = blocks.to(tl.int64) * _BLOCK
+        target = weights + (first_row + row)[:, None] * width + (first_slot + slot)[None, :]
+        inside = (tl.arange(0, BLOCK_M)[:, None] < B - first_row) & ((first_slot + slot)[None, :] < width)
+        tl.store(target, shares, mask=inside)
 
 
 def configs(element_size: int) -> list[triton.Config]:
@@ -142,7 +154,9 @@ def suitable(candidates: list[triton.Config], arguments: dict[str, int], **_: ob
 
 _TUNED = {
     size: triton.autotune(
-        configs(size), key=["bucket", "D", "PARTS", "PRECISION"], prune_configs_by={"early_config_prune": suitable}
+        configs(size),
+        key=["bucket", "D", "PARTS", "PRECISION", "WEIGHTED"],
+        prune_configs_by={"early_config_prune": suitable},
     )(_kernel)
     for size in (2, 4)
 }
@@ -157,8 +171,12 @@ def launch(
     max_score: Tensor | None,
     precision: str,
     out: Tensor,
+    weights: Tensor | None = None,
+    unit: float = 1.0,
 ) -> None:  # pragma: no cover - tested in another process, with the interpreter
     """Writes the log-sum-exp of every block to `out` [B, blocks]; the arguments as the kernel's, contiguous.
+
+    To `weights` [B, blocks * BLOCK], if given, the softmax inside each block times `unit`, 0 where a block is empty.
 
     The first call for a kind of problem tries the tiles and keeps the fastest. These may differ in the last bit, so
     that `torch.use_deterministic_algorithms` fixes them.
@@ -181,6 +199,7 @@ def launch(
         excluded,
         magnitude if max_score is None else max_score.contiguous(),
         out,
+        out if weights is None else weights,
         rows,
         capacity,
         blocks,
@@ -188,6 +207,8 @@ def launch(
         D=dim,
         P=exclusions,
         LIMITED=max_score is not None,
+        WEIGHTED=weights is not None,
+        UNIT=unit,
         PARTS=parts,
         PRECISION=precision,
         WIDEN=_INTERPRETED,  # it has no bfloat16 products

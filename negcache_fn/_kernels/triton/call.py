@@ -4,8 +4,8 @@ Its precision is that of `torch.set_float32_matmul_precision`. With float32 stor
 "high" in three TF32 products (error about 2^-21 |q| |e|), "medium" in one (2^-11). With bfloat16 and float16 storage
 the queries are cut into parts of that dtype, which tensor cores multiply exactly: two parts, of an error below 2^-16
 and 2^-20 of |q| |e|, which is little beside the 2^-9 and 2^-12 to which the storage is rounded; or with "medium" one
-part, 2^-9 and 2^-12, in half the time. Where Triton is missing, or with NEGCACHE_FN_NATIVE=0 in the environment, plain
-torch computes the same.
+part, 2^-9 and 2^-12, in half the time. Weights of a mean are rounded to the storage dtype, as the embeddings are that
+they multiply. Where Triton is missing, or with NEGCACHE_FN_NATIVE=0 in the environment, plain torch computes the same.
 """
 
 import functools
@@ -21,11 +21,14 @@ from negcache_fn._codec import STORAGES
 from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._kernels.problem import Problem
 
-__all__ = ["block_logsumexp", "kernel", "supports"]
+__all__ = ["block_logsumexp", "blocks_and_sums", "kernel", "supports"]
 
 _STORAGE = tuple(dtype for dtype, storage in STORAGES.items() if storage.triton)
 _PRECISION = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32
+_WEIGHTS_BYTES = 2**25  # of weights at a time: they stay in the L2 cache of large GPUs
+_UNIT = 2.0**15  # of weights, at most 1: float16 then reaches from 1 down to 2^-39
+_INFINITY = float("inf")
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -56,17 +59,73 @@ def supports(problem: Problem) -> bool:
 
 def block_logsumexp(problem: Problem) -> Tensor:
     """[B, ceil(C / BLOCK)]: the log-sum-exp of every block of scores."""
-    queries, embeddings, bias, excluded, max_score = problem
-    module = kernel()
-    if module is None:
-        raise RuntimeError("the CUDA kernel is not available: ask `supports` first")
-    precision = torch.get_float32_matmul_precision()
-    parts, magnitude = _split(queries, embeddings.dtype, precision)
-    products = _PRECISION[precision] if embeddings.dtype == torch.float32 else "tf32"  # elsewhere without meaning
-    out = queries.new_empty(queries.shape[0], -(-embeddings.shape[0] // BLOCK))
-    with torch.cuda.device_of(queries):  # Triton launches on the current device
-        module.launch(parts, magnitude, embeddings, bias.contiguous(), excluded.contiguous(), max_score, products, out)
-    return out
+    return _Pass(problem).of_slots(0, problem.embeddings.shape[0], None)
+
+
+def blocks_and_sums(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, `exp(scores - log_scale) @ embeddings` [B, D], and that log-scale [B], -inf where a row is empty.
+
+    The kernel writes the softmax inside every block of some slots; scaled by the masses of the blocks, relative to the
+    largest so far, it is multiplied with the embeddings, which is a product for cuBLAS.
+    """
+    queries, embeddings = problem.queries, problem.embeddings
+    (rows, dim), capacity = queries.shape, embeddings.shape[0]
+    slots = max(1, _WEIGHTS_BYTES // (max(1, rows) * BLOCK * embeddings.element_size())) * BLOCK
+    weights = embeddings.new_empty(rows * min(slots, -(-capacity // BLOCK) * BLOCK))
+    run = _Pass(problem)
+    parts: list[Tensor] = []
+    total = queries.new_zeros(rows, dim)
+    log_scale = torch.full_like(total[:, 0], -_INFINITY)
+    for start in range(0, capacity, slots):
+        stop = min(start + slots, capacity)
+        shares = weights[: rows * -(-(stop - start) // BLOCK) * BLOCK].view(rows, -1, BLOCK)
+        parts.append(run.of_slots(start, stop, shares))
+        larger = torch.maximum(log_scale, parts[-1].amax(1))
+        shift = larger.masked_fill(larger == -_INFINITY, 0.0)
+        shares.mul_((parts[-1] - shift[:, None]).exp_()[:, :, None])
+        product = _multiply(shares.flatten(1)[:, : stop - start], embeddings[start:stop])
+        total.mul_((log_scale - shift).exp_()[:, None]).add_(product)
+        log_scale = larger
+    return torch.cat(parts, dim=1), total.div_(_UNIT), log_scale
+
+
+class _Pass:
+    """A problem as the kernel takes it."""
+
+    def __init__(self, problem: Problem) -> None:
+        module = kernel()
+        if module is None:
+            raise RuntimeError("the CUDA kernel is not available: ask `supports` first")
+        self.module, self.problem = module, problem
+        storage, precision = problem.embeddings.dtype, torch.get_float32_matmul_precision()
+        self.parts, self.magnitude = _split(problem.queries, storage, precision)
+        self.products = _PRECISION[precision] if storage == torch.float32 else "tf32"  # elsewhere without meaning
+
+    def of_slots(self, start: int, stop: int, shares: Tensor | None) -> Tensor:
+        """[B, blocks] of the slots `start ... stop - 1`; to `shares` [B, blocks, BLOCK] the softmax inside them."""
+        queries, embeddings, bias, excluded, max_score = self.problem
+        out = queries.new_empty(queries.shape[0], -(-(stop - start) // BLOCK))
+        with torch.cuda.device_of(queries):  # Triton launches on the current device
+            self.module.launch(
+                self.parts,
+                self.magnitude,
+                embeddings[start:stop],
+                bias[start:stop].contiguous(),
+                (excluded - start).contiguous() if start else excluded.contiguous(),
+                max_score,
+                self.products,
+                out,
+                shares,
+                _UNIT,
+            )
+        return out
+
+
+def _multiply(weights: Tensor, embeddings: Tensor) -> Tensor:
+    """[B, D]: their product, in float32."""
+    if embeddings.dtype == torch.float32 or not weights.is_cuda:
+        return weights.float() @ embeddings.float()
+    return torch.mm(weights, embeddings, out_dtype=torch.float32)
 
 
 def _split(queries: Tensor, storage: torch.dtype, precision: str) -> tuple[Tensor, Tensor]:
