@@ -96,7 +96,13 @@ def test_non_finite_rows_are_counted_and_left_out() -> None:
         poison[-2] = math.inf
         return out + poison
 
-    options: dict[str, Any] = {"scale": 3.0, "in_batch": False, "refresh_stalest": 2, "evict": "fifo"}
+    options: dict[str, Any] = {
+        "scale": 3.0,
+        "in_batch": False,
+        "refresh_stalest": 2,
+        "evict": "fifo",
+        "draws_per_query": 2,
+    }
     queries = queries_of(2)
     out = negcache_fn.step(state, queries, batch, encode, **step_keywords(**options))
     clean = negcache_fn.step(state, queries, batch, tower, **step_keywords(**options))

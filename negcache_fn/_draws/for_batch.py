@@ -32,6 +32,7 @@ from negcache_fn._ranks.group import Ranks
 from negcache_fn._ranks.order import sequenced_after
 from negcache_fn._scores.definition import ScoreMatrix
 from negcache_fn._scores.stream import logsumexp, reduce_blocks, summarize
+from negcache_fn._scores.transformed import summarize_transformed
 
 __all__ = [
     "Importance",
@@ -88,7 +89,8 @@ def pass_over(matrix: ScoreMatrix) -> Pass:
         if of_groups:
             # Else the compiler may keep the blocks of all segments at once.
             matrix = matrix._replace(queries=sequenced_after(matrix.queries, of_groups[-1]))
-        summary = summarize(matrix.of_slots(start, stop))
+        part = matrix.of_slots(start, stop)
+        summary = summarize(part) if part.transform is None else summarize_transformed(part)
         found = pad(summary.blocks, (0, -summary.blocks.shape[1] % _BLOCKS), value=-_INFINITY)
         log_normalizers.append(summary.log_normalizer)
         of_groups.append(found.view(found.shape[0], -1, _BLOCKS).logsumexp(-1))

@@ -132,6 +132,13 @@ class ScoreMatrix(NamedTuple):
         """[B, D]: the gradient in the queries, from that in the scores [B, C]; without a transform."""
         return gradient @ decode(self.embeddings, self.queries.dtype)
 
+    def slopes(self) -> Tensor:
+        """[B, C]: the derivatives of the transform; for few columns."""
+        assert self.transform is not None
+        products = self.queries @ decode(self.embeddings, self.queries.dtype).T
+        _, pull_back = torch.func.vjp(self.transform, products)
+        return pull_back(torch.ones_like(products))[0]
+
     def scores_at(self, row: Tensor, slots: Tensor) -> Tensor:
         """[n, BLOCK]: the scores of the queries `row` [n] in blocks of slots [n, BLOCK], -inf past the end.
 

@@ -106,7 +106,7 @@ def test_caches_for_some_queries_only() -> None:
     documents = unit(2, 4, 8)
     loss = negcache_fn.loss(queries, documents, negatives, draw, scale=2.0, reduction="none")
     for row, part in enumerate(parts):
-        alone = part._replace(**{name: getattr(part, name)[row : row + 1] for name in part._fields[1:-1]})
+        alone = part._replace(**{name: getattr(part, name)[row : row + 1] for name in part._fields[:-1]})
         own = negcache_fn.loss(
             queries[row : row + 1],
             torch.cat([documents[row : row + 1], documents[1 - row : 2 - row]]),
@@ -175,7 +175,7 @@ def test_compiles_whole() -> None:
 def test_wrong_arguments_are_named() -> None:
     """Another number of caches, other features, other embeddings; nothing is changed."""
     states = [cache(9, 1, 0), cache(7, 2, 100)]
-    draw = merged(states, unit(3, 4, 9))
+    draw = merged(states, unit(3, 4, 9), draws_per_query=4)
     before = snapshot(states, draw)
     with pytest.raises(ValueError, match="states has 1 caches; expected 2"):
         negcache_fn.take_drawn(states[:1], draw)

@@ -126,7 +126,7 @@ def test_a_learnable_scale_samples_the_same() -> None:
     """A 0-d tensor that requires gradient, or a float."""
     state, queries = varied(333), unit(3, 8, 9)
     scale = torch.tensor(5.0, requires_grad=True)
-    one, other = sample(state, queries, scale=scale), sample(state, queries, scale=5.0)
+    one, other = (sample(state, queries, draws_per_query=4, scale=given) for given in (scale, 5.0))
     for a, b in zip(one, other, strict=True):
         assert torch.equal(a, b)
         assert not a.requires_grad

@@ -33,31 +33,34 @@ SAMPLING_FAULTS = (
     "noise ignores the step",
     "normalizer off",
 )
-DISTINCT_SAMPLING_FAULTS = (
-    *("no exclusion", "no limit", "no log-weight", "one noise for all rows", "draws empty slots", "top_k off by one"),
+BATCH_SAMPLING_FAULTS = (
+    *("no exclusion", "no limit", "no log-weight", "draws empty slots", "top_k off by one", "truncated tail"),
     "draws with replacement",
     "not in order",
     "threshold of the last one drawn",
     "threshold too low",
     "one document is never drawn",
     "missing draws repeat the first",
+    "mass ignores the importance",
+    "mass of the most probable query",
+    "mass off",
+    "normalizer off",
 )
-FEWER_SAMPLING_FAULTS = (
-    "the first of each draws",
-    "one choice for all",
-    "not one of each",
-    "chosen by what it would draw",
-    "chosen anew only with the seed",
-    "draws of another query",
-    "normalizers of those that draw",
-)
-FEWER_LOSS_FAULTS = (
-    "weights as if all had drawn",
-    "shared weights forget exclusions",
-    "shared weights forget the cutoff",
-    "shared weights forget the limit",
-    "only those that draw expect a draw",
+BATCH_LOSS_FAULTS = (
+    "weights forget the threshold",
+    "inclusion without its inverse",
+    "normalizer without gradient",
+    "stale scores without gradient",
+    "weights with gradient",
+    "forgets exclusions",
+    "forgets the cutoff",
+    "forgets the limit",
+    "limit on the score with its log-weight",
+    "missing draws count",
     "without a usable draw the class is missing",
+    "draw log-weights missing",
+    "transform missing",
+    "correction upside down",
 )
 LOSS_FAULTS = (
     "weights ignore the number of samples",
@@ -75,19 +78,6 @@ LOSS_FAULTS = (
     "draw log-weights missing",
     "transform missing",
     "correction upside down",
-)
-DISTINCT_LOSS_FAULTS = (
-    "shared weights ignore the others",
-    "shared weights forget exclusions",
-    "shared weights forget the cutoff",
-    "shared weights forget the limit",
-    "weights as with replacement",
-    "own weights all alike",
-    "inclusion by the last one drawn",
-    "inclusion by the next one",
-    "forgets what was drawn as another draw",
-    "documents drawn twice count once",
-    "missing draws count",
 )
 UPDATE_FAULTS = (
     "eviction off by one",
@@ -129,19 +119,20 @@ class Reference:
         state: TensorDictBase,
         queries: Tensor,
         *,
-        draws_per_query: int = 1,
+        draws_per_query: int | None = None,
+        num_draws: int | None = None,
+        importance: Tensor | None = None,
         scale: Any = 1.0,
         score_transform: Any = None,
         exclude_ids: Tensor | None = None,
         false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
         top_k: int | None = None,
-        replacement: bool = True,
-        num_draws: int | None = None,
     ) -> Draw:
-        """Gumbel-Max over the materialised scores."""
+        """Gumbel-Max over the materialised scores, or masses."""
         items = state["items"]
         rows, capacity = len(queries), len(items["id"])
-        scores = self._scores(state, queries.detach(), scale, score_transform)
+        samples = draws_per_query or 1
+        scores = self._scores(state, queries, scale, score_transform)
         banned = torch.empty(1, 0, dtype=torch.int64) if exclude_ids is None else exclude_ids
         banned = banned[None] if banned.ndim == 1 else banned
         if self.fault != "no exclusion":
@@ -152,17 +143,17 @@ class Reference:
         )
         limit = limit.expand(rows).double()
         if self.fault != "no limit":
-            bare = self._scores(state, queries.detach(), scale, score_transform) - items["log_weight"].double()
+            bare = self._scores(state, queries, scale, score_transform).detach() - items["log_weight"].double()
             scores = scores.masked_fill(bare.nan_to_num(-math.inf) > limit[:, None], -math.inf)
         cutoff = torch.full((rows, 1), -math.inf, dtype=scores.dtype)
         if top_k is not None and top_k < capacity:
             kept = top_k + 1 if self.fault == "top_k off by one" and top_k + 1 < capacity else top_k
-            best = scores.sort(dim=-1, descending=True).values
+            best = scores.detach().sort(dim=-1, descending=True).values
             cutoff = ((best[:, kept - 1] + best[:, kept]) / 2)[:, None]
             scores = scores.masked_fill(scores < cutoff, -math.inf)
         count = 0 if self.fault == "noise ignores the step" else int(state["step"])
         generator = torch.Generator().manual_seed(1_000_003 * int(state["seed"]) + count)
-        uniform = torch.rand(rows, draws_per_query, capacity, generator=generator, dtype=torch.float64)
+        uniform = torch.rand(rows, samples, capacity, generator=generator, dtype=torch.float64)
         if self.fault == "one noise for all rows":
             uniform = uniform[:1].expand_as(uniform)
         if self.fault == "one noise for all samples":
@@ -172,78 +163,66 @@ class Reference:
             noise = noise.clamp(max=3.0) + 1e-9 * noise
         if self.fault == "biased to early slots":
             noise = noise - 0.2 * torch.arange(capacity) / capacity
-        noisy = scores[:, None, :] + noise
-        perturbed, slot = noisy.max(-1)
-        threshold = perturbed[:, :0]
-        if not replacement:
-            perturbed, slot, threshold = self._distinct(noisy, draws_per_query)
+        perturbed, slot = (scores.detach()[:, None, :] + noise).max(-1)
+        threshold, score = perturbed[:, :0], scores.detach().gather(1, slot)
+        if num_draws is not None:
+            importance = torch.ones(rows) if importance is None else importance
+            perturbed, slot, threshold, score = self._of_batch(scores.detach(), importance, noise[0, 0], num_draws)
         normalizer = torch.logsumexp(scores, -1)
         normalizer = normalizer.nan_to_num(nan=-math.inf)
         if self.fault == "normalizer off":
             normalizer = normalizer + 1e-2
+        if num_draws is None:
+            normalizer = normalizer.detach()
         drawn = perturbed > -math.inf
-        score = torch.where(drawn, scores.gather(1, slot), -math.inf)
+        score = torch.where(drawn, score, -math.inf)
         if self.fault == "missing draws repeat the first":
             drawn = drawn[:, :1].expand_as(drawn)
-        draw = Draw(
-            query=torch.arange(rows),
+        dtype = torch.float32 if draws_per_query else queries.dtype
+        return Draw(
             slot=torch.where(drawn, slot, -1),
-            score=score.float(),
-            perturbed=perturbed.to(torch.float32 if replacement else queries.dtype),
-            threshold=threshold.to(perturbed.dtype if replacement else queries.dtype),
+            score=score.to(dtype),
+            perturbed=perturbed.to(dtype),
+            threshold=threshold.to(dtype),
             log_normalizer=normalizer.float() if queries.dtype != torch.float64 else normalizer,
             embedding=items["embedding"][slot],
             id=torch.where(drawn, items["id"][slot], -1),
             log_weight=items["log_weight"][slot],
             source=torch.zeros_like(slot),
             cutoff=cutoff.to(queries.dtype if queries.dtype == torch.float64 else torch.float32),
-            max_score=limit[:, None].to(score.dtype),
+            max_score=limit[:, None].to(queries.dtype),
             exclude_ids=banned,
         )
-        return draw if num_draws is None else self._fewer(draw, state, num_draws)
 
-    def _fewer(self, draw: Draw, state: TensorDictBase, num_draws: int) -> Draw:
-        """The draws of one of each B / M consecutive queries, chosen by a generator of its own."""
-        each = len(draw.query) // num_draws
-        count = 0 if self.fault == "chosen anew only with the seed" else int(state["step"])
-        generator = torch.Generator().manual_seed(1_000_003 * int(state["seed"]) + count + 500_000)
-        place = torch.randint(each, (num_draws,), generator=generator)
-        if self.fault == "the first of each draws":
-            place = place * 0
-        if self.fault == "one choice for all":
-            place = place[:1].expand_as(place)
-        if self.fault == "chosen by what it would draw":
-            place = draw.slot[:, 0].view(num_draws, each).argmax(1)
-        query = place + each * torch.arange(num_draws)
-        if self.fault == "not one of each":
-            query = torch.randperm(len(draw.query), generator=generator)[:num_draws].sort().values
-        drawing = (query + 1) % len(draw.query) if self.fault == "draws of another query" else query
-        names = ("slot", "score", "perturbed", "threshold", "embedding", "id", "log_weight", "source")
-        fewer = draw._replace(query=query, **{name: getattr(draw, name)[drawing] for name in names})
-        if self.fault == "normalizers of those that draw":
-            fewer = fewer._replace(log_normalizer=draw.log_normalizer[query.repeat_interleave(each)])
-        return fewer
-
-    def _distinct(self, noisy: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The largest perturbed scores of the first noise of each query, and the next."""
-        missing = max(samples + 1 - noisy.shape[-1], 0)
-        first = torch.nn.functional.pad(noisy[:, 0], (0, missing), value=-math.inf)
+    def _of_batch(
+        self, scores: Tensor, importance: Tensor, noise: Tensor, count: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The largest perturbed masses, their slots, the next one, and the masses."""
+        if self.fault == "mass ignores the importance":
+            importance = torch.ones_like(importance)
+        shares = torch.softmax(scores, 1).nan_to_num(0.0) * importance[:, None]
+        mass = shares.amax(0) if self.fault == "mass of the most probable query" else shares.sum(0)
+        missing = max(count + 1 - len(mass), 0)
+        if self.fault == "mass off":
+            mass = mass + 0.02 * (mass > 0)
+        log_mass = torch.nn.functional.pad(torch.log(mass), (0, missing), value=-math.inf)
+        noisy = log_mass + torch.nn.functional.pad(noise, (0, missing))
         if self.fault == "one document is never drawn":
-            first[:, 4] = -math.inf
-        ordered, slot = first.sort(dim=1, descending=True, stable=True)
+            noisy[4] = -math.inf
+        ordered, slot = noisy.sort(descending=True, stable=True)
         if self.fault == "draws with replacement":
-            ordered[:, :samples], slot[:, :samples] = noisy.max(-1)
-        perturbed, slot, threshold = ordered[:, :samples], slot[:, :samples], ordered[:, samples : samples + 1]
+            slot[1:count] = slot[0]
+        perturbed, slot, threshold = ordered[None, :count], slot[None, :count], ordered[None, count : count + 1]
         if self.fault == "not in order":
             perturbed, slot = perturbed.flip(1), slot.flip(1)
         if self.fault == "threshold of the last one drawn":
             threshold = perturbed[:, -1:]
         if self.fault == "threshold too low":
             threshold = threshold - 0.2
-        slot = torch.where(slot < noisy.shape[-1], slot, 0)
+        slot = torch.where(slot < len(mass), slot, 0)
         if self.fault == "missing draws repeat the first":
             slot = torch.where(perturbed > -math.inf, slot, slot[:, :1])
-        return perturbed, slot, threshold
+        return perturbed, slot, threshold, log_mass[slot]
 
     def loss(
         self,
@@ -270,38 +249,41 @@ class Reference:
         weight = weight * 0 if self.fault == "draw log-weights missing" else weight
         fresh = transform(scale * queries @ negatives.T) + weight
         stale = transform(scale * queries @ draw.embedding.flatten(0, 1).to(queries.dtype).T) + weight
-        if self.fault != "stale scores have gradient":
+        if draw.for_batch:
+            stale = stale.detach() if self.fault == "stale scores without gradient" else stale
+        elif self.fault != "stale scores have gradient":
             stale = stale.detach()
         allowed = (slot >= 0)[None].repeat(rows, 1)
-        if self.fault != "shared weights forget exclusions":
+        if self.fault == "missing draws count":
+            allowed = torch.ones_like(allowed)
+        if self.fault not in ("shared weights forget exclusions", "forgets exclusions"):
             banned = draw.exclude_ids[:, None, :]
             hit = (draw.id.flatten()[None, :, None] == banned) & (banned != -1)
             allowed = allowed & ~hit.any(-1)
-        if self.fault != "shared weights forget the cutoff":
+        if self.fault not in ("shared weights forget the cutoff", "forgets the cutoff"):
             allowed = allowed & (stale >= draw.cutoff[:, source])
-        if self.fault != "shared weights forget the limit":
+        if self.fault not in ("shared weights forget the limit", "forgets the limit"):
             bare = stale if self.fault == "limit on the score with its log-weight" else stale - weight
             allowed = allowed & (bare <= draw.max_score[:, source])
-        own = torch.arange(rows * samples) // samples == torch.arange(rows)[:, None]
-        probability = torch.where(allowed, torch.exp(stale - draw.log_normalizer[:, None]), 0.0).detach()
-        if not share_draws or self.fault == "shared weights ignore the others":
-            w = (own & allowed).to(queries.dtype) / samples
-        else:
-            each = 1 if self.fault == "weights as if all had drawn" else len(slot) / rows
-            able = draw.query if self.fault == "only those that draw expect a draw" else slice(None)
-            w = probability / (each * probability[able].sum(0)).clamp_min(1e-300)
-        if draw.distinct:
-            w = self._distinct_weights(draw, stale, allowed, own, probability, share_draws)
-        if self.fault == "weights ignore the number of samples":
-            w = w * samples
         change = fresh - stale if self.fault != "correction upside down" else 2 * stale - fresh - stale
-        if staleness_correction == "none":
-            cache = draw.log_normalizer + (w * (fresh - fresh.detach())).sum(-1)
+        probability = torch.where(allowed, torch.exp(stale - draw.log_normalizer[:, None]), 0.0).detach()
+        if draw.for_batch:
+            cache, w = self._of_batch_logit(draw, fresh, stale, allowed, probability, staleness_correction)
         else:
-            ratio = (w * torch.exp(torch.where(w > 0, change, 0.0))).sum(-1)
-            used = w.sum(-1) > 0
-            ratio = ratio / torch.where(used, w.sum(-1), 1.0) if staleness_correction == "self_normalized" else ratio
-            cache = draw.log_normalizer + torch.log(torch.where(used, ratio, 1.0))
+            own = torch.arange(rows * samples) // samples == torch.arange(rows)[:, None]
+            if not share_draws or self.fault == "shared weights ignore the others":
+                w = (own & allowed).to(queries.dtype) / samples
+            else:
+                w = probability / (samples * probability.sum(0)).clamp_min(1e-300)
+            if self.fault == "weights ignore the number of samples":
+                w = w * samples
+            if staleness_correction == "none":
+                cache = draw.log_normalizer + (w * (fresh - fresh.detach())).sum(-1)
+            else:
+                ratio = (w * torch.exp(torch.where(w > 0, change, 0.0))).sum(-1)
+                used = w.sum(-1) > 0
+                ratio = ratio / torch.where(used, w.sum(-1), 1.0)
+                cache = draw.log_normalizer + torch.log(torch.where(used, ratio, 1.0))
         if self.fault == "without a usable draw the class is missing":
             cache = torch.where(w.sum(-1) > 0, cache, -math.inf)
         scores = transform(scale * queries @ documents.T)
@@ -327,34 +309,27 @@ class Reference:
         losses = torch.logsumexp(logits, 1) - positive
         return {"none": losses, "sum": losses.sum(), "mean": losses.mean()}[reduction]
 
-    def _distinct_weights(
-        self, draw: Draw, stale: Tensor, allowed: Tensor, own: Tensor, probability: Tensor, share_draws: bool
-    ) -> Tensor:
-        """[B, B*k] weights of draws without replacement."""
-        document = draw.slot.flatten() + 10**6 * draw.source.flatten()
-        same = document[:, None] == document
-        drew = own if self.fault == "forgets what was drawn as another draw" else (own[:, None, :] & same).any(-1)
-        last, threshold = draw.perturbed[:, -1:], draw.threshold
-        if self.fault == "inclusion by the last one drawn":
-            threshold = last
-        if self.fault == "inclusion by the next one":
-            last = threshold
-        inclusion = -torch.expm1(-torch.exp(stale.detach() - torch.where(drew, threshold, last)))
-        inclusion = torch.where(allowed, inclusion, 0.0)
-        if self.fault == "missing draws count":
-            inclusion = torch.where(allowed | (draw.slot.flatten() < 0), inclusion.nan_to_num(1.0).clamp(min=0.5), 0.0)
-        if self.fault == "weights as with replacement":
-            inclusion = probability * draw.slot.shape[1]
-        if share_draws and self.fault != "shared weights ignore the others":
-            w = probability / inclusion.sum(0).clamp_min(1e-300)
-        else:
-            w = torch.where(own & allowed, probability / inclusion.clamp_min(1e-300), 0.0)
-        if self.fault == "own weights all alike" and not share_draws:
-            w = (own & allowed) / (own & allowed).sum(1, keepdim=True).clamp_min(1)
-        if self.fault == "documents drawn twice count once":
-            first = torch.arange(len(document)) == torch.argmax(same.to(torch.int64), dim=1)
-            w = w * first
-        return w.to(probability.dtype)
+    def _of_batch_logit(
+        self, draw: Draw, fresh: Tensor, stale: Tensor, allowed: Tensor, probability: Tensor, correction: str
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and weights of documents drawn for the batch."""
+        threshold = draw.threshold - (1.0 if self.fault == "weights forget the threshold" else 0.0)
+        chance = -torch.expm1(-torch.exp(draw.score - threshold)).nan_to_num(1.0)
+        inverse = torch.where(chance > 0, chance if self.fault == "inclusion without its inverse" else 1 / chance, 1.0)
+        normalizer = draw.log_normalizer
+        if self.fault == "normalizer without gradient":
+            normalizer = normalizer.detach()
+        if correction == "none":
+            w = torch.where(allowed, probability * inverse, 0.0)
+            if self.fault == "weights with gradient":
+                w = torch.where(allowed, torch.exp(stale - draw.log_normalizer[:, None]) * inverse, 0.0)
+            change = fresh - stale if self.fault != "correction upside down" else stale - fresh
+            return normalizer + (w * torch.where(allowed, change, 0.0)).sum(-1), w.detach()
+        above, below = (stale, fresh) if self.fault == "correction upside down" else (fresh, stale)
+        w = torch.where(allowed, inverse.expand_as(fresh), 0.0)
+        used = w.sum(-1) > 0
+        sums = [torch.where(used, (w * torch.where(allowed, one, 0.0).exp()).sum(-1), 1.0) for one in (above, below)]
+        return normalizer + sums[0].log() - sums[1].log(), w
 
     def update(self, state: TensorDictBase, features: Any, embeddings: Tensor, **options: Any) -> TensorDict:
         """Through the list of dicts."""

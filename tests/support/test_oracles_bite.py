@@ -19,7 +19,7 @@ import negcache_fn
 from tests.cache.test_update import CacheMachine
 from tests.support import oracles, reference
 from tests.support.builders import make_state, unit
-from tests.support.checks import distinct, draws, exact, fewer, losses, noise, updates
+from tests.support.checks import draws, exact, for_batch, losses, noise, updates
 from tests.support.checks.problems import Scenario, scenarios
 from tests.support.reference import Reference
 
@@ -69,74 +69,46 @@ def check_loss(it: Reference) -> None:
 def check_correction(it: Reference) -> None:
     """What test_objective asks of the staleness corrections."""
     scenario = replace(SCENARIOS["no in-batch"], drift=0.7, scale=1.0)
-    losses.partition_unbiased(it.loss, scenario, share_draws=True)
-    losses.partition_unbiased(it.loss, replace(scenario, samples=2, capacity=3), share_draws=True)
     losses.follows_formula(it.loss, scenario, share_draws=True, staleness_correction="self_normalized")
     losses.converges_to_fresh(it.loss, share_draws=False)
 
 
-def check_distinct_sampling(it: Reference) -> None:
-    """What test_without_replacement asks of a sampler, over states on which each fault shows."""
-    slots = torch.arange(40)
-    weights = torch.linspace(-2, 2, 40)
+def check_batch_sampling(it: Reference) -> None:
+    """What test_for_batch asks of a sampler, over states on which each fault shows."""
+    slots, weights = torch.arange(40), torch.linspace(-2, 2, 40)
     state = make_state(
         unit(40, 4, 0), live=slots % 5 != 3, ids=torch.where(slots % 2 == 0, slots, -1), log_weight=weights
     )
-    queries, names = unit(2, 4, 1), torch.tensor([0, 2, 38, 36, 34, 32])
+    queries, names, some = unit(2, 4, 1), torch.tensor([0, 2, 38, 36, 34, 32]), torch.tensor([0.1, 1.0])
     limit = negcache_fn.FalseNegatives(max_score=torch.tensor([0.5, 1.0]))
     for options in ({}, {"exclude_ids": names}, {"top_k": 6}, {"false_negatives": limit}):
-        for samples in (3, 60):
-            options = options | {"draws_per_query": samples, "replacement": False, "scale": 3.0}
-            draws.fields(it.sample_gumbel, state, queries, **options)
-    distinct.race_law(it.sample_gumbel, state, queries, draws_per_query=3, scale=3.0)
+        for num_draws in (3, 60):
+            options = options | {"num_draws": num_draws, "importance": some, "scale": 3.0}
+            for_batch.fields(it.sample_gumbel, state, queries, **options)
+    for_batch.race_law(it.sample_gumbel, state, queries, num_draws=3, importance=some, scale=3.0)
     small = make_state(unit(6, 4, 0), live=slots[:6] != 3, ids=slots[:6], log_weight=weights[::7])
-    distinct.ordered_law(it.sample_gumbel, small, queries, draws_per_query=2, exclude_ids=torch.tensor([5]), scale=2.0)
+    options = {"exclude_ids": torch.tensor([5]), "importance": some, "scale": 2.0}
+    for_batch.ordered_law(it.sample_gumbel, small, queries, num_draws=2, **options)
+    for_batch.inclusion(it.sample_gumbel, make_state(unit(6, 4, 0)), queries, num_draws=2)
 
 
-def check_distinct_loss(it: Reference) -> None:
-    """What test_without_replacement asks of the loss, over the scenarios on which each fault shows."""
-    for name in ("plain", "ids, own positives only", "top_k", "margin, log-weights, transform", "all at once"):
-        for share_draws in (True, False):
-            scenario = replace(SCENARIOS[name], drift=0.5, samples=2)
-            distinct.follows_formula(it.loss, scenario, share_draws=share_draws, staleness_correction="none")
+OF_THE_BATCH = ("plain", "ids, own positives only", "top_k", "margin, log-weights, transform", "all at once")
 
 
-def check_distinct_mean(it: Reference) -> None:
-    """The same by the law of sampled and of integrated thresholds."""
-    few = Scenario(rows=2, documents=2, capacity=3, scale=1.0)
-    distinct.expected_gradient_exact(it.loss, replace(few, rows=1, documents=1, capacity=4), share_draws=False)
-    distinct.expected_gradient_exact(it.loss, few, share_draws=True)
-    distinct.exact_where_all_are_drawn(negcache_fn.sample_gumbel, it.loss, replace(few, samples=4), share_draws=True)
-    distinct.exact_where_all_are_drawn(negcache_fn.sample_gumbel, it.loss, replace(few, samples=4), share_draws=False)
-    distinct.unbiased(negcache_fn.sample_gumbel, it.loss, Scenario(capacity=7, samples=3), share_draws=True)
+def check_batch_loss(it: Reference) -> None:
+    """What test_for_batch asks of the loss, over the scenarios on which each fault shows."""
+    for name in (*OF_THE_BATCH, "nothing left for one", "top_k of one"):
+        for correction in ("none", "self_normalized"):
+            for_batch.follows_formula(it.loss, SCENARIOS[name], staleness_correction=correction)
 
 
-def check_fewer_sampling(it: Reference) -> None:
-    """What test_fewer_draws asks of a sampler."""
-    slots = torch.arange(9)
-    state = make_state(unit(9, 4, 0), live=slots != 3, ids=slots, log_weight=torch.linspace(-1, 1, 9))
-    for num_draws in (1, 2, 6):
-        fewer.those_of_some(it.sample_gumbel, state, unit(6, 4, 1), num_draws, scale=3.0, top_k=4)
-    fewer.joint_law(it.sample_gumbel, state, unit(3, 4, 1), scale=2.0)
-    fewer.every_choice(it.sample_gumbel, state, rows=6, num_draws=3, steps=800)
-
-
-def check_fewer_loss(it: Reference) -> None:
-    """What test_fewer_draws asks of the loss, over the scenarios on which each fault shows."""
-    for name in ("plain", "ids, own positives only", "top_k", "margin, log-weights, transform", "all at once"):
-        scenario = replace(SCENARIOS[name], draws=1)
-        losses.expected_gradient_exact(it.loss, scenario, share_draws=True, staleness_correction="none")
-        losses.follows_formula(
-            it.loss, replace(scenario, drift=0.5), share_draws=True, staleness_correction="unnormalized"
-        )
-
-
-def check_fewer_mean(it: Reference) -> None:
-    """The same by the mean alone, whatever formula the weights follow."""
-    for scenario in (replace(SCENARIOS["plain"], draws=1), Scenario(rows=4, documents=4, capacity=3, draws=2)):
-        losses.expected_gradient_exact(it.loss, scenario, share_draws=True, staleness_correction="none")
-        fresh = replace(scenario, in_batch=False, drift=0.7, scale=1.0)
-        losses.partition_unbiased(it.loss, fresh, share_draws=True)
+def check_batch_mean(it: Reference) -> None:
+    """The same by single draws and by the mean, whatever formula the weights follow."""
+    for name in OF_THE_BATCH:
+        for_batch.exact_where_fresh(negcache_fn.sample_gumbel, it.loss, SCENARIOS[name])
+        for_batch.expected_gradient_exact(it.loss, SCENARIOS[name])
+    for_batch.exact_where_all_are_drawn(negcache_fn.sample_gumbel, it.loss, Scenario(rows=2, documents=2, capacity=3))
+    for_batch.converges(it.loss)
 
 
 def check_update(it: Reference) -> None:
@@ -153,8 +125,7 @@ def fails(check: Callable[..., None], *arguments: Any) -> None:
 
 CHECKS = [
     *(check_sampling, check_loss, check_correction, check_update),
-    *(check_distinct_sampling, check_distinct_loss, check_distinct_mean),
-    *(check_fewer_sampling, check_fewer_loss, check_fewer_mean),
+    *(check_batch_sampling, check_batch_loss, check_batch_mean),
 ]
 
 
@@ -176,49 +147,27 @@ def test_loss_checks_bite(fault: str) -> None:
     fails(check_correction if fault == "correction upside down" else check_loss, Reference(fault))
 
 
-@pytest.mark.parametrize("fault", reference.DISTINCT_SAMPLING_FAULTS)
-def test_checks_of_sampling_without_replacement_bite(fault: str) -> None:
+@pytest.mark.parametrize("fault", reference.BATCH_SAMPLING_FAULTS)
+def test_checks_of_sampling_for_the_batch_bite(fault: str) -> None:
     """Each broken sampler is found."""
-    fails(check_distinct_sampling, Reference(fault))
+    fails(check_batch_sampling, Reference(fault))
 
 
-@pytest.mark.parametrize("fault", reference.DISTINCT_LOSS_FAULTS)
-def test_checks_of_weights_without_replacement_bite(fault: str) -> None:
+@pytest.mark.parametrize("fault", reference.BATCH_LOSS_FAULTS)
+def test_checks_of_the_loss_for_the_batch_bite(fault: str) -> None:
     """Each broken loss is found."""
-    fails(check_distinct_loss, Reference(fault))
+    fails(check_batch_loss, Reference(fault))
 
 
-BIASED = ("weights as with replacement", "inclusion by the last one drawn", "inclusion by the next one")
+BIASED = ("weights forget the threshold", "inclusion without its inverse", "normalizer without gradient")
 
 
-@pytest.mark.parametrize("fault", [*BIASED, "shared weights ignore the others", "missing draws count"])
-def test_checks_of_means_without_replacement_bite(fault: str) -> None:
+@pytest.mark.parametrize(
+    "fault", [*BIASED, "stale scores without gradient", "forgets exclusions", "missing draws count"]
+)
+def test_checks_of_means_for_the_batch_bite(fault: str) -> None:
     """Each biased loss is found, whatever formula it follows."""
-    fails(check_distinct_mean, Reference(fault))
-
-
-@pytest.mark.parametrize("fault", reference.FEWER_SAMPLING_FAULTS)
-def test_checks_of_sampling_fewer_bite(fault: str) -> None:
-    """Each broken sampler is found."""
-    fails(check_fewer_sampling, Reference(fault))
-
-
-@pytest.mark.parametrize("fault", reference.FEWER_LOSS_FAULTS)
-def test_checks_of_weights_of_fewer_bite(fault: str) -> None:
-    """Each broken loss is found."""
-    fails(check_fewer_loss, Reference(fault))
-
-
-@pytest.mark.parametrize("fault", ["weights as if all had drawn", "only those that draw expect a draw"])
-def test_checks_of_means_of_fewer_bite(fault: str) -> None:
-    """Each biased loss is found, whatever formula it follows: the factor M / B above all."""
-    fails(check_fewer_mean, Reference(fault))
-
-
-@pytest.mark.parametrize("fault", ["weights ignore the number of samples", "shared weights ignore the others"])
-def test_correction_checks_bite(fault: str) -> None:
-    """Wrong weights bias the partition estimate too."""
-    fails(check_correction, Reference(fault))
+    fails(check_batch_mean, Reference(fault))
 
 
 @pytest.mark.parametrize("fault", reference.UPDATE_FAULTS)
