@@ -15,12 +15,16 @@ from negcache_fn._cache.state import take
 from negcache_fn._checks import check_embeddings
 from negcache_fn._draws.draw import Draw, check_draw
 from negcache_fn._features import Features, leaves, map_features, rows_where
+from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
+from negcache_fn._ranks.group import Ranks, ranks_of
 from negcache_fn._scores.stream import logsumexp
 
 __all__ = ["merge_draws", "split_refresh", "take_drawn"]
 
+_OF_DOCUMENTS = ("embedding", "slot", "score", "perturbed", "id", "log_weight", "source")
 
-def merge_draws(a: Draw, b: Draw) -> Draw:
+
+def merge_draws(a: Draw, b: Draw, *, group: torch.distributed.ProcessGroup | None = None) -> Draw:
     """The draws from the union of two disjoint sets of documents, from the draws of each.
 
     The larger perturbed values win (of each sample, or for the batch the M largest of both) and the normalisers add.
@@ -34,6 +38,8 @@ def merge_draws(a: Draw, b: Draw) -> Draw:
         a: draws for B queries.
         b: draws for the same queries, exclusions and number of draws, from a cache with another seed (or other slots of
             the same): equal noise would favour the same places in both.
+        group: of the ranks that drew for the batch together, each of which has a part of both draws; of what they merge
+            to it gets a part too. Draws of each query need none.
 
     Returns:
         Draws whose `slot` refers to the cache `source`.
@@ -49,51 +55,12 @@ def merge_draws(a: Draw, b: Draw) -> Draw:
         >>> merge_draws(sample_gumbel(left, queries), sample_gumbel(right, queries)).source.unique()
         tensor([1])
     """
-    check_draw("a", a)
-    check_draw("b", b)
-    if a.for_batch != b.for_batch:
-        raise ValueError(f"b was drawn for {_whom(b)} and a for {_whom(a)}; expected both alike")
-    if a.log_normalizer.shape != b.log_normalizer.shape:
-        queries = a.log_normalizer.shape[0]
-        raise ValueError(f"b is a draw for {b.log_normalizer.shape[0]} queries; expected {queries}, as a is")
-    if a.embedding.shape != b.embedding.shape:
-        raise ValueError(
-            f"b has embeddings of shape {tuple(b.embedding.shape)}; expected those of a, {tuple(a.embedding.shape)}"
-        )
-    if a.exclude_ids.shape != b.exclude_ids.shape:
-        raise ValueError(
-            f"b has excluded ids of shape {tuple(b.exclude_ids.shape)}; "
-            f"expected those of a, {tuple(a.exclude_ids.shape)}: the same exclusions for every cache"
-        )
-    samples = a.slot.shape[1]
-    perturbed = torch.cat([a.perturbed, b.perturbed], dim=1)
-    if not a.for_batch:
-        # The first half of the places are a's: the winner of sample m is at m or samples + m.
-        winner = torch.arange(samples, device=perturbed.device) + samples * (b.perturbed > a.perturbed)
-        threshold = a.threshold
-    else:
-        ordered, places = perturbed.sort(dim=1, descending=True, stable=True)
-        winner = places[:, :samples]
-        threshold = torch.cat([ordered[:, samples : samples + 1], a.threshold, b.threshold], 1).amax(1, keepdim=True)
-
-    def winners(of_a: Tensor, of_b: Tensor) -> Tensor:
-        both = torch.cat([of_a, of_b], dim=1)
-        return both.gather(1, winner.view(*winner.shape, *[1] * (both.ndim - 2)).expand(-1, -1, *both.shape[2:]))
-
-    return Draw(
-        slot=winners(a.slot, b.slot),
-        score=winners(a.score, b.score),
-        perturbed=winners(a.perturbed, b.perturbed),
-        threshold=threshold,
-        log_normalizer=logsumexp(torch.stack([a.log_normalizer, b.log_normalizer], dim=-1)),
-        embedding=winners(a.embedding, b.embedding),
-        id=winners(a.id, b.id),
-        log_weight=winners(a.log_weight, b.log_weight),
-        source=winners(a.source, b.source + a.cutoff.shape[1]),
-        cutoff=torch.cat([a.cutoff, b.cutoff], dim=1),
-        max_score=torch.cat([a.max_score, b.max_score], dim=1),
-        exclude_ids=a.exclude_ids,
-    )
+    ranks = ranks_of(group)
+    with checking_arguments(ranks):
+        _check_pair(a, b)
+    if a.for_batch and ranks.name is not None:
+        return _merged_by_ranks(a, b, ranks)
+    return _merged(a, b)
 
 
 def take_drawn(
@@ -158,6 +125,75 @@ def split_refresh(draw: Draw, embeddings: Tensor) -> list[tuple[Tensor, Tensor]]
     check_draw("draw", draw)
     check_embeddings("embeddings", embeddings, draw.embedding, rows=draw.slot.numel())
     return [(_slots_of(draw, source), embeddings.detach()) for source in range(draw.cutoff.shape[1])]
+
+
+def _check_pair(a: Draw, b: Draw) -> None:
+    """Raises unless the draws can be merged."""
+    check_draw("a", a)
+    check_draw("b", b)
+    if a.for_batch != b.for_batch:
+        raise ValueError(f"b was drawn for {_whom(b)} and a for {_whom(a)}; expected both alike")
+    if a.log_normalizer.shape != b.log_normalizer.shape:
+        queries = a.log_normalizer.shape[0]
+        raise ValueError(f"b is a draw for {b.log_normalizer.shape[0]} queries; expected {queries}, as a is")
+    if a.embedding.shape != b.embedding.shape:
+        raise ValueError(
+            f"b has embeddings of shape {tuple(b.embedding.shape)}; expected those of a, {tuple(a.embedding.shape)}"
+        )
+    if a.exclude_ids.shape != b.exclude_ids.shape:
+        raise ValueError(
+            f"b has excluded ids of shape {tuple(b.exclude_ids.shape)}; "
+            f"expected those of a, {tuple(a.exclude_ids.shape)}: the same exclusions for every cache"
+        )
+
+
+def _merged(a: Draw, b: Draw) -> Draw:
+    """From the whole of both."""
+    samples = a.slot.shape[1]
+    perturbed = torch.cat([a.perturbed, b.perturbed], dim=1)
+    if not a.for_batch:
+        # The first half of the places are a's: the winner of sample m is at m or samples + m.
+        winner = torch.arange(samples, device=perturbed.device) + samples * (b.perturbed > a.perturbed)
+        threshold = a.threshold
+    else:
+        ordered, places = perturbed.sort(dim=1, descending=True, stable=True)
+        winner = places[:, :samples]
+        threshold = torch.cat([ordered[:, samples : samples + 1], a.threshold, b.threshold], 1).amax(1, keepdim=True)
+
+    def winners(of_a: Tensor, of_b: Tensor) -> Tensor:
+        both = torch.cat([of_a, of_b], dim=1)
+        return both.gather(1, winner.view(*winner.shape, *[1] * (both.ndim - 2)).expand(-1, -1, *both.shape[2:]))
+
+    return Draw(
+        slot=winners(a.slot, b.slot),
+        score=winners(a.score, b.score),
+        perturbed=winners(a.perturbed, b.perturbed),
+        threshold=threshold,
+        log_normalizer=logsumexp(torch.stack([a.log_normalizer, b.log_normalizer], dim=-1)),
+        embedding=winners(a.embedding, b.embedding),
+        id=winners(a.id, b.id),
+        log_weight=winners(a.log_weight, b.log_weight),
+        source=winners(a.source, b.source + a.cutoff.shape[1]),
+        cutoff=torch.cat([a.cutoff, b.cutoff], dim=1),
+        max_score=torch.cat([a.max_score, b.max_score], dim=1),
+        exclude_ids=a.exclude_ids,
+    )
+
+
+def _merged_by_ranks(a: Draw, b: Draw, ranks: Ranks) -> Draw:
+    """From this rank's part of both, this rank's part."""
+    queries, _ = check_ranks_agree(
+        ranks, a.embedding[0], 0, function="merge_draws", numbers={"draws": a.slot.shape[1]}, choices={}
+    )
+    samples = a.slot.shape[1]
+    parts = [[getattr(draw, name)[0] for name in _OF_DOCUMENTS] for draw in (a._replace(embedding=queries[None]), b)]
+    whole = [
+        draw._replace(**dict(zip(_OF_DOCUMENTS, (rows[None] for rows in ranks.gather_all(*part)), strict=True)))
+        for draw, part in zip((a, b), parts, strict=True)
+    ]
+    merged = _merged(*whole)
+    own = slice(ranks.rank * samples, (ranks.rank + 1) * samples)
+    return merged._replace(**{name: getattr(merged, name)[:, own] for name in _OF_DOCUMENTS})
 
 
 def _whom(draw: Draw) -> str:

@@ -14,25 +14,26 @@ from tests.support.sharded_training import Record, train
 DOUBLE: dict[str, Any] = {"dtype": torch.float64, "steps": 8}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "long": DOUBLE | {"steps": 50, "in_batch": "global", "draws_per_query": 2},
-    "own-draws-fifo": DOUBLE | {"in_batch": False, "share_draws": False, "evict": "fifo", "refresh_stalest": 3},
+    "own-draws-fifo": DOUBLE
+    | {"in_batch": False, "share_draws": False, "draws_per_query": 4, "evict": "fifo", "refresh_stalest": 3},
     "top-k": DOUBLE | {"in_batch": False, "top_k": 40, "draws_per_query": 3, "staleness_correction": "none"},
-    "weights-anonymous": DOUBLE | {"in_batch": "global", "with_ids": False, "with_weights": True},
+    "weights-anonymous": DOUBLE
+    | {"in_batch": "global", "with_ids": False, "with_weights": True, "draws_per_query": 4},
     "replicated": DOUBLE | {"in_batch": "global", "placement": "replicated", "draws_per_query": 2, "evict": "fifo"},
     "replicated-top-k": DOUBLE | {"in_batch": False, "placement": "replicated", "top_k": 40, "refresh_stalest": 3},
     "false-negatives": DOUBLE | {"in_batch": "global", "draws_per_query": 2, "margin": 2.0},
     "false-negatives-of-own": DOUBLE | {"in_batch": False, "with_ids": False, "top_k": 40, "margin": -1.0},
     "replicated-false-negatives": DOUBLE | {"in_batch": "global", "placement": "replicated", "margin": 0.0},
-    "distinct": DOUBLE | {"in_batch": "global", "draws_per_query": 3, "replacement": False},
-    "distinct-own": DOUBLE | {"in_batch": False, "draws_per_query": 3, "replacement": False, "share_draws": False},
-    "distinct-top-k": DOUBLE
-    | {"in_batch": False, "draws_per_query": 3, "replacement": False, "top_k": 40, "margin": 2.0},
-    "distinct-few": DOUBLE | {"in_batch": "global", "draws_per_query": 30, "replacement": False, "empty": True},
-    "distinct-replicated": DOUBLE
-    | {"in_batch": "global", "placement": "replicated", "draws_per_query": 2, "replacement": False},
-    "fewer": DOUBLE | {"in_batch": "global", "num_draws": 4, "refresh_stalest": 3},
-    "fewer-pairs": DOUBLE | {"in_batch": False, "num_draws": 6, "margin": 2.0, "staleness_correction": "unnormalized"},
-    "fewer-top-k": DOUBLE | {"in_batch": False, "num_draws": 4, "top_k": 40, "staleness_correction": "none"},
-    "fewer-replicated": DOUBLE | {"in_batch": "global", "placement": "replicated", "num_draws": 6},
+    "batch": DOUBLE | {"in_batch": "global", "num_draws": 24, "refresh_stalest": 3},
+    "batch-default": DOUBLE | {"in_batch": False, "margin": 2.0, "with_weights": True},
+    "batch-long": DOUBLE | {"steps": 50, "in_batch": "global", "num_draws": 12, "evict": "fifo"},
+    "batch-uncorrected": DOUBLE | {"in_batch": False, "num_draws": 12, "staleness_correction": "none"},
+    "batch-top-k": DOUBLE | {"in_batch": False, "num_draws": 12, "top_k": 40, "margin": 2.0},
+    "batch-few": DOUBLE | {"in_batch": "global", "num_draws": 120, "empty": True},
+    "batch-replicated": DOUBLE | {"in_batch": "global", "placement": "replicated", "num_draws": 24, "margin": 2.0},
+    "batch-replicated-top-k": DOUBLE
+    | {"in_batch": False, "placement": "replicated", "num_draws": 12, "top_k": 40, "refresh_stalest": 3},
+    "batch-float32": {"dtype": torch.float32, "steps": 8, "in_batch": "global", "num_draws": 24},
     "float32": {"dtype": torch.float32, "steps": 8, "in_batch": "global", "draws_per_query": 2},
     "float32-long": {"dtype": torch.float32, "steps": 50, "in_batch": False},
 }
@@ -55,7 +56,6 @@ def test_any_number_of_ranks(world: int, alone: dict[str, Record], tmp_path: Pat
     cases = {
         name: (train, options | ({"refresh_stalest": 12 // world} if "refresh_stalest" in options else {}))
         for name, options in CONFIGURATIONS.items()
-        if options.get("num_draws", world) % world == 0
     }
     for name, of_ranks in run_ranks(world, cases, tmp_path).items():
         if name not in alone:

@@ -25,7 +25,7 @@ DOCUMENTS = 9000
 
 class Record(NamedTuple):
     losses: list[float]  # of all ranks
-    slots: list[Tensor]  # [batch, k]
+    slots: list[Tensor]  # [batch, k] or [1, M]
     gradients: dict[str, Tensor]  # of the last step
     metrics: dict[str, Tensor]  # of the last step
     state: TensorDictBase
@@ -91,8 +91,6 @@ def train(
     if group is not None:
         state = distributed.shard(state, group) if placement == "sharded" else state.clone().lock_()
         options |= {"group": group, "placement": placement}
-    if "num_draws" in options:  # of all ranks
-        options["num_draws"] //= world
     queries_tower, documents_tower = Tower(dtype, 1), Tower(dtype, 2)
     scale = torch.nn.Parameter(torch.tensor(3.0, dtype=dtype))
     towers = [queries_tower, documents_tower]
@@ -139,7 +137,7 @@ def train(
             distributed.average_gradients([scale, *unwrapped], group)
             dist.all_reduce(loss)
             loss /= world
-            drawn = _gathered(drawn, world)
+            drawn = _gathered(drawn, world, dim=1 if out.draw.for_batch else 0)
         optimizer.step()
         losses.append(float(loss))
         slots.append(drawn)
@@ -155,7 +153,7 @@ def _part(values: Tensor, rank: int, world: int) -> Tensor:
     return values.view(world, -1, *values.shape[1:])[rank]
 
 
-def _gathered(values: Tensor, world: int) -> Tensor:
+def _gathered(values: Tensor, world: int, dim: int) -> Tensor:
     gathered = [torch.empty_like(values) for _ in range(world)]
     dist.all_gather(gathered, values.contiguous())
-    return torch.cat(gathered)
+    return torch.cat(gathered, dim)

@@ -159,7 +159,10 @@ def test_checks_of_the_loss_for_the_batch_bite(fault: str) -> None:
     fails(check_batch_loss, Reference(fault))
 
 
-BIASED = ("weights forget the threshold", "inclusion without its inverse", "normalizer without gradient")
+BIASED = (
+    *("weights forget the threshold", "inclusion without its inverse", "normalizer without gradient"),
+    *("stale scores without gradient", "forgets exclusions", "missing draws count"),
+)
 
 
 @pytest.mark.parametrize(
