@@ -16,7 +16,7 @@ from negcache_fn import StepOptions
 
 __all__ = ["described", "key_of"]
 
-_PUBLISHED_OPTIONS = ("in_batch", "num_draws", "replacement", "share_draws", "staleness_correction", "evict")
+_PUBLISHED_OPTIONS = ("in_batch", "num_draws", "share_draws", "staleness_correction", "evict")
 """Described whatever they are; options that the published lines do not have are described where they are changed."""
 
 
@@ -46,7 +46,9 @@ def _described_method(method: Method) -> dict[str, Any]:
     options, defaults = written.pop("options"), _described_fields(StepOptions())
     del options["draws_per_query"]
     published = {
-        "num_samples": method.options.samples if method.loss == "cache" else 1,
+        # None: drawn for the batch, which "num_draws" once was not.
+        "num_samples": method.options.draws_per_query if method.loss == "cache" else 1,
+        "replacement": True,
         "refresh_stalest": options.pop("refresh_stalest") or 0.0,
         **{name: options.pop(name) for name in _PUBLISHED_OPTIONS},
     }
