@@ -14,7 +14,7 @@ __all__ = ["draw"]
 
 _INK, _GRID, _BLUE = "#30363d", "#e6e9ec", "#1668b8"
 _SMALL = (
-    ("loss", "Training loss"),
+    ("loss", "Training loss, over batch and cache"),
     ("cache/cache_age_steps", "Mean age of the cache (steps)"),
     ("cache/drift", "Drift of the drawn documents"),
 )
@@ -35,9 +35,8 @@ def draw(untrained: Mapping[str, float], log: Sequence[Mapping[str, Any]], docum
     measured = [(0, untrained["mrr@10"])]
     measured += [(row["step"], row["eval_mrr@10"]) for row in log if "eval_mrr@10" in row]
     axes["mrr"].plot(*zip(*measured, strict=True), color=_BLUE, linewidth=2.2, marker="o", markersize=5)
-    for at, (step, value) in enumerate(measured):
-        if at in (0, len(measured) - 1):
-            axes["mrr"].annotate(f"{value:.3f}", (step, value), (0, 9), textcoords="offset points", ha="center")
+    for (step, value), (shift, side) in ((measured[0], ((10, -4), "left")), (measured[-1], ((0, 9), "center"))):
+        axes["mrr"].annotate(f"{value:.3f}", (step, value), shift, textcoords="offset points", ha=side, color=_INK)
     axes["mrr"].margins(x=0.06, y=0.12)
     _style(axes["mrr"], f"MRR@10 of held-out definitions over {documents:,} entries")
     for name, title in _SMALL:
