@@ -38,16 +38,14 @@ class Step:
 def messages(step: Step) -> list[tuple[str, str, int, int]]:
     """(what for, collective, how many, bytes of a rank's whole buffer) of a step and its backward pass."""
     options = step.options
-    drawing = step.batch if options.num_draws is None else options.num_draws
-    draws = drawing * options.samples
-    chosen = options.samples if options.replacement else options.samples + 1
+    whole = options.draws_for(step.batch * step.world)
+    draws = whole // step.world
     world, documents, dim = step.world, step.documents, step.dim
     excluded = documents if options.in_batch else step.batch
     numbers = 8 + 4 + 1  # of a new document: id, log-weight, mask
     found = [
         ("agreeing on sizes", "all_gather", 1, 8 * 13),
         ("queries, ids that are no negatives", "all_gather", 1, 4 * step.batch * dim + 8 * excluded),
-        ("draws of each part", "all_to_all", 1, world * 8 * (3 * drawing * chosen + step.batch)),
         ("slots drawn", "all_gather", 1, 8 * draws),
         (
             "their stale embeddings, numbers and features",
@@ -57,8 +55,20 @@ def messages(step: Step) -> list[tuple[str, str, int, int]]:
         ),
         ("slots to evict", "all_gather", 1, 8 * world * documents),
         ("slots to replace", "all_reduce", 1, 8 * world * documents),
-        ("metrics", "all_reduce", 1, 8 * 21),
     ]
+    if options.for_batch:
+        found += [
+            ("log-normalisers, and their gradients", "all_to_all", 2, 2 * 4 * world * step.batch),
+            ("queries: gradients", "reduce_scatter", 1, 4 * world * step.batch * dim),
+            ("weights of the queries", "all_gather", 1, 4 * step.batch),
+            ("draws of each part", "all_gather", 1, 8 * 3 * (whole + 1)),
+            ("metrics", "all_reduce", 2, 8 * 19 + 4 * whole * dim),
+        ]
+    else:
+        found += [
+            ("draws of each part", "all_to_all", 1, world * 8 * (3 * draws + step.batch)),
+            ("metrics", "all_reduce", 1, 8 * 21),
+        ]
     if options.in_batch == "global":
         found += [
             ("new documents: features and numbers", "all_gather", 1, documents * (step.feature_bytes + numbers)),
@@ -69,11 +79,12 @@ def messages(step: Step) -> list[tuple[str, str, int, int]]:
         found.append(("new documents", "all_gather", 1, documents * (step.feature_bytes + numbers + 4 * dim)))
     if options.share_draws:
         found += [
-            ("draws: stale embeddings and numbers", "all_gather", 1, draws * (step.storage_bytes * dim + 8 * 3 + 4)),
+            ("draws: stale embeddings and numbers", "all_gather", 1, draws * (step.storage_bytes * dim + 8 * 3 + 4 * 2)),
             ("draws: fresh embeddings", "all_gather", 1, 4 * draws * dim),
             ("draws: gradients", "reduce_scatter", 1, 4 * world * draws * dim),
-            ("draws: how often expected", "all_reduce", 1, 8 * world * draws),
         ]
+        if not options.for_batch:
+            found.append(("draws: how often expected", "all_reduce", 1, 8 * world * draws))
     else:
         found.append(("draws: slots and fresh embeddings", "all_gather", 1, draws * (8 + 4 * dim)))
     if options.refresh_stalest:

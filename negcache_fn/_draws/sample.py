@@ -255,7 +255,10 @@ def _matrix(
     """The scores of the queries that are to be searched for here, and the ids that the draw keeps."""
     if shards.ranks.name is not None:
         # A shard is searched for the queries of all ranks.
-        everyone, of_all = ranks.gather(queries), exclusions.gathered(queries[:0], ranks)[1]
+        if torch.is_grad_enabled():
+            everyone, of_all = ranks.gather(queries), exclusions.gathered(queries[:0], ranks)[1]
+        else:
+            everyone, of_all = exclusions.gathered(queries, ranks)
     else:
         everyone, of_all = queries, exclusions
         if of_all.for_all.shape[0] > 0:

@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "top_k, transform, own": {
         "top_k": 20,
         "score_transform": strategies.soft_cap,
+        "draws_per_query": 4,
         "share_draws": False,
         "staleness_correction": "none",
         "in_batch": False,
@@ -39,17 +40,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "false_negatives": True,
         "refresh_stalest": 0.02,
     },
-    "without replacement": {"replacement": False, "draws_per_query": 7, "ids": True, "refresh_stalest": 3},
-    "without replacement, own, top_k": {
-        "replacement": False,
-        "draws_per_query": 4,
-        "top_k": 9,
-        "share_draws": False,
-        "staleness_correction": "unnormalized",
-    },
-    "fewer draws, ids": {"num_draws": 1, "ids": True, "false_negatives": True, "refresh_stalest": 3},
-    "fewer draws, top_k": {"num_draws": 1, "top_k": 2, "in_batch": False, "staleness_correction": "none"},
-    "unnormalised, weights, mask": {"staleness_correction": "unnormalized", "log_weights": True, "cacheable": True},
+    "batch, ids, stalest": {"num_draws": 7, "ids": True, "false_negatives": True, "refresh_stalest": 3},
+    "batch, top_k": {"num_draws": 4, "top_k": 9, "in_batch": False, "staleness_correction": "none"},
+    "batch, transform": {"score_transform": strategies.soft_cap, "ids": True},
+    "weights, mask": {"draws_per_query": 1, "log_weights": True, "cacheable": True},
 }
 
 
@@ -106,13 +100,15 @@ CASES = [
     pytest.param("inductor", "shared, ids, stalest", False, id="inductor-step"),
     pytest.param("inductor", "top_k, transform, own", True, id="inductor-step_-top_k"),
     pytest.param("inductor", "false negatives", True, id="inductor-step_-false-negatives"),
-    pytest.param("inductor", "without replacement", True, id="inductor-step_-without-replacement"),
-    pytest.param("aot_eager", "without replacement, own, top_k", False, id="aot_eager-step-without-replacement"),
-    pytest.param("inductor", "fewer draws, ids", True, id="inductor-step_-fewer-draws"),
-    pytest.param("aot_eager", "fewer draws, top_k", False, id="aot_eager-step-fewer-draws"),
+    pytest.param("inductor", "batch, ids, stalest", True, id="inductor-step_-batch"),
+    pytest.param("inductor", "batch, top_k", False, id="inductor-step-batch-top_k"),
+    pytest.param("inductor", "batch, transform", True, id="inductor-step_-batch-transform"),
+    pytest.param("aot_eager", "batch, ids, stalest", False, id="aot_eager-step-batch"),
+    pytest.param("aot_eager", "batch, top_k", True, id="aot_eager-step_-batch-top_k"),
+    pytest.param("aot_eager", "batch, transform", False, id="aot_eager-step-batch-transform"),
     pytest.param("aot_eager", "shared, ids, stalest", True, id="aot_eager-step_"),
     pytest.param("aot_eager", "top_k, transform, own", False, id="aot_eager-step-top_k"),
-    pytest.param("aot_eager", "unnormalised, weights, mask", False, id="aot_eager-step-unnormalised"),
+    pytest.param("aot_eager", "weights, mask", False, id="aot_eager-step-weights"),
 ]
 
 
@@ -138,7 +134,7 @@ def test_train_step_is_one_frame_and_equals_eager(backend: str, name: str, in_pl
         assert all(is_close(one[key], other[key], 1e-4) for key in other)
 
 
-@pytest.mark.parametrize("kind", ["with replacement", "without replacement", "fewer draws"])
+@pytest.mark.parametrize("kind", ["for each query", "for the batch"])
 def test_sizes_may_vary_without_a_new_frame(kind: str) -> None:
     """`dynamic=True`: every size, the number of draws and `top_k` among them, may change without a new graph."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -146,9 +142,7 @@ def test_sizes_may_vary_without_a_new_frame(kind: str) -> None:
     tower, frames = Tower(), []
     for queries, capacity, samples, top_k in ((3, 150, 2, 20), (5, 400, 3, 30), (4, 230, 4, 25)):
         rows = queries
-        options: dict[str, Any] = {"draws_per_query": samples, "replacement": kind == "with replacement"}
-        if kind == "fewer draws":
-            rows, options = 3 * (samples + 1), {"num_draws": samples + 1}
+        options = {"num_draws" if kind == "for the batch" else "draws_per_query": samples}
         outputs = []
         for function in (step, negcache_fn.step_):
             state = negcache_fn.init_cache(capacity, 6, documents(1, 0), seed=4)
@@ -180,10 +174,7 @@ def test_pieces_compile() -> None:
     calls: dict[str, Callable[..., Any]] = {
         "score": lambda s: negcache_fn.score(s, queries, scale=5.0),
         "sample": lambda s: negcache_fn.sample_gumbel(s, queries, scale=5.0, draws_per_query=2),
-        "sample without replacement": lambda s: negcache_fn.sample_gumbel(
-            s, queries, scale=5.0, draws_per_query=2, replacement=False
-        ),
-        "sample fewer": lambda s: negcache_fn.sample_gumbel(s, queries, scale=5.0, num_draws=1),
+        "sample for the batch": lambda s: negcache_fn.sample_gumbel(s, queries, scale=5.0, num_draws=7),
         "mine": lambda s: negcache_fn.top_negatives(s, queries, 7, scale=5.0),
         "sample without false negatives": lambda s: negcache_fn.sample_gumbel(
             s, queries, scale=5.0, false_negatives=negcache_fn.FalseNegatives(torch.ones(ROWS, 2).long(), 1.0)

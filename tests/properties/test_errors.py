@@ -203,7 +203,7 @@ def calls() -> dict[str, Call]:
         add("documents rows", name, "documents", unit(1, DIM, 0), ValueError, ("1", "2"))
         add("documents 1-d", name, "documents", torch.ones(DIM), ValueError, ("(4,)",))
     for name in ("loss", "step", "step_"):
-        known = ("'median'", "'none'", "'self_normalized'", "'unnormalized'")
+        known = ("'median'", "'self_normalized'", "'none'")
         add("staleness_correction", name, "staleness_correction", "median", ValueError, known)
     add("negatives rows", "loss", "negatives", unit(3, DIM, 0), ValueError, ("3", "4"))
     add("negatives D", "loss", "negatives", unit(4, 5, 0), ValueError, ("5", "4"))

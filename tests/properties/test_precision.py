@@ -143,7 +143,7 @@ def problems(draw: st.DrawFn) -> Sampled:
         log_weights,
         in_batch=draw(st.booleans()),
         share_draws=draw(st.booleans()),
-        staleness_correction=draw(st.sampled_from(["none", "self_normalized", "unnormalized"])),
+        staleness_correction=draw(st.sampled_from(["none", "self_normalized"])),
     )
 
 

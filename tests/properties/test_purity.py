@@ -32,7 +32,7 @@ def calls() -> dict[str, Callable[[], Any]]:
     scale = torch.tensor(3.0, requires_grad=True)
     draw = negcache_fn.sample_gumbel(state, queries, draws_per_query=2, scale=3.0, exclude_ids=ids)
     other = negcache_fn.sample_gumbel(state, queries, draws_per_query=2, scale=3.0, exclude_ids=ids)
-    distinct = negcache_fn.sample_gumbel(state, queries, draws_per_query=2, replacement=False, scale=3.0)
+    of_batch = negcache_fn.sample_gumbel(state, queries, num_draws=6, scale=3.0)
     negatives = unit(6, 6, 4)
     refresh = (draw.slot.flatten(), negatives)
     mask = torch.tensor([True, False, True, True, True])
@@ -54,18 +54,17 @@ def calls() -> dict[str, Callable[[], Any]]:
                 negcache_fn.sample_gumbel,
                 state,
                 queries,
-                draws_per_query=2,
-                replacement=replacement,
                 exclude_ids=ids,
                 false_negatives=known,
                 top_k=4,
+                **number,
                 **shared,
             )
-            for replacement in (True, False)
+            for number in ({"draws_per_query": 2}, {"num_draws": 6, "importance": torch.ones(3)})
         ],
         "merge_draws": lambda: (
             pure(negcache_fn.merge_draws, draw, other),
-            pure(negcache_fn.merge_draws, distinct, distinct),
+            pure(negcache_fn.merge_draws, of_batch, of_batch),
         ),
         "take_drawn": lambda: pure(negcache_fn.take_drawn, [state], draw),
         "offload_features": lambda: pure(negcache_fn.offload_features, state),
@@ -81,7 +80,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "take": lambda: pure(negcache_fn.take, state, draw.slot),
         "loss": lambda: [
             pure(negcache_fn.loss, queries, own, negatives, kind, false_negatives=by_margin, **shared, **batchwise)
-            for kind in (draw, distinct)
+            for kind in (draw, of_batch)
         ],
         "exact_loss": lambda: pure(
             negcache_fn.exact_loss, state, queries, own, false_negatives=by_margin, top_k=4, **shared, **batchwise
@@ -105,9 +104,9 @@ def calls() -> dict[str, Callable[[], Any]]:
                 tower,
                 cacheable=mask,
                 false_negatives=by_margin,
-                **step_keywords(replacement=replacement, refresh_stalest=2, **shared, **batchwise),
+                **step_keywords(draws_per_query=samples, refresh_stalest=2, **shared, **batchwise),
             )
-            for replacement in (True, False)
+            for samples in (None, 2)
         ],
         "top_negatives": lambda: pure(
             negcache_fn.top_negatives, state, queries, 3, exclude_ids=ids, false_negatives=known, **shared

@@ -59,7 +59,7 @@ def other_samples(rank: int, given: dict[str, Any]) -> None:
 
 
 def other_draws(rank: int, given: dict[str, Any]) -> None:
-    given["num_draws"] = 2 - rank
+    given["num_draws"] = 4 - 2 * rank
 
 
 def other_options(rank: int, given: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ MISTAKES: dict[Callable[[int, dict[str, Any]], None], tuple[str, str]] = {
     shorter_batch: (r"queries differs between the ranks of the group: \[4, 3\]",) * 2,
     more_documents: (r"documents differs between the ranks of the group: \[4, 6\]",) * 2,
     other_samples: (r"draws_per_query differs between the ranks of the group: \[1, 2\]",) * 2,
-    other_draws: (r"num_draws differs between the ranks of the group: \[2, 1\]",) * 2,
+    other_draws: (r"num_draws differs between the ranks of the group: \[4, 2\]",) * 2,
     other_options: (r"evict differs between the ranks of the group: \[lru, fifo\]",) * 2,
     no_ids_on_one: (r"ids differs between the ranks of the group: \[False, True\]",) * 2,
     wrong_on_one: (
@@ -142,7 +142,6 @@ def test_mistakes_are_told_on_every_rank(tmp_path: Path) -> None:
 
 OTHER: dict[str, Any] = {
     "draws_per_query": 2,
-    "replacement": False,
     "num_draws": 2,
     "share_draws": False,
     "top_k": 9,
@@ -162,6 +161,8 @@ def differing(rank: int, world: int, *, name: str) -> tuple[str, bool]:
     """The error's text, and whether the state is as it was and the next step works."""
     correct, given = arguments(rank, world), arguments(rank, world)
     given["state"] = correct["state"]
+    if name == "share_draws":  # of draws of each query
+        given["draws_per_query"] = 2
     before = snapshot(correct["state"])
     if rank == 1:
         given[name] = OTHER[name]

@@ -21,8 +21,8 @@ STEPS = {
         2, 4, 9, 32, replace(ONE_DRAW, draws_per_query=3, refresh_stalest=5), feature_bytes=42, storage_bytes=2
     ),
     "own": Step(2, 6, 8, 8, StepOptions(draws_per_query=2, in_batch=False, share_draws=False), feature_bytes=42),
-    "without replacement": Step(2, 4, 4, 16, replace(ONE_DRAW, draws_per_query=3, replacement=False), feature_bytes=42),
-    "fewer": Step(2, 4, 4, 16, StepOptions(num_draws=2, in_batch="global"), feature_bytes=42),
+    "for the batch": Step(2, 4, 4, 16, StepOptions(num_draws=12, in_batch="global"), feature_bytes=42),
+    "for the batch by default": Step(2, 4, 9, 32, StepOptions(refresh_stalest=5), feature_bytes=42, storage_bytes=2),
     "own batch": Step(2, 6, 8, 8, StepOptions(draws_per_query=1), feature_bytes=42),
 }
 
