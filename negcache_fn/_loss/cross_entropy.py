@@ -119,6 +119,8 @@ def loss(
         check_embeddings("negatives", negatives, queries, rows=draw.slot.numel())
         check_scale(scale, queries.device)
         check_batch(queries, documents, ids, log_weights, false_negatives)
+        if draw.for_batch and torch.is_grad_enabled() and queries.requires_grad:
+            _check_gradient_of_draw(draw)
     queries, _ = check_ranks_agree(
         ranks,
         queries,
@@ -141,6 +143,15 @@ def loss(
         batch_logits, positive = batch_scores(similarity, queries, classes, options, false_negatives)
         cache = estimate_cache_logit(similarity, queries, negatives, draw, shared, options)
     return reduced(cross_entropy(batch_logits, cache.logit, positive), options)
+
+
+def _check_gradient_of_draw(draw: Draw) -> None:
+    """Raises if the queries' gradient from the whole cache, which the draw carries, was cut."""
+    if not draw.log_normalizer.requires_grad:
+        raise ValueError(
+            "draw.log_normalizer has no gradient; expected that of the queries, which require one: call sample_gumbel "
+            "on them, not detached and not under torch.no_grad()"
+        )
 
 
 def cross_entropy(batch_logits: Tensor, cache_logit: Tensor, positive: Tensor) -> Tensor:

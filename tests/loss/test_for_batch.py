@@ -167,3 +167,13 @@ def test_own_draws_need_draws_of_each_query() -> None:
     draw = sample(state, queries, num_draws=2)
     with pytest.raises(ValueError, match="share_draws is False without draws_per_query; expected draws_per_query=k"):
         loss(queries, unit(3, 4, 2), draw.embedding[0], draw, share_draws=False)
+
+
+def test_a_draw_whose_gradient_was_cut_is_refused() -> None:
+    """Else the queries would silently learn nothing from the cache."""
+    state, queries = make_state(unit(70, 4, seed=0)), unit(3, 4, seed=1).requires_grad_()
+    with torch.no_grad():
+        draw = sample(state, queries, num_draws=5)
+    with pytest.raises(ValueError, match=r"draw.log_normalizer has no gradient; expected that of the queries"):
+        loss(queries, unit(3, 4, seed=2), draw.embedding[0], draw)
+    assert loss(queries.detach(), unit(3, 4, seed=2), draw.embedding[0], draw).isfinite()

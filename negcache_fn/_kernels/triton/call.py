@@ -134,7 +134,8 @@ def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) ->
     """[..., 4]: the variates of `negcache_fn.random.gumbel`; None where there is no kernel."""
     if row.device.type != "cuda" or kernel() is None:
         return None
-    return cast(Tensor, _gumbel_op(seed, step, *torch.broadcast_tensors(row, quad), level))
+    row, quad = cast("tuple[Tensor, Tensor]", torch.broadcast_tensors(row, quad))
+    return cast(Tensor, _gumbel_op(seed, step, row, quad, level))
 
 
 @torch.library.custom_op("negcache_fn::gumbel", mutates_args=())

@@ -1,14 +1,13 @@
 """MatryoshkaLoss over a cache: the loss again in the first dimensions of the embeddings, with draws of its own.
 
 In fewer dimensions other documents are hard, and the normaliser is another: each size draws from the cache truncated to
-it. All that is drawn is encoded in the one pass of a step.
+it. All that is drawn is encoded in one pass, with the draws of the step.
 """
 
 import random
 from collections.abc import Iterable
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator
 from tensordict import TensorDict, TensorDictBase
@@ -79,16 +78,16 @@ class Truncated:
         items = cast(TensorDictBase, state["items"])
         leaves = dict(cast("Iterable[tuple[str, Any]]", items.items()))
         leaves["embedding"] = self._first(leaves["embedding"])
-        with torch.no_grad():  # a draw is a constant
-            self.draw = sample_gumbel(
-                with_items(state, TensorDict(leaves, batch_size=items.batch_size)),
-                self._first(queries),
-                exclude_ids=ids,
-                scale=scale,
-                group=group,
-                **options.of_draws(),
-            )
-            drawn = take(state, self.draw.slot.flatten(), group=group)
+        # For the batch all queries count alike: what they need of the cache in so many dimensions is not known yet.
+        self.draw = sample_gumbel(
+            with_items(state, TensorDict(leaves, batch_size=items.batch_size)),
+            self._first(queries),
+            exclude_ids=ids,
+            scale=scale,
+            group=group,
+            **options.of_draws(),
+        )
+        drawn = take(state, self.draw.slot.flatten(), group=group)
         self.features = dict(cast("Iterable[tuple[str, Tensor]]", cast(TensorDictBase, drawn).items()))
 
     def loss(self, queries: Tensor, documents: Tensor, negatives: Tensor) -> Tensor:
