@@ -180,7 +180,9 @@ class NegativeCacheLoss(nn.Module):
         embedded: list[Tensor] = []
 
         def encode(features: Rows) -> Tensor:
-            """What `step_` asks for, and the draws in fewer dimensions in the same pass."""
+            """What `step_` asks for; with the documents of the batch, which come first, the draws in fewer dimensions."""
+            if embedded:
+                return unit(self._embed(cast(Texts, self._documents), features))
             parts = [features, *(part.features for part in truncated)]
             together = {key: torch.cat([part[key] for part in parts]) for key in features}
             embeddings = self._embed(cast(Texts, self._documents), together)

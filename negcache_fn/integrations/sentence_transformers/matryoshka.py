@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from negcache_fn._cache.state import take, with_items
-from negcache_fn._draws.sample import Draw, sample_gumbel
+from negcache_fn._draws.draw import Draw
+from negcache_fn._draws.sample import sample_gumbel
 from negcache_fn._loss.cross_entropy import loss
 from negcache_fn._options import StepOptions
 from negcache_fn.integrations.sentence_transformers.texts import Rows
@@ -79,16 +80,15 @@ class Truncated:
         items = cast(TensorDictBase, state["items"])
         leaves = dict(cast("Iterable[tuple[str, Any]]", items.items()))
         leaves["embedding"] = self._first(leaves["embedding"])
-        with torch.no_grad():  # a draw is a constant
-            self.draw = sample_gumbel(
-                with_items(state, TensorDict(leaves, batch_size=items.batch_size)),
-                self._first(queries),
-                exclude_ids=ids,
-                scale=scale,
-                group=group,
-                **options.of_draws(),
-            )
-            drawn = take(state, self.draw.slot.flatten(), group=group)
+        self.draw = sample_gumbel(
+            with_items(state, TensorDict(leaves, batch_size=items.batch_size)),
+            self._first(queries),
+            exclude_ids=ids,
+            scale=scale,
+            group=group,
+            **options.of_draws(),
+        )
+        drawn = take(state, self.draw.slot.flatten(), group=group)
         self.features = dict(cast("Iterable[tuple[str, Tensor]]", cast(TensorDictBase, drawn).items()))
 
     def loss(self, queries: Tensor, documents: Tensor, negatives: Tensor) -> Tensor:
