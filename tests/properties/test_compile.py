@@ -142,7 +142,7 @@ def test_sizes_may_vary_without_a_new_frame(kind: str) -> None:
     tower, frames = Tower(), []
     for queries, capacity, samples, top_k in ((3, 150, 2, 20), (5, 400, 3, 30), (4, 230, 4, 25)):
         rows = queries
-        options = {"num_draws" if kind == "for the batch" else "draws_per_query": samples}
+        options = {"num_draws": samples + 1} if kind == "for the batch" else {"draws_per_query": samples}
         outputs = []
         for function in (step, negcache_fn.step_):
             state = negcache_fn.init_cache(capacity, 6, documents(1, 0), seed=4)

@@ -177,25 +177,24 @@ class NegativeCacheLoss(nn.Module):
         normal = is_decorated(self.calculate_loss) or self.similarity_fct is cos_sim
         unit: Callable[[Tensor], Tensor] = normalized if normal else _same
         truncated = [Truncated(state, queries, size, ids, scale, options, self.group) for size, _ in fewer]
-        own: list[Tensor] = []
-        drawn: list[Tensor] = []
+        embedded: list[Tensor] = []
 
         def encode(features: Rows) -> Tensor:
-            """What `step_` asks for, and in its last call the draws in fewer dimensions in the same pass."""
-            others = [] if options.for_batch and not own else truncated
-            parts = [features, *(part.features for part in others)]
+            """What `step_` asks for; with the documents of the batch, which come first, the draws in fewer dimensions."""
+            if embedded:
+                return unit(self._embed(cast(Texts, self._documents), features))
+            parts = [features, *(part.features for part in truncated)]
             together = {key: torch.cat([part[key] for part in parts]) for key in features}
             embeddings = self._embed(cast(Texts, self._documents), together)
-            asked, *rest = torch.split(embeddings, [part["input_ids"].shape[0] for part in parts])
-            own.append(asked[:rows])
-            drawn.extend(rest)
-            return unit(asked)
+            split = torch.split(embeddings, [part["input_ids"].shape[0] for part in parts])
+            embedded.extend([split[0][:rows], *split[1:]])
+            return unit(split[0])
 
         out = step_(state, unit(queries), documents, encode, options=options, scale=scale, ids=ids, group=self.group)
         self.metrics = out.metrics
         total = weight * out.loss
-        for part, (_, its_weight), negatives in zip(truncated, fewer, drawn, strict=True):
-            total = total + its_weight * part.loss(queries, own[0], negatives)
+        for part, (_, its_weight), negatives in zip(truncated, fewer, embedded[1:], strict=True):
+            total = total + its_weight * part.loss(queries, embedded[0], negatives)
         return total
 
     def _embed(self, texts: Texts, rows: Rows) -> Tensor:

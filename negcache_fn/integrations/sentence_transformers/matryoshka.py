@@ -1,13 +1,14 @@
 """MatryoshkaLoss over a cache: the loss again in the first dimensions of the embeddings, with draws of its own.
 
 In fewer dimensions other documents are hard, and the normaliser is another: each size draws from the cache truncated to
-it. All that is drawn is encoded in one pass, with the draws of the step.
+it. All that is drawn is encoded in the one pass of a step.
 """
 
 import random
 from collections.abc import Iterable
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator
 from tensordict import TensorDict, TensorDictBase
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from negcache_fn._cache.state import take, with_items
-from negcache_fn._draws.sample import Draw, sample_gumbel
+from negcache_fn._draws.draw import Draw
+from negcache_fn._draws.sample import sample_gumbel
 from negcache_fn._loss.cross_entropy import loss
 from negcache_fn._options import StepOptions
 from negcache_fn.integrations.sentence_transformers.texts import Rows
@@ -78,7 +80,6 @@ class Truncated:
         items = cast(TensorDictBase, state["items"])
         leaves = dict(cast("Iterable[tuple[str, Any]]", items.items()))
         leaves["embedding"] = self._first(leaves["embedding"])
-        # For the batch all queries count alike: what they need of the cache in so many dimensions is not known yet.
         self.draw = sample_gumbel(
             with_items(state, TensorDict(leaves, batch_size=items.batch_size)),
             self._first(queries),
