@@ -16,8 +16,11 @@ from negcache_fn import StepOptions
 
 __all__ = ["described", "key_of"]
 
-_PUBLISHED_OPTIONS = ("in_batch", "num_draws", "replacement", "share_draws", "staleness_correction", "evict")
+_PUBLISHED_OPTIONS = ("in_batch", "share_draws", "staleness_correction", "evict")
 """Described whatever they are; options that the published lines do not have are described where they are changed."""
+_GONE = {"num_draws": None, "replacement": True}
+"""Options of the published lines that the library has no more, with the values that it has now: another `num_draws` and
+draws of each query without replacement."""
 
 
 def described(asked: Any) -> Any:
@@ -44,13 +47,16 @@ def _described_fields(asked: Any) -> dict[str, Any]:
 def _described_method(method: Method) -> dict[str, Any]:
     written = _described_fields(method)
     options, defaults = written.pop("options"), _described_fields(StepOptions())
-    del options["draws_per_query"]
+    samples, draws = options.pop("draws_per_query"), options.pop("num_draws")
     published = {
-        "num_samples": method.options.samples if method.loss == "cache" else 1,
+        "num_samples": samples or 1,
+        **_GONE,
         "refresh_stalest": options.pop("refresh_stalest") or 0.0,
         **{name: options.pop(name) for name in _PUBLISHED_OPTIONS},
     }
     changed = {name: value for name, value in options.items() if value != defaults[name]}
+    if method.loss == "cache" and method.options.for_batch:
+        changed["drawn_for_batch"] = draws or method.options.draws_for(method.batch)
     return {**written, **published, **changed}
 
 
