@@ -41,6 +41,7 @@ _PANELS = (
     _Panel("Occupancy", "share of slots", {"occupancy": ""}),
     _Panel("Mean age of embeddings", "steps", {"cache_age_steps": "in the cache", "draw_age_steps": "drawn"}),
     _Panel("Drift of the drawn", "|fresh - stale|² / |fresh|²", {"drift": ""}),
+    _Panel("Noise of drawing", "share of the gradient", {"draw_noise": ""}),
     _Panel("Effective sample size", "draws a query", {"effective_sample_size": ""}),
     _Panel("Distinct documents drawn", "share of draws", {"unique_draws": ""}),
     _Panel("False negatives left out", "share of pairs", {"masked_pairs": ""}),

@@ -52,8 +52,8 @@ def merge_draws(a: Draw, b: Draw, *, group: torch.distributed.ProcessGroup | Non
         >>> left, right = (init_cache(8, 4, torch.zeros(1, 3), seed=seed) for seed in (0, 1))
         >>> right = update(right, torch.ones(2, 3), torch.randn(2, 4))
         >>> queries = torch.randn(5, 4)
-        >>> merge_draws(sample_gumbel(left, queries), sample_gumbel(right, queries)).source.unique()
-        tensor([1])
+        >>> merge_draws(*(sample_gumbel(state, queries, num_draws=2) for state in (left, right))).source
+        tensor([[1, 1]])
     """
     ranks = ranks_of(group)
     with checking_arguments(ranks):
@@ -88,7 +88,7 @@ def take_drawn(
         >>> queries = torch.randn(5, 4)
         >>> draw = merge_draws(sample_gumbel(left, queries), sample_gumbel(right, queries))
         >>> take_drawn([left, right], draw).shape
-        torch.Size([20, 3])
+        torch.Size([5, 3])
     """
     check_draw("draw", draw)
     sources = draw.cutoff.shape[1]

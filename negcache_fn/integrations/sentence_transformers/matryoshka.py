@@ -8,7 +8,6 @@ import random
 from collections.abc import Iterable
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator
 from tensordict import TensorDict, TensorDictBase
