@@ -136,7 +136,7 @@ class ScoreMatrix(NamedTuple):
         """[B, C]: the derivatives of the transform; for few columns."""
         assert self.transform is not None
         products = self.queries @ decode(self.embeddings, self.queries.dtype).T
-        _, pull_back = torch.func.vjp(self.transform, products)
+        pull_back = torch.func.vjp(self.transform, products)[1]
         return pull_back(torch.ones_like(products))[0]
 
     def scores_at(self, row: Tensor, slots: Tensor) -> Tensor:

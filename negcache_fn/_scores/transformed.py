@@ -5,8 +5,6 @@ is the gradient `sum_j p_ij t'(x_ij) e_j` [B, D] of the log-sum-exp in each quer
 score so far.
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -49,4 +47,4 @@ def _blocks_and_mean(matrix: ScoreMatrix) -> tuple[Tensor, Tensor]:
     blocks = torch.cat(parts, dim=1)
     log_normalizer = blocks.logsumexp(-1)
     left = torch.where(log_normalizer > -_INFINITY, log_scale - log_normalizer, 0.0)
-    return blocks, cast(Tensor, total * left.exp()[:, None])
+    return blocks, total * left.exp()[:, None]

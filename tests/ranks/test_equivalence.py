@@ -17,8 +17,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "own-draws-fifo": DOUBLE
     | {"in_batch": False, "share_draws": False, "draws_per_query": 4, "evict": "fifo", "refresh_stalest": 3},
     "top-k": DOUBLE | {"in_batch": False, "top_k": 40, "draws_per_query": 3, "staleness_correction": "none"},
-    "weights-anonymous": DOUBLE
-    | {"in_batch": "global", "with_ids": False, "with_weights": True, "draws_per_query": 4},
+    "weights-anonymous": DOUBLE | {"in_batch": "global", "with_ids": False, "with_weights": True, "draws_per_query": 4},
     "replicated": DOUBLE | {"in_batch": "global", "placement": "replicated", "draws_per_query": 2, "evict": "fifo"},
     "replicated-top-k": DOUBLE | {"in_batch": False, "placement": "replicated", "top_k": 40, "refresh_stalest": 3},
     "false-negatives": DOUBLE | {"in_batch": "global", "draws_per_query": 2, "margin": 2.0},

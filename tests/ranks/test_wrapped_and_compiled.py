@@ -23,7 +23,8 @@ COMPILED: dict[str, dict[str, Any]] = {
     | {"backend": "inductor", "steps": 5, "in_batch": "global", "draws_per_query": 2, "refresh_stalest": 3},
     "batch": DOUBLE | {"backend": "aot_eager", "steps": 3, "in_batch": "global", "num_draws": 8, "refresh_stalest": 3},
     "batch-top-k": DOUBLE | {"backend": "aot_eager", "steps": 3, "in_batch": False, "num_draws": 8, "top_k": 40},
-    "top-k": DOUBLE | {"backend": "aot_eager", "steps": 3, "in_batch": False, "top_k": 40, "share_draws": False, "draws_per_query": 2},
+    "top-k": DOUBLE
+    | {"backend": "aot_eager", "steps": 3, "in_batch": False, "top_k": 40, "share_draws": False, "draws_per_query": 2},
 }
 
 
