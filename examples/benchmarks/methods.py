@@ -48,14 +48,16 @@ def cache_step(
     *,
     dtype: torch.dtype = torch.float32,
     options: StepOptions = StepOptions(),
+    for_batch: bool = False,
 ) -> Call:
     """One step of the cache with its backward pass; the encoder gives rows that are there already.
 
     Args:
-        problem: the inputs; its shape decides how many documents a query draws.
+        problem: the inputs; its shape decides how many documents are drawn.
         step: `_step`, or what is compiled of it.
         dtype: of the cached embeddings.
-        options: of the step, apart from the draws.
+        options: of the step, apart from the number of draws.
+        for_batch: whether documents are drawn for the batch, not for each query.
     """
     state = problem.state(dtype)
 
@@ -69,6 +71,7 @@ def cache_step(
             problem.ids,
             problem.shape.samples,
             options,
+            for_batch,
         )
         out.loss.backward()
 
@@ -76,10 +79,25 @@ def cache_step(
 
 
 def _step(
-    state: Any, queries: Tensor, features: Any, encoded: Tensor, ids: Tensor, samples: int, options: StepOptions
+    state: Any,
+    queries: Tensor,
+    features: Any,
+    encoded: Tensor,
+    ids: Tensor,
+    samples: int,
+    options: StepOptions,
+    for_batch: bool,
 ) -> negcache_fn.StepOutput:
-    options = replace(options, draws_per_query=samples)  # here, so that one graph serves every number of draws
-    return negcache_fn.step_(state, queries, features, lambda _: encoded, options=options, scale=SCALE, ids=ids)
+    # The number of draws here, so that one graph serves them all.
+    if for_batch:
+        options = replace(options, num_draws=samples * queries.shape[0])
+    else:
+        options = replace(options, draws_per_query=samples)
+
+    def encode(features: Any) -> Tensor:
+        return encoded[-features["tokens"].shape[0] :]
+
+    return negcache_fn.step_(state, queries, features, encode, options=options, scale=SCALE, ids=ids)
 
 
 # One graph for most sizes: what it calls for the pass over the cache is the same whatever the size. There are others
@@ -96,9 +114,11 @@ def _ours(
     precision: str = "highest",
     dtype: torch.dtype = torch.float32,
     options: StepOptions = StepOptions(),
+    for_batch: bool = False,
 ) -> Method:
     def make(problem: Problem) -> Call:
-        call = cache_step(problem, _compiled_step if compiled else _step, dtype=dtype, options=options)
+        step = _compiled_step if compiled else _step
+        call = cache_step(problem, step, dtype=dtype, options=options, for_batch=for_batch)
         return call if precision == "highest" else _with_precision(call, precision)
 
     swept = precision == "highest" and options.top_k is None
@@ -160,6 +180,18 @@ OURS = (
     _ours("ours-high", "`negcache_fn`, compiled, precision “high”", precision="high"),
     _ours("ours-bf16", "`negcache_fn`, bfloat16 storage, compiled", dtype=_BFLOAT16),
     _ours("ours-bf16-eager", "`negcache_fn`, bfloat16 storage, eager", dtype=_BFLOAT16, compiled=False),
+    _ours("batch", "`negcache_fn`, draws for the batch, compiled", for_batch=True),
+    _ours("batch-eager", "`negcache_fn`, draws for the batch, eager", compiled=False, for_batch=True),
+    _ours(
+        "batch-bf16", "`negcache_fn`, draws for the batch, bfloat16 storage, compiled", dtype=_BFLOAT16, for_batch=True
+    ),
+    _ours(
+        "batch-bf16-eager",
+        "`negcache_fn`, draws for the batch, bfloat16 storage, eager",
+        dtype=_BFLOAT16,
+        compiled=False,
+        for_batch=True,
+    ),
     _ours("ours-top64", "`negcache_fn`, `top_k=64`, compiled", options=StepOptions(top_k=64)),
 )
 

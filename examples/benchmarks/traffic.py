@@ -79,7 +79,12 @@ def messages(step: Step) -> list[tuple[str, str, int, int]]:
         found.append(("new documents", "all_gather", 1, documents * (step.feature_bytes + numbers + 4 * dim)))
     if options.share_draws:
         found += [
-            ("draws: stale embeddings and numbers", "all_gather", 1, draws * (step.storage_bytes * dim + 32)),
+            (
+                "draws: stale embeddings and numbers",
+                "all_gather",
+                1,
+                draws * (step.storage_bytes * dim + 8 * 3 + 4 * 2),
+            ),
             ("draws: fresh embeddings", "all_gather", 1, 4 * draws * dim),
             ("draws: gradients", "reduce_scatter", 1, 4 * world * draws * dim),
         ]

@@ -15,53 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import negcache_fn
 from examples.benchmarks.methods import BASELINE, OURS, Call, Method, UnavailableError
-from examples.benchmarks.problem import SCALE, Problem
+from examples.benchmarks.problem import Problem
 from examples.benchmarks.registry import select
 from examples.benchmarks.shapes import SIZES, Shape
 from examples.benchmarks.timing import Rounds, interleave, summarize
 from examples.command_line import CommandParser, run
-from negcache_fn import StepOptions
 
 __all__ = ["captured", "main", "methods"]
 
 SHAPES = (*SIZES, Shape(1024, 2**17, 768))
-_EAGER = ("ours-eager", "ours-bf16-eager")
-_COMPILED = ("ours", "ours-bf16")
-FOR_BATCH = [
-    Method(
-        "batch-eager", "`negcache_fn`, draws for the batch, eager", lambda problem: _for_batch(torch.float32)(problem)
-    ),
-    Method(
-        "batch-bf16-eager",
-        "`negcache_fn`, draws for the batch, bfloat16 storage, eager",
-        lambda problem: _for_batch(torch.bfloat16)(problem),
-    ),
-]
-
-
-def _for_batch(dtype: torch.dtype) -> Callable[[Problem], Call]:
-    """A step that draws for the batch as many documents as there are queries, with the queries' exact gradient."""
-
-    def make(problem: Problem) -> Call:
-        state, options = problem.state(dtype), StepOptions(num_draws=problem.shape.batch * problem.shape.samples)
-
-        def encode(features: Any) -> Tensor:
-            return problem.encoded[-features["tokens"].shape[0] :]
-
-        def call() -> None:
-            problem.next_batch()
-            out = negcache_fn.step_(
-                state, problem.queries, problem.features, encode, options=options, scale=SCALE, ids=problem.ids
-            )
-            out.loss.backward()
-
-        return call
-
-    return make
+_EAGER = ("ours-eager", "ours-bf16-eager", "batch-eager", "batch-bf16-eager")
+_COMPILED = ("ours", "ours-bf16", "batch", "batch-bf16")
 
 
 def captured(make: Callable[[Problem], Call]) -> Callable[[Problem], Call]:
@@ -90,8 +56,6 @@ def methods(reference: Path | None, *, compiled: bool) -> list[Method]:
         for method in select(reference=reference, compiled=compiled)
         if method not in OURS or method.name in _EAGER + _COMPILED
     ]
-    if not compiled:
-        kept += FOR_BATCH
     graphs = [
         Method(f"{method.name}-graph", method.label.replace("eager", "CUDA graph"), captured(method.make))
         for method in kept

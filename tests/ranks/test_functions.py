@@ -109,7 +109,9 @@ def test_a_group_of_one_is_nothing_special(group_of_one: dist.ProcessGroup) -> N
         negcache_fn.sample_gumbel(small, inputs()["queries"], group=group_of_one)
 
 
-@pytest.mark.parametrize("options", [{"in_batch": "global", "refresh_stalest": 2}, {"share_draws": False, "draws_per_query": 2}])
+@pytest.mark.parametrize(
+    "options", [{"in_batch": "global", "refresh_stalest": 2}, {"share_draws": False, "draws_per_query": 2}], ids=str
+)
 def test_a_step_in_a_group_of_one(group_of_one: dist.ProcessGroup, options: dict[str, Any]) -> None:
     for placement in ("sharded", "replicated"):
         found = train(0, 1, steps=2, dtype=torch.float64, wrap="none", placement=placement, **options)

@@ -24,14 +24,7 @@ COMPILED: dict[str, dict[str, Any]] = {
     "batch": DOUBLE | {"backend": "aot_eager", "steps": 3, "in_batch": "global", "num_draws": 8, "refresh_stalest": 3},
     "batch-top-k": DOUBLE | {"backend": "aot_eager", "steps": 3, "in_batch": False, "num_draws": 8, "top_k": 40},
     "top-k": DOUBLE
-    | {
-        "backend": "aot_eager",
-        "steps": 3,
-        "in_batch": False,
-        "top_k": 40,
-        "share_draws": False,
-        "draws_per_query": 2,
-    },
+    | {"backend": "aot_eager", "steps": 3, "in_batch": False, "top_k": 40, "share_draws": False, "draws_per_query": 2},
 }
 
 

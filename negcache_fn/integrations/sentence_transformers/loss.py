@@ -180,7 +180,7 @@ class NegativeCacheLoss(nn.Module):
         embedded: list[Tensor] = []
 
         def encode(features: Rows) -> Tensor:
-            """What `step_` asks for; with the documents of the batch, which come first, the draws in fewer dimensions."""
+            """What `step_` asks for, and in its first call also the draws in fewer dimensions."""
             if embedded:
                 return unit(self._embed(cast(Texts, self._documents), features))
             parts = [features, *(part.features for part in truncated)]
