@@ -184,7 +184,8 @@ class Problem:
             perturbed=mass,
             threshold=torch.as_tensor(threshold, dtype=torch.float64).view(1, 1),
             # A query without documents keeps its gradient, of 0.
-            log_normalizer=oracles.log_normalizer(self.scores(self.stale.detach())) + 0.0 * self.leaves["queries"].sum(),
+            log_normalizer=oracles.log_normalizer(self.scores(self.stale.detach()))
+            + 0.0 * self.leaves["queries"].sum(),
         )
 
     def sampled_for_batch(self, sample: Callable[..., Draw], draws: int, *, step: int = 1) -> Draw:
