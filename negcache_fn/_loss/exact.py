@@ -46,8 +46,9 @@ def exact_loss(
 ) -> Tensor:
     """The same cross entropy without sampling: the whole cache, as embedded in it.
 
-    Naive equivalent: `logsumexp(cat([batch_scores, score(state, queries)], 1), 1) - positive_score`. It streams in both
-    directions: the backward pass recomputes the scores, so neither makes a [B, C] tensor (with `top_k`, [B, top_k, D]).
+    Naive equivalent: `logsumexp(cat([batch_scores, score(state, queries)], 1), 1) - positive_score`. One streaming
+    pass makes the value and the gradient, or two with a `score_transform`: no tensor of [B, C] (with `top_k`, one of
+    [B, top_k, D]).
 
     Args:
         state: the cache; cached documents that `ids` names are left out, as in `loss`.

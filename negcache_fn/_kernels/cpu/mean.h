@@ -23,9 +23,8 @@ constexpr float kHeadroom = 40.0f;  // exp of it, times the number of slots, is 
 // Adds the products of the weights [count][kLanes rows] and some columns of embeddings to sums of kSumRows rows.
 template <int kVectorsHere, typename Load>
 inline void add_products(const float* weights, int64_t count, Load load_embedding, float* sums, int64_t stride) {
-  Floats total[kSumRows][kVectorsHere];
-  for (int i = 0; i < kSumRows; ++i)
-    for (int v = 0; v < kVectorsHere; ++v) total[i][v] = load(sums + i * stride + v * kLanes);
+  Floats total[kSumRows][kVectorsHere] =
+      {};  // of the block alone: a slot's part of the whole sum may be below rounding
   for (int64_t j = 0; j < count; ++j) {
     Floats embedding[kVectorsHere];
     for (int v = 0; v < kVectorsHere; ++v) embedding[v] = load_embedding(j, v);
@@ -34,8 +33,55 @@ inline void add_products(const float* weights, int64_t count, Load load_embeddin
       for (int v = 0; v < kVectorsHere; ++v) total[i][v] += splat(weights[j * kLanes + i]) * embedding[v];
   }
   for (int i = 0; i < kSumRows; ++i)
-    for (int v = 0; v < kVectorsHere; ++v) store(sums + i * stride + v * kLanes, total[i][v]);
+    for (int v = 0; v < kVectorsHere; ++v) {
+      float* sum = sums + i * stride + v * kLanes;
+      store(sum, load(sum) + total[i][v]);
+    }
 }
+
+// Adds the products of a whole block in the columns that it returns the end of.
+template <typename T>
+inline int64_t add_pairs(const T*, int64_t, const float*, float*, int64_t) {
+  return 0;
+}
+
+#ifdef NEGCACHE_BFLOAT16
+
+// Numbers of an even and an odd slot side by side.
+inline Words paired(Halves even, Halves odd) {
+  return __builtin_convertvector(even, Words) | __builtin_convertvector(odd, Words) << 16;
+}
+
+inline Halves rounded(Floats x) {
+  const __m256bh numbers = _mm512_cvtneps_pbh((__m512)x);
+  Halves bits;
+  std::memcpy(&bits, &numbers, sizeof(bits));
+  return bits;
+}
+
+// The weights are rounded as the embeddings are, and two slots multiplied in a step.
+inline int64_t add_pairs(const Bfloat16* embeddings, int64_t dim, const float* weights, float* sums, int64_t stride) {
+  Words pairs[kBlock / 2];
+  for (int64_t j = 0; j < kBlock; j += 2)
+    pairs[j / 2] = paired(rounded(load(weights + j * kLanes)), rounded(load(weights + (j + 1) * kLanes)));
+  const auto* pair_of = (const uint32_t*)pairs;
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) {
+    Floats total[kLanes] = {};
+    for (int64_t j = 0; j < kBlock; j += 2) {
+      const Bfloat16* from = embeddings + j * dim + d;
+      const Words embedding = paired(load_vector<Halves>(from), load_vector<Halves>(from + dim));
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        total[i] = (Floats)_mm512_dpbf16_ps((__m512)total[i], (__m512bh)embedding,
+                                            (__m512bh)_mm512_set1_epi32(pair_of[j / 2 * kLanes + i]));
+    }
+    for (int i = 0; i < kLanes; ++i) store(sums + i * stride + d, load(sums + i * stride + d) + total[i]);
+  }
+  return d;
+}
+
+#endif  // NEGCACHE_BFLOAT16
 
 // The sums of one thread, over the slots that it has seen.
 template <typename T>
@@ -85,7 +131,7 @@ struct WeightedSums {
   void multiply(int64_t slot, const float* weights, float* to) const {
     const int64_t count = std::min(kBlock, capacity - slot);
     const T* from = embeddings + slot * dim;
-    int64_t d = 0;
+    int64_t d = count == kBlock ? add_pairs(from, dim, weights, to, stride) : 0;
     for (; d + kSumVectors * kLanes <= dim; d += kSumVectors * kLanes)
       for (int i = 0; i < kLanes; i += kSumRows)
         add_products<kSumVectors>(
