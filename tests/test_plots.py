@@ -28,6 +28,7 @@ TITLES = {
     "cache_age_steps": "Mean age of embeddings",
     "draw_age_steps": "Mean age of embeddings",
     "drift": "Drift of the drawn",
+    "draw_noise": "Noise of drawing",
     "effective_sample_size": "Effective sample size",
     "unique_draws": "Distinct documents drawn",
     "masked_pairs": "False negatives left out",
