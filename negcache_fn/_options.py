@@ -67,7 +67,8 @@ class StepOptions:
     """Restricts each query's softmax to its `top_k` highest cached scores."""
 
     score_transform: ScoreTransform | None = None
-    """An elementwise function of the scaled inner products, the same on all ranks."""
+    """An elementwise function of the scaled inner products, the same on all ranks. It should have no parameters to
+    train: with draws for the batch they would miss the gradient that comes by the whole cache."""
 
     in_batch: InBatch = True
     """Whether all documents of the batch are classes of every query; "global": the documents of all ranks."""
