@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from examples.benchmarks.methods import Method, UnavailableError
+from examples.benchmarks.methods import Call, Method, UnavailableError
 from examples.benchmarks.problem import Problem
 from examples.benchmarks.registry import METHODS, select
 from examples.benchmarks.shapes import Shape, parse_size
 from examples.command_line import CommandParser
 
-__all__ = ["measure", "peak_bytes", "supported"]
+__all__ = ["measure", "peak_bytes", "peak_bytes_on_cuda", "supported"]
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -58,16 +58,21 @@ def peak_bytes(method: Method, shape: Shape, device: str) -> int:
     call()
     gc.collect()
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return peak_bytes_on_cuda(call)
     _CLEAR.write_text("5")
     before = _status_bytes("VmRSS")
     call()
     return _status_bytes("VmHWM") - before
+
+
+def peak_bytes_on_cuda(call: Call) -> int:
+    """What the call takes at its peak, beyond what there is before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _status_bytes(key: str) -> int:

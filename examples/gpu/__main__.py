@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 from examples.command_line import CommandParser, positive, run
+from examples.gpu.kernels import KINDS
 
 __all__ = ["main"]
 
 OUT = Path("runs/gpu")
 _TESTS = ("tests/cuda", "tests/kernels/triton_cases.py")
 _PARTS = ("tests", "kernels", "steps", "compiled")
-_KINDS = 4
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _parts(options: argparse.Namespace) -> tuple[list[Part], list[Part]]:
         beside.append(Part("tests", tests[:-1] if options.dry_run else tests, 300))
     if "kernels" in wanted:
         if not options.dry_run:
-            kinds = range(_KINDS)
+            kinds = range(len(KINDS))
             beside += [Part(f"build_{kind}", ("examples.gpu.kernels", "--kind", str(kind)), 200) for kind in kinds]
         after.append(Part("kernels", ("examples.gpu.kernels", *dry), 150))
     if "steps" in wanted:

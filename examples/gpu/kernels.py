@@ -23,7 +23,7 @@ from examples.command_line import CommandParser, run
 from negcache_fn._kernels.problem import Problem
 from negcache_fn._kernels.triton import call as triton
 
-__all__ = ["main", "measure"]
+__all__ = ["KINDS", "main", "measure"]
 
 SHAPES = (*SIZES, Shape(1024, 2**17, 768), Shape(256, 2**20, 128))
 KINDS = (

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from examples.benchmarks.memory import peak_bytes_on_cuda
 from examples.benchmarks.methods import BASELINE, OURS, Call, Method, UnavailableError
 from examples.benchmarks.problem import Problem
 from examples.benchmarks.registry import select
@@ -75,7 +76,10 @@ def measure(shape: Shape, kept: list[Method], device: str, rounds: Rounds) -> li
             row["skipped"] = reason
         else:
             calls[method.name] = call
-            row |= {"first_call_seconds": time.perf_counter() - start, "peak_bytes": _peak(call, device)}
+            row |= {
+                "first_call_seconds": time.perf_counter() - start,
+                "peak_bytes": peak_bytes_on_cuda(call) if device == "cuda" else 0,
+            }
         rows.append(row)
         print(f"{shape}: {method.name}: {reason or 'ready'}", file=sys.stderr)
     figures = summarize(interleave(calls, rounds, lambda name: None))
@@ -98,17 +102,6 @@ def _first_call(method: Method, problem: Problem) -> tuple[Call | None, str]:
     except Exception as error:  # a peer that fails must not take the others with it
         return None, f"{type(error).__name__}: {str(error)[:300]}"
     return call, ""
-
-
-def _peak(call: Call, device: str) -> int:
-    if device != "cuda":
-        return 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 # There is no public way from a group's name, all that an operator can take, to the group.
 from torch.distributed.distributed_c10d import (
     GroupName,
-    _resolve_process_group,  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    _resolve_process_group,  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] - nothing public does it
 )
 
 __all__ = [

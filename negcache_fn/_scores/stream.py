@@ -21,7 +21,7 @@ from negcache_fn._kernels import dispatch
 from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._scores.definition import ScoreMatrix
 
-__all__ = ["Summary", "logsumexp", "reduce_blocks", "score_blocks", "summarize"]
+__all__ = ["Summary", "blocks_and_mean", "logsumexp", "reduce_blocks", "score_blocks", "summarize"]
 
 _CHUNK = 2048  # slots scored at a time; a multiple of BLOCK
 _GATHER_BYTES = 2**23
@@ -101,8 +101,20 @@ def _summarize_transformed(matrix: ScoreMatrix) -> tuple[Tensor, Tensor]:
     return torch.cat(blocks, dim=1), logsumexp(torch.stack(log_normalizers, dim=-1))
 
 
+def blocks_and_mean(matrix: ScoreMatrix) -> tuple[Tensor, Tensor, Tensor]:
+    """The log-sum-exp [B, ceil(C / BLOCK)] of the blocks and [B] of the rows, and the latter's gradient [B, D].
+
+    Itself not differentiable. A transform's parameters, if it has any, are constants.
+    """
+    found = dispatch.blocks_and_sums(matrix.problem) if matrix.transform is None else None
+    blocks, total, log_scale = _blocks_and_sums(matrix) if found is None else found
+    log_normalizer = blocks.logsumexp(1)
+    empty = log_normalizer == -_INFINITY
+    return blocks, log_normalizer, total.mul_((log_scale - log_normalizer).masked_fill_(empty, 0.0).exp_()[:, None])
+
+
 def _blocks_and_sums(matrix: ScoreMatrix) -> tuple[Tensor, Tensor, Tensor]:
-    """See `dispatch.blocks_and_sums`."""
+    """See `dispatch.blocks_and_sums`; with a transform the sums are of its derivatives times the embeddings."""
     parts: list[Tensor] = []
     total = torch.zeros_like(matrix.queries)
     log_scale = torch.full_like(total[:, 0], -_INFINITY)
@@ -114,6 +126,8 @@ def _blocks_and_sums(matrix: ScoreMatrix) -> tuple[Tensor, Tensor, Tensor]:
         # While a row is empty, any finite stand-in gives its slots the weight 0.
         shift = larger.masked_fill(larger == -_INFINITY, 0.0)
         weights = (scores[:, : chunk.bias.shape[0]] - shift[:, None]).exp_()
+        if chunk.transform is not None:
+            weights.mul_(chunk.slopes())
         total.mul_((log_scale - shift).exp_()[:, None]).add_(chunk.pull_back(weights))
         log_scale = larger
     return torch.cat(parts, dim=1), total, log_scale
@@ -173,16 +187,9 @@ def _summarize_op(
     """The blocks, the normalisers and, if they are to be differentiable, their gradient [B, D], else [0, D]."""
     problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score)
     if differentiable:
-        found = dispatch.blocks_and_sums(problem)
-        found = _blocks_and_sums(ScoreMatrix(*problem, None)) if found is None else found
-        blocks, total, log_scale = found
-        log_normalizer = blocks.logsumexp(1)
-        empty = log_normalizer == -_INFINITY
-        mean = total.mul_((log_scale - log_normalizer).masked_fill_(empty, 0.0).exp_()[:, None])
-    else:
-        blocks, mean = _block_logsumexp(problem), torch.empty_like(queries[:0])
-        log_normalizer = blocks.logsumexp(1)
-    return blocks, log_normalizer, mean
+        return blocks_and_mean(ScoreMatrix(*problem, None))
+    blocks = _block_logsumexp(problem)
+    return blocks, blocks.logsumexp(1), torch.empty_like(queries[:0])
 
 
 @_summarize_op.register_fake

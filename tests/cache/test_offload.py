@@ -300,9 +300,9 @@ def test_mapping_names_what_is_wrong(wrong: Any, tmp_path: Path) -> None:
     with pytest.raises((ValueError, TypeError), match="capacity is"):
         memory_mapped(warm(Tower(), 9), tmp_path, capacity=wrong)
     with pytest.raises(TypeError, match="state is a dict"):
-        memory_mapped({}, tmp_path)  # pyright: ignore[reportArgumentType]
+        memory_mapped({}, tmp_path)  # pyright: ignore[reportArgumentType] - wrong on purpose
     with pytest.raises(TypeError, match="state is a dict"):
-        offload_features({})  # pyright: ignore[reportArgumentType]
+        offload_features({})  # pyright: ignore[reportArgumentType] - wrong on purpose
 
 
 def test_a_disk_without_room_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

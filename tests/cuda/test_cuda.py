@@ -23,6 +23,8 @@ ROWS, TOTAL, CAPACITY, STEPS = 12, 16, 2048, 4
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "shared, ids, stalest": {"draws_per_query": 2, "ids": True, "refresh_stalest": 3},
+    "for the batch": {"num_draws": 7, "ids": True, "refresh_stalest": 3},
+    "for the batch, top_k": {"num_draws": 9, "top_k": 20, "staleness_correction": "none"},
     "own": {"draws_per_query": 3, "share_draws": False, "staleness_correction": "none", "in_batch": False},
     "top_k": {"draws_per_query": 2, "top_k": 20, "ids": True, "evict": "fifo"},
     "false negatives": {"draws_per_query": 2, "ids": True, "false_negatives": True},
