@@ -31,7 +31,7 @@ from negcache_fn._kernels.blocks import BLOCK, GROUP
 from negcache_fn._ranks.group import Ranks
 from negcache_fn._ranks.order import sequenced_after
 from negcache_fn._scores.definition import ScoreMatrix
-from negcache_fn._scores.stream import logsumexp, reduce_blocks, summarize
+from negcache_fn._scores.stream import Summary, logsumexp, reduce_blocks, summarize
 from negcache_fn._scores.transformed import summarize_transformed
 
 __all__ = [
@@ -81,22 +81,21 @@ class Largest(NamedTuple):
 
 def pass_over(matrix: ScoreMatrix) -> Pass:
     """All slots of the matrix, with a gradient of the normalisers if the queries have one."""
-    log_normalizers: list[Tensor] = []
-    of_groups: list[Tensor] = []
-    blocks = None
     stretches = segments(matrix.embeddings.shape[0])
+    if len(stretches) == 1:
+        summary = _summarize(matrix, BLOCK)
+        missing = -summary.stretches.shape[1] % _BLOCKS
+        blocks = pad(summary.stretches, (0, missing), value=-_INFINITY) if missing else summary.stretches
+        groups = blocks.view(blocks.shape[0], -1, _BLOCKS).logsumexp(-1)
+        return Pass(summary.log_normalizer, groups, blocks)
+    parts: list[Summary] = []
     for start, stop in stretches:
-        if of_groups:
-            # Else the compiler may keep the blocks of all segments at once.
-            matrix = matrix._replace(queries=sequenced_after(matrix.queries, of_groups[-1]))
-        part = matrix.of_slots(start, stop)
-        summary = summarize(part) if part.transform is None else summarize_transformed(part)
-        found = pad(summary.blocks, (0, -summary.blocks.shape[1] % _BLOCKS), value=-_INFINITY)
-        log_normalizers.append(summary.log_normalizer)
-        of_groups.append(found.view(found.shape[0], -1, _BLOCKS).logsumexp(-1))
-        blocks = found if len(stretches) == 1 else None
-    log_normalizer = logsumexp(torch.stack(log_normalizers, dim=-1)) if len(stretches) > 1 else log_normalizers[0]
-    return Pass(log_normalizer, torch.cat(of_groups, dim=1), blocks)
+        if parts:
+            # Else the compiler may keep what all segments need at once.
+            matrix = matrix._replace(queries=sequenced_after(matrix.queries, parts[-1].stretches))
+        parts.append(_summarize(matrix.of_slots(start, stop), GROUP))
+    log_normalizer = logsumexp(torch.stack([part.log_normalizer for part in parts], dim=-1))
+    return Pass(log_normalizer, torch.cat([part.stretches for part in parts], dim=1), None)
 
 
 def draw_largest(
@@ -146,6 +145,10 @@ def as_on_first_rank(found: Largest, ranks: Ranks) -> Largest:
     n = found.slot.shape[0]
     slot, log_mass, perturbed = _gathered(found, ranks)
     return Largest(slot[:n], log_mass[:n], perturbed[:n])
+
+
+def _summarize(matrix: ScoreMatrix, length: int) -> Summary:
+    return summarize(matrix, length) if matrix.transform is None else summarize_transformed(matrix, length)
 
 
 def _gathered(found: Largest, ranks: Ranks) -> Largest:

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType] - untyped in torch
 
 from negcache_fn._kernels import dispatch
 from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._scores.definition import ScoreMatrix
 
-__all__ = ["Summary", "blocks_and_mean", "logsumexp", "reduce_blocks", "score_blocks", "summarize"]
+__all__ = ["Summary", "blocks_and_mean", "in_stretches", "logsumexp", "reduce_blocks", "score_blocks", "summarize"]
 
 _CHUNK = 2048  # slots scored at a time; a multiple of BLOCK
 _GATHER_BYTES = 2**23
@@ -45,25 +46,36 @@ def score_blocks(matrix: ScoreMatrix, blocks: Tensor) -> Tensor:
 class Summary(NamedTuple):
     """What a pass leaves of the scores."""
 
-    blocks: Tensor  # [B, ceil(C / BLOCK)] log-sum-exp of every block of scores; without a gradient
+    stretches: Tensor  # [B, ceil(C / length)] log-sum-exp of every stretch of scores; without a gradient
     log_normalizer: Tensor  # [B] log-sum-exp of every row; differentiable in the queries
 
 
-def summarize(matrix: ScoreMatrix) -> Summary:
-    """`scores.view(B, -1, BLOCK).logsumexp(-1)` and `scores.logsumexp(-1)`, in one streaming pass.
+def summarize(matrix: ScoreMatrix, length: int = BLOCK) -> Summary:
+    """`scores.view(B, -1, length).logsumexp(-1)` and `scores.logsumexp(-1)`, in one streaming pass.
 
-    A row without a finite score has -inf and the gradient 0. The gradient is computed with the value if there may be
-    one, in memory O(B * D).
+    The length is a multiple of `BLOCK`, and the last stretch is filled up like the last block. A row without a finite
+    score has -inf and the gradient 0. The gradient is computed with the value if there may be one, in memory O(B * D).
     """
     wanted = torch.is_grad_enabled() and matrix.queries.requires_grad
     if matrix.transform is None:
-        blocks, log_normalizer, _ = cast("tuple[Tensor, Tensor, Tensor]", _summarize_op(*matrix.problem, wanted))
+        found = cast("tuple[Tensor, Tensor, Tensor]", _summarize_op(*matrix.problem, length, wanted))
+        stretches, log_normalizer, _ = found
     elif wanted:
         blocks, log_normalizer = _summarize_transformed(matrix)
+        stretches = in_stretches(blocks, length)
     else:
         blocks = _reduce_blocks(matrix, "logsumexp")
-        log_normalizer = blocks.logsumexp(-1)
-    return Summary(blocks.detach(), log_normalizer)
+        stretches, log_normalizer = in_stretches(blocks, length), blocks.logsumexp(-1)
+    return Summary(stretches.detach(), log_normalizer)
+
+
+def in_stretches(blocks: Tensor, length: int) -> Tensor:
+    """[B, ceil(C / length)] from the log-sum-exp of the blocks."""
+    if length == BLOCK:
+        return blocks
+    if missing := -blocks.shape[1] % (length // BLOCK):
+        blocks = pad(blocks, (0, missing), value=-_INFINITY)
+    return blocks.view(blocks.shape[0], -1, length // BLOCK).logsumexp(-1)
 
 
 def logsumexp(values: Tensor) -> Tensor:
@@ -182,23 +194,37 @@ def _(
 
 @torch.library.custom_op("negcache_fn::summarize", mutates_args=())
 def _summarize_op(
-    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, differentiable: bool
+    queries: Tensor,
+    embeddings: Tensor,
+    bias: Tensor,
+    excluded: Tensor,
+    max_score: Tensor | None,
+    length: int,
+    differentiable: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The blocks, the normalisers and, if they are to be differentiable, their gradient [B, D], else [0, D]."""
+    """The stretches, the normalisers and, if they are to be differentiable, their gradient [B, D], else [0, D]."""
     problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score)
     if differentiable:
-        return blocks_and_mean(ScoreMatrix(*problem, None))
-    blocks = _block_logsumexp(problem)
-    return blocks, blocks.logsumexp(1), torch.empty_like(queries[:0])
+        blocks, log_normalizer, mean = blocks_and_mean(ScoreMatrix(*problem, None))
+    else:
+        blocks = _block_logsumexp(problem)
+        log_normalizer, mean = blocks.logsumexp(1), torch.empty_like(queries[:0])
+    return in_stretches(blocks, length), log_normalizer, mean
 
 
 @_summarize_op.register_fake
 def _(
-    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, differentiable: bool
+    queries: Tensor,
+    embeddings: Tensor,
+    bias: Tensor,
+    excluded: Tensor,
+    max_score: Tensor | None,
+    length: int,
+    differentiable: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, dim = queries.shape
-    blocks = queries.new_empty(rows, -(-embeddings.shape[0] // BLOCK))
-    return blocks, queries.new_empty(rows), queries.new_empty(rows if differentiable else 0, dim)
+    stretches = queries.new_empty(rows, -(-embeddings.shape[0] // length))
+    return stretches, queries.new_empty(rows), queries.new_empty(rows if differentiable else 0, dim)
 
 
 def _save_mean(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -207,12 +233,15 @@ def _save_mean(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...]
 
 
 def _gradient(
-    ctx: torch.autograd.function.FunctionCtx, of_blocks: Tensor | None, gradient: Tensor | None, of_mean: Tensor | None
+    ctx: torch.autograd.function.FunctionCtx,
+    of_stretches: Tensor | None,
+    gradient: Tensor | None,
+    of_mean: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    if of_blocks is not None or of_mean is not None:
+    if of_stretches is not None or of_mean is not None:
         raise NotImplementedError("the log-sum-exp of the cache is differentiable once only")
     (mean,) = cast("tuple[Tensor]", ctx.saved_tensors)  # pyright: ignore[reportAttributeAccessIssue] - undeclared
-    return None if gradient is None else gradient[:, None] * mean, None, None, None, None, None
+    return None if gradient is None else gradient[:, None] * mean, None, None, None, None, None, None
 
 
 _summarize_op.register_autograd(_gradient, setup_context=_save_mean)

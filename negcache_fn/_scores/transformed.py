@@ -7,17 +7,18 @@ score so far.
 
 import torch
 
+from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._scores.definition import ScoreMatrix
-from negcache_fn._scores.stream import Summary, blocks_and_mean
+from negcache_fn._scores.stream import Summary, blocks_and_mean, in_stretches
 
 __all__ = ["summarize_transformed"]
 
 
-def summarize_transformed(matrix: ScoreMatrix) -> Summary:
+def summarize_transformed(matrix: ScoreMatrix, length: int = BLOCK) -> Summary:
     """`summarize` of a matrix with a transform; its parameters, if it has any, are constants here."""
     with torch.no_grad():  # the gradient is put in below
         blocks, log_normalizer, mean = blocks_and_mean(matrix)
     if torch.is_grad_enabled() and matrix.queries.requires_grad:
         # The value of the sum is 0, its gradient in the queries their mean.
         log_normalizer = log_normalizer + ((matrix.queries - matrix.queries.detach()) * mean).sum(-1)
-    return Summary(blocks, log_normalizer)
+    return Summary(in_stretches(blocks, length), log_normalizer)

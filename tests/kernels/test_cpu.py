@@ -14,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._kernels.cpu import build
 from negcache_fn._kernels.cpu import call as cpu
 from negcache_fn._kernels.dispatch import Problem
@@ -243,11 +244,11 @@ def test_operators_are_what_they_say(
     torch.library.opcheck(torch.ops.negcache_fn.score_blocks.default, (*arguments, blocks))
     torch.library.opcheck(torch.ops.negcache_fn.hardest.default, (*arguments, 5))
     for differentiable in (True, False):
-        torch.library.opcheck(torch.ops.negcache_fn.summarize.default, (*arguments, differentiable))
+        torch.library.opcheck(torch.ops.negcache_fn.summarize.default, (*arguments, BLOCK, differentiable))
     queries.requires_grad_()
     # Not the last check, which sums all outputs: only one of them is differentiable.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.negcache_fn.summarize.default, (*arguments, True), test_utils=checks)
+    torch.library.opcheck(torch.ops.negcache_fn.summarize.default, (*arguments, BLOCK, True), test_utils=checks)
 
 
 @needs_kernels

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from negcache_fn._kernels.blocks import BLOCK
+from negcache_fn._kernels.blocks import BLOCK, GROUP
 from negcache_fn._kernels.cpu import call as cpu
 from negcache_fn._scores.definition import ScoreMatrix
 from negcache_fn._scores.stream import Summary, logsumexp, summarize
@@ -39,8 +39,8 @@ def make_matrix(
     return ScoreMatrix(queries, embeddings, bias, excluded, limit if limited else None, None)
 
 
-def exact(matrix: ScoreMatrix) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocks, normalisers and their gradients in the queries, by autograd through all scores."""
+def exact(matrix: ScoreMatrix, length: int = BLOCK) -> tuple[Tensor, Tensor, Tensor]:
+    """Stretches, normalisers and their gradients in the queries, by autograd through all scores."""
     queries = matrix.queries.detach().double().requires_grad_()
     products = queries @ matrix.embeddings.double().T
     products = products if matrix.transform is None else matrix.transform(products)
@@ -50,31 +50,31 @@ def exact(matrix: ScoreMatrix) -> tuple[Tensor, Tensor, Tensor]:
     if matrix.max_score is not None:
         outside |= products > matrix.max_score.double()[:, None]
     scores = (products + matrix.bias.double()).masked_fill(outside, -math.inf)
-    padded = torch.nn.functional.pad(scores, (0, -scores.shape[1] % BLOCK), value=-math.inf)
+    padded = torch.nn.functional.pad(scores, (0, -scores.shape[1] % length), value=-math.inf)
     normalizers = logsumexp(scores)
     (gradient,) = torch.autograd.grad(normalizers.sum(), queries)
-    return padded.unflatten(1, (-1, BLOCK)).logsumexp(-1).detach(), normalizers.detach(), gradient
+    return padded.unflatten(1, (-1, length)).logsumexp(-1).detach(), normalizers.detach(), gradient
 
 
-def summarized(matrix: ScoreMatrix, weights: Tensor | None = None) -> tuple[Summary, Tensor]:
+def summarized(matrix: ScoreMatrix, weights: Tensor | None = None, length: int = BLOCK) -> tuple[Summary, Tensor]:
     queries = matrix.queries.clone().requires_grad_()
-    found = summarize(matrix._replace(queries=queries))
-    assert not found.blocks.requires_grad
+    found = summarize(matrix._replace(queries=queries), length)
+    assert not found.stretches.requires_grad
     (gradient,) = torch.autograd.grad(found.log_normalizer, queries, weights or torch.ones(len(queries)).to(queries))
     return found, gradient
 
 
-def check(matrix: ScoreMatrix, tolerance: float) -> None:
+def check(matrix: ScoreMatrix, tolerance: float, length: int = BLOCK) -> None:
     """Within `tolerance` of exact, without and with a gradient."""
-    blocks, normalizers, mean = exact(matrix)
-    found, gradient = summarized(matrix)
+    stretches, normalizers, mean = exact(matrix, length)
+    found, gradient = summarized(matrix, length=length)
     with torch.no_grad():
-        constant = summarize(matrix)
+        constant = summarize(matrix, length)
     assert not constant.log_normalizer.requires_grad
     for given_value, expected in (
-        (found.blocks, blocks),
+        (found.stretches, stretches),
         (found.log_normalizer, normalizers),
-        (constant.blocks, blocks),
+        (constant.stretches, stretches),
         (constant.log_normalizer, normalizers),
         (gradient, mean),
     ):
@@ -94,7 +94,8 @@ def test_summary_is_exact(path: str, dtype: torch.dtype, shape: tuple[int, int, 
             patch.setattr(cpu, "supports", lambda *_: False)
         if path == "transform":
             matrix = matrix._replace(transform=soft_cap)
-        check(matrix, 1e-11 if dtype == torch.float64 else 1e-4)
+        for length in (BLOCK, GROUP):
+            check(matrix, 1e-11 if dtype == torch.float64 else 1e-4, length)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
