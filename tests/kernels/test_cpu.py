@@ -34,7 +34,7 @@ STORAGES = (torch.float32, torch.bfloat16, torch.float16)
 # Error of a product of P bfloat16 parts relative to |q| |e|: 2^-8 is the unit roundoff of one part.
 ERRORS = {"highest": 2.0**-21, "high": 2.0**-15, "medium": 2.0**-7}
 
-load_library = build.library.__wrapped__
+load_library = build._load.__wrapped__
 needs_kernels = pytest.mark.skipif(build.library() is None, reason="no C++ compiler on this machine")
 
 

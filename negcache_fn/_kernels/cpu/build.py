@@ -2,8 +2,8 @@
 
 They need no header of torch, so building takes a few seconds and one build serves every version of torch.
 (`torch.utils.cpp_extension.load` is not used: it also needs ninja, and a build that is killed leaves a lock that later
-builds wait for.) Without a compiler, or with NEGCACHE_FN_NATIVE=0 in the environment, plain torch computes the same in
-two to three times the time.
+builds wait for.) Where they cannot be built, or with NEGCACHE_FN_NATIVE=0 in the environment, plain torch computes the
+same in two to three times the time.
 """
 
 import ctypes
@@ -11,13 +11,22 @@ import functools
 import hashlib
 import logging
 import os
-import platform
-import shutil
-import subprocess
+import re
 import tempfile
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from negcache_fn._kernels.blocks import BLOCK
+from negcache_fn._kernels.cpu.compiler import (
+    BuildError,
+    compile_units,
+    describe_compiler,
+    describe_cpu,
+    find_compiler,
+)
+from negcache_fn._kernels.cpu.folder import Folder, candidates
 
 __all__ = ["library"]
 
@@ -26,40 +35,82 @@ _FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden", "-w"),
     f"-DNEGCACHE_BLOCK={BLOCK}",
 )
+_PATIENCE_SECONDS = 120.0  # for a build by this process or another
+_EXPORTED = re.compile(rb"^\w+ (negcache_\w+)\(", re.MULTILINE)
 _LOGGER = logging.getLogger(__name__)
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The kernels, built if need be; None where they cannot be had."""
+    """The kernels, built if need be; None, with one warning in the log, where they cannot be had."""
+    with _ONE_AT_A_TIME:  # threads that come here together
+        return _load()
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
     if os.environ.get("NEGCACHE_FN_NATIVE", "1") == "0":
         return None
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        _LOGGER.info("no C++ compiler: the streaming passes run in plain torch")
-        return None
     try:
-        return ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        _LOGGER.info("the CPU kernels could not be built, the streaming passes run in plain torch: %s", error)
+        return _find_or_build()
+    except (BuildError, OSError) as error:
+        # In the log, and not by `warnings`: where those are errors, it would end a step that plain torch can do.
+        _LOGGER.warning(
+            "negcache_fn runs in plain torch on this CPU, two to three times slower, without its C++ kernels: %s. "
+            "NEGCACHE_FN_NATIVE=0 silences this warning.",
+            error,
+        )
         return None
 
 
-def _build(compiler: str) -> Path:
-    """The path of the compiled kernels. A build is renamed to it when complete, so that nobody loads half of one."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "negcache_fn"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="negcache_fn_"))
-    path = folder / f"cpu-{_fingerprint(compiler)}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as workplace:
-            built = Path(workplace) / path.name
-            units = [str(source) for source in _sources() if source.suffix == ".cpp"]
-            subprocess.run([compiler, *_FLAGS, "-o", str(built), *units], check=True, capture_output=True)
-            built.replace(path)
-    return path
+def _find_or_build() -> ctypes.CDLL:
+    if os.name != "posix":
+        raise BuildError("they are built on Linux and macOS only")
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    compiler = find_compiler()
+    name = f"cpu-{_fingerprint(compiler)}"
+    refused: list[str] = []
+    for path in candidates():
+        try:
+            folder = Folder(path)
+        except OSError as error:
+            refused.append(f"{path}: {error.strerror or error}")
+            continue
+        with folder:
+            found = folder.find(name)
+            if found is not None:
+                return _open(found, folder)
+            if folder.is_writable():
+                return _open(_build(compiler, folder, name, deadline), folder)
+        refused.append(f"{path}: it cannot be written")
+    raise BuildError(
+        f"there is no folder to keep them in ({'; '.join(refused)}): set XDG_CACHE_HOME to a folder of yours"
+    )
+
+
+def _build(compiler: Sequence[str], folder: Folder, name: str, deadline: float) -> Path:
+    """The path of the compiled kernels, compiled by this process unless another was first."""
+    with folder.locked(name, deadline):
+        found = folder.find(name)
+        if found is not None:
+            return found
+        _LOGGER.info("building the CPU kernels in %s", folder.path)
+        with tempfile.TemporaryDirectory(prefix="build-", dir=folder.inside) as workplace:
+            built = Path(workplace) / "built.so"
+            compile_units(compiler, _FLAGS, _units(), built, deadline - time.monotonic())
+            return folder.store(built, name)
+
+
+def _open(path: Path, folder: Folder) -> ctypes.CDLL:
+    """Loads a build, and sees that it has every function."""
+    kernels = ctypes.CDLL(str(path))
+    exported = [name.decode() for unit in _units() for name in _EXPORTED.findall(unit.read_bytes())]
+    missing = [name for name in exported if not hasattr(kernels, name)]
+    if missing:
+        where = folder.path / path.name
+        raise BuildError(f"{where} has no function {missing[0]}: set CXX to another compiler, or delete the file")
+    return kernels
 
 
 def _sources() -> list[Path]:
@@ -67,11 +118,12 @@ def _sources() -> list[Path]:
     return sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
 
 
-def _fingerprint(compiler: str) -> str:
+def _units() -> list[Path]:
+    return [source for source in _sources() if source.suffix == ".cpp"]
+
+
+def _fingerprint(compiler: Sequence[str]) -> str:
     """Covers all that the build depends on: machines of several kinds may share a home folder."""
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
-    features = next((line for line in lines if line.startswith("flags")), "")
-    sources = [part for source in _sources() for part in (source.name, source.read_text())]
-    parts = [*sources, compiler, *_FLAGS, platform.platform(), features]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    inputs = [part for source in _sources() for part in (source.name.encode(), source.read_bytes())]
+    inputs += [os.fsencode(part) for part in (*describe_compiler(compiler), *_FLAGS, *describe_cpu())]
+    return hashlib.sha256(b"\n".join(inputs)).hexdigest()[:16]

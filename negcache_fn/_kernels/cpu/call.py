@@ -89,7 +89,7 @@ def lowest_slots(key: Tensor, skip: Tensor, n: int) -> Tensor:
     """[n] slots of the smallest `key` [C], ascending, ties by slot, without those to skip [C]; -1 if too few."""
     slots = key.new_empty(n)
     key, skip = key.contiguous(), skip.contiguous()
-    _function("negcache_lowest")(key.data_ptr(), skip.data_ptr(), key.shape[0], n, slots.data_ptr())
+    _run("negcache_lowest", key.data_ptr(), skip.data_ptr(), key.shape[0], n, slots.data_ptr())
     return slots
 
 
@@ -98,7 +98,7 @@ def find_slots(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
     slots = torch.empty_like(ids)
     ids, cached, embedded_at = ids.contiguous(), cached.contiguous(), embedded_at.contiguous()
     known = (cached.data_ptr(), embedded_at.data_ptr(), cached.shape[0])
-    _function("negcache_find_slots")(ids.data_ptr(), ids.shape[0], *known, slots.data_ptr())
+    _run("negcache_find_slots", ids.data_ptr(), ids.shape[0], *known, slots.data_ptr())
     return slots
 
 
@@ -120,6 +120,7 @@ class _Problem(ctypes.Structure):
 
 
 _IN, _TENSOR, _SIZE, _INT = ctypes.POINTER(_Problem), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_NO_MEMORY = 2
 _ARGUMENTS = {
     "negcache_has_amx": (),
     "negcache_score_blocks": (_IN, _TENSOR, _SIZE, _TENSOR),
@@ -147,9 +148,16 @@ def _score(name: str, problem: Problem, *arguments: int) -> None:
         excluded.shape[1],
         None if max_score is None else max_score.data_ptr(),
     )
-    status = _function(name)(passed, *arguments)
-    if status != 0:
+    if _run(name, passed, *arguments) != 0:
         raise RuntimeError(f"{name} does not know the storage number of {embeddings.dtype}: see `_codec.STORAGES`")
+
+
+def _run(name: str, *arguments: Any) -> int:
+    """The status that a kernel returns, see `failure.h`."""
+    status = _function(name)(*arguments)
+    if status == _NO_MEMORY:
+        raise MemoryError(f"{name} ran out of memory; it needs less for fewer rows at a time")
+    return status
 
 
 def _function(name: str) -> Any:

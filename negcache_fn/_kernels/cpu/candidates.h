@@ -18,6 +18,9 @@ struct Candidate {
   }
 };
 
+constexpr int64_t kRowGroup = 32;               // a multiple of the rows that are multiplied together
+constexpr int64_t kCandidateBytes = 512 << 20;  // for the candidates of all threads
+
 // The best candidates of every row so far: all that may be among the `keep` best of those offered.
 struct Candidates {
   int64_t keep, room;
@@ -27,6 +30,12 @@ struct Candidates {
 
   Candidates(int64_t rows, int64_t keep)
       : keep(keep), room(2 * keep + kBlock), all(rows * room), counts(rows, 0), thresholds(rows + kLanes, -kInfinity) {}
+
+  // How many rows each thread may keep candidates of at a time: as many as fit, in whole groups of vectors and tiles.
+  static int64_t rows_at_once(int64_t keep, int64_t threads) {
+    const int64_t row_bytes = (2 * keep + kBlock) * sizeof(Candidate);
+    return std::max<int64_t>(1, kCandidateBytes / (threads * row_bytes * kRowGroup)) * kRowGroup;
+  }
 
   // Slots must ascend: one that equals the threshold comes after `keep` that are as good.
   void offer(int64_t slot, int64_t row, int64_t lanes, Floats scores) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "blocks.h"
+#include "failure.h"
 #include "vectors.h"
 
 namespace negcache {
@@ -22,9 +23,6 @@ struct Problem {
 
   int64_t blocks() const { return (capacity + kBlock - 1) / kBlock; }
 };
-
-// What a kernel returns; call.py raises an error for anything but kDone.
-enum Status : int { kDone = 0, kUnknownStorage = 1 };
 
 // Calls `function` with the embeddings as a pointer to numbers of the storage's type.
 template <typename Function>

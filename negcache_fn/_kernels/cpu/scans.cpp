@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "blocks.h"
+#include "failure.h"
 
 namespace negcache {
 namespace {
@@ -69,13 +70,9 @@ class Rows {
   const int64_t* ids_;
 };
 
-}  // namespace
-
-#pragma GCC visibility push(default)
-extern "C" {
-
 // The slots of the `keep` lowest keys that are not to be skipped, ascending, ties by slot; -1 if there are fewer.
-void negcache_lowest(const int64_t* keys, const uint8_t* skip, int64_t capacity, int64_t keep, int64_t* slots) {
+void lowest(const int64_t* keys, const uint8_t* skip, int64_t capacity, int64_t keep, int64_t* slots) {
+  Failure failure;
   std::vector<Lowest> of_threads(omp_get_max_threads(), Lowest{(size_t)keep, {}});
 #pragma omp parallel if (8 * capacity > kWorthThreads)
   {
@@ -88,11 +85,14 @@ void negcache_lowest(const int64_t* keys, const uint8_t* skip, int64_t capacity,
       for (int64_t slot = first; slot < end; ++slot)
         lowest = std::min(lowest, skip[slot] ? mine.threshold : keys[slot]);
       if (lowest == mine.threshold) continue;
-      for (int64_t slot = first; slot < end; ++slot)
-        if (!skip[slot]) mine.offer(keys[slot], slot);
+      failure.attempt([&] {
+        for (int64_t slot = first; slot < end; ++slot)
+          if (!skip[slot]) mine.offer(keys[slot], slot);
+      });
     }
     of_threads[omp_get_thread_num()] = std::move(mine);
   }
+  failure.raise();
   std::vector<Lowest::Entry> found;
   for (const Lowest& theirs : of_threads) found.insert(found.end(), theirs.found.begin(), theirs.found.end());
   const int64_t count = std::min<int64_t>(keep, found.size());
@@ -101,8 +101,8 @@ void negcache_lowest(const int64_t* keys, const uint8_t* skip, int64_t capacity,
 }
 
 // slots[row] = the live slot of ids[row], -1 if there is none. Rows with the same id get the same.
-void negcache_find_slots(const int64_t* ids, int64_t count, const int64_t* cached, const int64_t* embedded_at,
-                         int64_t capacity, int64_t* slots) {
+void find_slots(const int64_t* ids, int64_t count, const int64_t* cached, const int64_t* embedded_at, int64_t capacity,
+                int64_t* slots) {
   const Rows rows(ids, count);
   std::fill(slots, slots + count, -1);
 #pragma omp parallel for schedule(static) if (8 * capacity > kWorthThreads)
@@ -113,6 +113,26 @@ void negcache_find_slots(const int64_t* ids, int64_t count, const int64_t* cache
   }
   for (int64_t row = 0; row < count; ++row)
     if (ids[row] != kAnonymous) slots[row] = slots[rows.of(ids[row])];
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+int negcache_lowest(const int64_t* keys, const uint8_t* skip, int64_t capacity, int64_t keep, int64_t* slots) {
+  return guarded([&] {
+    lowest(keys, skip, capacity, keep, slots);
+    return kDone;
+  });
+}
+
+int negcache_find_slots(const int64_t* ids, int64_t count, const int64_t* cached, const int64_t* embedded_at,
+                        int64_t capacity, int64_t* slots) {
+  return guarded([&] {
+    find_slots(ids, count, cached, embedded_at, capacity, slots);
+    return kDone;
+  });
 }
 
 }  // extern "C"

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "candidates.h"
+#include "failure.h"
 #include "mean.h"
 #include "problem.h"
 #include "stream.h"
@@ -76,34 +77,39 @@ void blocks_and_sums(const T* embeddings, const Problem& problem, Arithmetic ari
                      float* log_scale) {
   const int64_t blocks = problem.blocks();
   std::vector<std::optional<WeightedSums<T>>> of_threads(omp_get_max_threads());
+  Failure failure;
   stream(embeddings, problem, arithmetic, [&] {
     std::optional<WeightedSums<T>>& mine = of_threads[omp_get_thread_num()];
-    if (!mine) mine.emplace(embeddings, problem);
-    return [=, &mine = *mine](int64_t block, int64_t row, int64_t lanes, const float* scores) {
+    if (!mine) failure.attempt([&] { mine.emplace(embeddings, problem); });
+    return [=, &mine](int64_t block, int64_t row, int64_t lanes, const float* scores) {
+      if (!mine) return;
       float exponentials[kBlock * kLanes];
       const Floats top = column_maximum(scores);
       const Floats logsumexp =
           column_logsumexp(scores, top, [&](int64_t j, Floats e) { store(exponentials + j * kLanes, e); });
       for (int64_t i = 0; i < lanes; ++i) out[(row + i) * blocks + block] = logsumexp[i];
-      mine.add(block, row, lanes, top, logsumexp, exponentials);
+      mine->add(block, row, lanes, top, logsumexp, exponentials);
     };
   });
+  failure.raise();
   merge_sums(of_threads, problem, total, log_scale);
 }
 
 template <typename T>
-void hardest(const T* embeddings, const Problem& problem, Arithmetic arithmetic, int64_t keep, float* scores,
-             int64_t* slots) {
+void hardest_at_once(const T* embeddings, const Problem& problem, Arithmetic arithmetic, int64_t keep, float* scores,
+                     int64_t* slots) {
   std::vector<std::optional<Candidates>> of_threads(omp_get_max_threads());
+  Failure failure;
   stream(embeddings, problem, arithmetic, [&] {
     std::optional<Candidates>& mine = of_threads[omp_get_thread_num()];
-    if (!mine) mine.emplace(problem.rows, keep);
-    return [&mine = *mine](int64_t block, int64_t row, int64_t lanes, const float* tile) {
-      for (int64_t j = 0; j < kBlock; ++j) mine.offer(block * kBlock + j, row, lanes, load(tile + j * kLanes));
+    if (!mine) failure.attempt([&] { mine.emplace(problem.rows, keep); });
+    return [&mine](int64_t block, int64_t row, int64_t lanes, const float* tile) {
+      if (!mine) return;
+      for (int64_t j = 0; j < kBlock; ++j) mine->offer(block * kBlock + j, row, lanes, load(tile + j * kLanes));
     };
   });
-#pragma omp parallel for schedule(static) if (problem.rows * keep * problem.dim > kWorthThreads)
-  for (int64_t row = 0; row < problem.rows; ++row) {
+  failure.raise();
+  const auto merge = [&](int64_t row) {
     std::vector<Candidate> found;
     for (const std::optional<Candidates>& theirs : of_threads)
       if (theirs) {
@@ -121,6 +127,23 @@ void hardest(const T* embeddings, const Problem& problem, Arithmetic arithmetic,
       scores[row * keep + i] = i < count ? found[i].score : -kInfinity;
       slots[row * keep + i] = i < count ? found[i].slot : -1;
     }
+  };
+#pragma omp parallel for schedule(static) if (problem.rows * keep * problem.dim > kWorthThreads)
+  for (int64_t row = 0; row < problem.rows; ++row) failure.attempt([&] { merge(row); });
+  failure.raise();
+}
+
+template <typename T>
+void hardest(const T* embeddings, const Problem& problem, Arithmetic arithmetic, int64_t keep, float* scores,
+             int64_t* slots) {
+  const int64_t at_once = Candidates::rows_at_once(keep, omp_get_max_threads());
+  for (int64_t first = 0; first < problem.rows; first += at_once) {
+    Problem some = problem;
+    some.rows = std::min(at_once, problem.rows - first);
+    some.queries += first * problem.dim;
+    some.excluded += first * problem.exclusions;
+    if (some.max_score) some.max_score += first;
+    hardest_at_once(embeddings, some, arithmetic, keep, scores + first * keep, slots + first * keep);
   }
 }
 
@@ -141,33 +164,40 @@ int negcache_has_amx() {
 
 // out[row, sample, :] = scores of the block blocks[row, sample].
 int negcache_score_blocks(const Problem* problem, const int64_t* blocks, int64_t samples, float* out) {
-  return with_storage(*problem, [&](auto* typed) { score_blocks(typed, *problem, blocks, samples, out); });
+  return guarded([&] {
+    return with_storage(*problem, [&](auto* typed) { score_blocks(typed, *problem, blocks, samples, out); });
+  });
 }
 
 // out[row, block] = logsumexp over the block's slots of the scores; -inf for a block without a finite score.
 int negcache_block_logsumexp(const Problem* problem, int tiles, int parts, float* out) {
   const int64_t blocks = problem->blocks();
-  return with_storage(*problem, [&](auto* typed) {
-    stream(typed, *problem, {tiles, parts}, [=] {
-      return [=](int64_t block, int64_t row, int64_t lanes, const float* scores) {
-        const Floats logsumexp = column_logsumexp(scores, column_maximum(scores), [](int64_t, Floats) {});
-        for (int64_t i = 0; i < lanes; ++i) out[(row + i) * blocks + block] = logsumexp[i];
-      };
-    });
+  const auto make_consumer = [=] {
+    return [=](int64_t block, int64_t row, int64_t lanes, const float* scores) {
+      const Floats logsumexp = column_logsumexp(scores, column_maximum(scores), [](int64_t, Floats) {});
+      for (int64_t i = 0; i < lanes; ++i) out[(row + i) * blocks + block] = logsumexp[i];
+    };
+  };
+  return guarded([&] {
+    return with_storage(*problem, [&](auto* typed) { stream(typed, *problem, {tiles, parts}, make_consumer); });
   });
 }
 
 // The same, and total[row, :] = the sum of exp(score - log_scale[row]) times the embedding, over all slots. A row
 // without a finite score has the log-scale -inf and the total 0.
 int negcache_blocks_and_sums(const Problem* problem, int tiles, int parts, float* out, float* total, float* log_scale) {
-  return with_storage(*problem,
-                      [&](auto* typed) { blocks_and_sums(typed, *problem, {tiles, parts}, out, total, log_scale); });
+  return guarded([&] {
+    return with_storage(*problem,
+                        [&](auto* typed) { blocks_and_sums(typed, *problem, {tiles, parts}, out, total, log_scale); });
+  });
 }
 
 // The `keep` best scores of each row and their slots, by (score descending, slot ascending); (-inf, -1) if fewer. They
 // are found among the streamed products and then rescored in float32.
 int negcache_hardest(const Problem* problem, int tiles, int parts, int64_t keep, float* scores, int64_t* slots) {
-  return with_storage(*problem, [&](auto* typed) { hardest(typed, *problem, {tiles, parts}, keep, scores, slots); });
+  return guarded([&] {
+    return with_storage(*problem, [&](auto* typed) { hardest(typed, *problem, {tiles, parts}, keep, scores, slots); });
+  });
 }
 
 }  // extern "C"
