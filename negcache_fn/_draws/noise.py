@@ -5,7 +5,7 @@ column and the level. Rows and columns have the numbers that they have in the wh
 draws do not depend on how the work is divided.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from tensordict import TensorDictBase
@@ -42,11 +42,8 @@ class Noise(NamedTuple):
 
     def columns(self, quad: Tensor, level: int) -> Tensor:
         """[B, m, 4 n] variates of the columns in the quads [..., n] (broadcast against [B, k, n])."""
-        row = self.row[..., None]
-        found = dispatch.gumbel(self.seed, self.step, row, quad, level)
-        if found is None:
-            found = gumbel(self.seed, self.step, row, quad, level=level)
-        return found.flatten(-2)
+        row, quad = cast("tuple[Tensor, Tensor]", torch.broadcast_tensors(self.row[..., None], quad))
+        return cast(Tensor, _gumbel_op(self.seed, self.step, row, quad, level)).flatten(-2)
 
     def of_groups(self, first: int | Tensor, count: int) -> Tensor:
         """[B, k, count] variates of the groups `first ...`, which need not be the first of a quad."""
@@ -68,3 +65,15 @@ class Noise(NamedTuple):
         """[B, k, children] variates of the children of each chosen place [B, k]."""
         quads = children // QUAD
         return self.columns(parent[..., None] * quads + torch.arange(quads, device=parent.device), level)
+
+
+@torch.library.custom_op("negcache_fn::gumbel", mutates_args=())
+def _gumbel_op(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor:
+    """`gumbel`, by a kernel if there is one: inline it is 130 operations, most of what a small step costs."""
+    found = dispatch.gumbel(seed, step, row, quad, level)
+    return gumbel(seed, step, row, quad, level=level) if found is None else found
+
+
+@_gumbel_op.register_fake
+def _(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor:
+    return torch.empty(*row.shape, 4, device=row.device)

@@ -69,5 +69,6 @@ def find_slots(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor | Non
 
 
 def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor | None:
-    """[..., 4] the variates of `negcache_fn.random.gumbel`."""
-    return triton.gumbel(seed, step, row, quad, level)
+    """[..., 4] the variates of `negcache_fn.random.gumbel`; `row` and `quad` have the same shape."""
+    found = cpu.gumbel(seed, step, row, quad, level)
+    return triton.gumbel(seed, step, row, quad, level) if found is None else found

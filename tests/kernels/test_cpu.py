@@ -14,6 +14,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import negcache_fn
+from negcache_fn._draws import noise
 from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._kernels.cpu import build
 from negcache_fn._kernels.cpu import call as cpu
@@ -292,3 +294,18 @@ def test_lowest_and_find_slots_equal_a_list(data: st.DataObject, capacity: int) 
     ids[ids < 0] = -1
     places = {int(document): slot for slot, document in enumerate(cached) if document >= 0 and live[slot] >= 0}
     assert cpu.find_slots(ids, cached, live).tolist() == [places.get(int(document), -1) for document in ids]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("rows", "quads"), [(1, 1), (3, 5), (40, 700), (0, 4)])  # 28,000 counters: on all threads
+@pytest.mark.parametrize("seed", [0, -5, 2**40 + 3, -(2**63)])
+def test_noise_has_the_bits_of_plain_torch(rows: int, quads: int, seed: int) -> None:
+    key = torch.tensor(seed), torch.tensor(2**33 + 17)
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randint(2**32, (rows, 1), generator=generator)
+    quad = torch.randint(2**32, (quads,), generator=generator)
+    places = torch.broadcast_tensors(row, quad)
+    expected = negcache_fn.random.gumbel(*key, row, quad, level=2)
+    assert torch.equal(cpu.gumbel(*key, *places, 2), expected)
+    assert torch.equal(noise._gumbel_op(*key, *places, 2), expected)
+    torch.library.opcheck(torch.ops.negcache_fn.gumbel.default, (*key, *places, 2))

@@ -16,6 +16,7 @@ __all__ = [
     "block_logsumexp",
     "blocks_and_sums",
     "find_slots",
+    "gumbel",
     "hardest",
     "lowest_slots",
     "score_blocks",
@@ -102,6 +103,17 @@ def find_slots(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
     return slots
 
 
+def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor | None:
+    """[..., 4] the variates of `negcache_fn.random.gumbel`, bit for bit; None where there is no kernel."""
+    if row.device.type != "cpu" or library() is None:
+        return None
+    out = torch.empty(*row.shape, 4)
+    row, quad = row.contiguous(), quad.contiguous()
+    pointers = (row.data_ptr(), quad.data_ptr(), row.numel(), level, out.data_ptr())
+    _function("negcache_uniform")(int(seed), int(step), *pointers)
+    return out.neg_().log1p_().neg_().log_().neg_()
+
+
 class _Problem(ctypes.Structure):
     """The same fields, in the same order, as `Problem` in `problem.h`."""
 
@@ -129,6 +141,7 @@ _ARGUMENTS = {
     "negcache_hardest": (_IN, _INT, _INT, _SIZE, _TENSOR, _TENSOR),
     "negcache_lowest": (_TENSOR, _TENSOR, _SIZE, _SIZE, _TENSOR),
     "negcache_find_slots": (_TENSOR, _SIZE, _TENSOR, _TENSOR, _SIZE, _TENSOR),
+    "negcache_uniform": (_SIZE, _SIZE, _TENSOR, _TENSOR, _SIZE, _SIZE, _TENSOR),
 }
 
 

@@ -13,7 +13,6 @@ import importlib
 import logging
 import os
 from types import ModuleType
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -131,26 +130,15 @@ def _multiply(weights: Tensor, embeddings: Tensor) -> Tensor:
 
 
 def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor | None:
-    """[..., 4]: the variates of `negcache_fn.random.gumbel`; None where there is no kernel."""
+    """[..., 4] the variates of `negcache_fn.random.gumbel`; None where there is no kernel."""
     if row.device.type != "cuda" or kernel() is None:
         return None
-    row, quad = cast("tuple[Tensor, Tensor]", torch.broadcast_tensors(row, quad))
-    return cast(Tensor, _gumbel_op(seed, step, row, quad, level))
-
-
-@torch.library.custom_op("negcache_fn::gumbel", mutates_args=())
-def _gumbel_op(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor:
     out = torch.empty(*row.shape, 4, device=row.device)
     if out.numel() > 0:
         module = importlib.import_module("negcache_fn._kernels.triton.gumbel")
         with torch.cuda.device_of(row):
             module.launch(seed, step, row.contiguous(), quad.contiguous(), level, out)
     return out
-
-
-@_gumbel_op.register_fake
-def _(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor:
-    return torch.empty(*row.shape, 4, device=row.device)
 
 
 def _split(queries: Tensor, storage: torch.dtype, precision: str) -> tuple[Tensor, Tensor]:
