@@ -1,4 +1,4 @@
-"""The metrics of a step where some draws do not exist, some queries have nothing to draw, and nothing is of length 1."""
+"""The metrics of a step where draws are missing, queries have nothing to draw, and vectors are of any length."""
 
 from __future__ import annotations
 
@@ -107,3 +107,10 @@ def test_what_overflows_in_storage_is_counted() -> None:
     out = negcache_fn.step(state, unit(4, 4, 4), batch, large, options=options)
     assert float(out.metrics["non_finite"]) == 2
     assert bool(out.state["items", "embedding"].isfinite().all())
+
+
+def test_the_histogram_goes_by_the_embedding_not_the_insertion() -> None:
+    ages = {"embedded_at": torch.tensor([5, 2, 5, 3]), "inserted_at": torch.tensor([0, 2, 1, 3])}
+    counts, edges = negcache_fn.age_histogram(make_state(unit(4, 2, 0), step=6, **ages), bins=5)
+    assert edges.tolist() == [0, 1, 2, 3, 4, 5]
+    assert counts.tolist() == [0, 2, 0, 1, 1]
