@@ -21,7 +21,7 @@ from negcache_fn.random import gumbel
 from tests.draws.test_sample import varied
 from tests.support import oracles
 from tests.support.builders import at_step, is_close, make_state, unit
-from tests.support.checks import for_batch
+from tests.support.checks import draws, for_batch
 
 sample = negcache_fn.sample_gumbel
 # The same places inside two blocks of two groups.
@@ -39,15 +39,8 @@ def twins() -> TensorDictBase:
 
 @pytest.mark.parametrize("top_k", [None, 8])
 def test_any_two_draws_are_independent(top_k: int | None) -> None:
-    """Of each query and of different ones: chi-square over the joint of 8 x 8 places (`oracles.FALSE_ALARM` each)."""
-    state, queries = twins(), torch.zeros(5, 2)
-    steps = [sample(at_step(state, step), queries, draws_per_query=2, top_k=top_k).slot for step in range(500)]
-    places = torch.searchsorted(torch.tensor(TWINS), torch.stack(steps).flatten(1)).numpy()
-    chances = torch.softmax(state["items", "log_weight"][TWINS].double(), 0).numpy()
-    for one, other in itertools.combinations(range(10), 2):
-        seen = np.bincount(8 * places[:, one] + places[:, other], minlength=64)
-        p_value = oracles.chi_square_pvalue(seen, np.outer(chances, chances).ravel())
-        assert p_value > oracles.FALSE_ALARM, f"draws {one} and {other}"
+    """Of one query and of different ones, over places in several groups, blocks and slots."""
+    draws.pairs_are_independent(sample, twins(), torch.zeros(5, 2), top_k=top_k)
 
 
 def test_draws_for_the_batch_from_like_places() -> None:
