@@ -35,6 +35,21 @@ def holding(ids: list[int], live: list[bool]) -> TensorDictBase:
     return state
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("segment", [4, 7, 64])
+def test_segments_of_a_search_do_not_show(segment: int, native: bool) -> None:
+    """Every slot by its key and by its id, wherever a segment begins."""
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    state, skip = make_state(unit(30, 2, 0), ids=order), torch.arange(30) % 5 == 3
+    expected = [slot for slot in order.argsort().tolist() if slot % 5 != 3]
+    with by_native_code(native), patch.object(select, "_SEGMENT", segment):
+        assert find_slots(state, torch.arange(32)).tolist() == [*order.argsort().tolist(), -1, -1]
+        for n in (3, 11, 24, 26):
+            found = lowest_slots(order // 2, n, skip=skip, shards=unsharded(30))
+            ranked = sorted(expected, key=lambda slot: (int(order[slot]) // 2, slot))
+            assert found.tolist() == [*ranked, -1, -1][:n]
+
+
 @given(key=numbers, data=st.data(), native=st.booleans(), segment=st.sampled_from([1, 4, 7, 64]))
 def test_lowest_slots_is_a_sort(key: list[int], data: st.DataObject, native: bool, segment: int) -> None:
     """By (key, slot), without what is skipped; -1 where there are fewer."""

@@ -37,17 +37,6 @@ def twins() -> TensorDictBase:
     return make_state(torch.zeros(1100, 2), live=live, log_weight=weights)
 
 
-@pytest.mark.parametrize("top_k", [None, 8])
-def test_any_two_draws_are_independent(top_k: int | None) -> None:
-    """Of one query and of different ones, over places in several groups, blocks and slots."""
-    draws.pairs_are_independent(sample, twins(), torch.zeros(5, 2), top_k=top_k)
-
-
-def test_draws_for_the_batch_from_like_places() -> None:
-    """Documents at one place of several blocks and groups: ordered draws have the chances of Plackett-Luce."""
-    for_batch.ordered_law(sample, twins(), torch.zeros(1, 2), num_draws=2, steps=1000)
-
-
 def test_children_given_their_maximum() -> None:
     """A maximum of its own law makes free Gumbel variables of the children: each, and any two, by exponential times.
 
@@ -118,3 +107,14 @@ def test_the_first_of_equal_groups_is_chosen() -> None:
     chosen = _better(first, second)
     assert chosen.group.item() == 0 and chosen.blocks.unique().tolist() == [0.0]
     assert chosen.log_normalizer.item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("top_k", [None, 8])
+def test_any_two_draws_are_independent(top_k: int | None) -> None:
+    """Of one query and of different ones, over places in several groups, blocks and slots."""
+    draws.pairs_are_independent(sample, twins(), torch.zeros(5, 2), top_k=top_k)
+
+
+def test_draws_for_the_batch_from_like_places() -> None:
+    """Documents at one place of several blocks and groups: ordered draws have the chances of Plackett-Luce."""
+    for_batch.ordered_law(sample, twins(), torch.zeros(1, 2), num_draws=2, steps=1000)
