@@ -273,6 +273,33 @@ def sets_of_draws(
         yield list(slots), -np.log(node / rest), chance
 
 
+def race_along_tree(
+    mass: np.ndarray, noise: Callable[[int, np.ndarray], np.ndarray], lengths: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Slots in the order in which they arrive, and their times, when every level of a tree has Gumbel noise of its own.
+
+    `lengths` are the slots of a node of each level, longest first, and `noise(level, columns)` its variates. A node of
+    mass `a` arrives at an exponential time of rate `a`, that is `exp(-noise) / a`. Exponential times have no memory:
+    so the children of a node that arrives at a given time are those of a race of their own that begins so late that
+    its first arrival is at that time. Slots without mass never arrive.
+    """
+    mass = np.pad(mass, (0, -len(mass) % lengths[0]))
+    parents = np.zeros(1)
+    for level, length in enumerate(lengths):
+        of_node = mass.reshape(-1, length).sum(1)
+        with np.errstate(divide="ignore"):
+            own = np.exp(-noise(level, np.arange(len(of_node)))) / of_node
+        if level > 0:
+            own = own.reshape(len(parents), -1)
+            with np.errstate(invalid="ignore"):
+                own = own + (parents - own.min(1))[:, None]
+            own = np.where(of_node.reshape(own.shape) > 0, own, math.inf).ravel()
+        parents = own
+    order = np.argsort(parents, kind="stable")
+    order = order[np.isfinite(parents[order])]
+    return order, parents[order]
+
+
 def philox4x32(counter: Sequence[int], key: Sequence[int], rounds: int = 10) -> list[int]:
     """Philox-4x32 in Python integers (Salmon, Moraes, Dror, Shaw, SC 2011)."""
     word = 0xFFFFFFFF

@@ -26,6 +26,7 @@ SAMPLING_FAULTS = (
     "wrong scale",
     "one noise for all rows",
     "one noise for all samples",
+    "one noise for two rows",
     "truncated tail",
     "draws empty slots",
     "top_k off by one",
@@ -158,6 +159,8 @@ class Reference:
             uniform = uniform[:1].expand_as(uniform)
         if self.fault == "one noise for all samples":
             uniform = uniform[:, :1].expand_as(uniform)
+        if self.fault == "one noise for two rows":  # the second and the third, and so on
+            uniform = uniform[((torch.arange(rows) + 1) // 2 * 2 - 1).clamp(min=0)]
         noise = -torch.log(-torch.log1p(-uniform.clamp(1e-18, 1 - 1e-16)))
         if self.fault == "truncated tail":
             noise = noise.clamp(max=3.0) + 1e-9 * noise

@@ -44,6 +44,7 @@ def check_sampling(it: Reference) -> None:
     draws.cutoff_separates(it.sample_gumbel, state, queries, 6, scale=3.0)
     draws.many_steps(it.sample_gumbel, state, queries[0], steps=400, scale=3.0)
     draws.joint_independence(it.sample_gumbel, steps=20)
+    draws.pairs_are_independent(it.sample_gumbel, make_state(unit(3, 4, 0)), unit(4, 4, 1), steps=150, scale=2.0)
     draws.perturbed_values(it.sample_gumbel, state, queries, steps=20, scale=3.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -116,6 +117,32 @@ def joint_independence(sample: Sampler, *, steps: int = 60, copies: int = 100) -
         for together in slots.view(copies, 4).tolist():
             seen[tuple(together)] += 1
     assert oracles.chi_square_pvalue(seen.ravel(), joint.ravel()) > oracles.FALSE_ALARM
+
+
+def pairs_are_independent(
+    sample: Sampler,
+    state: TensorDictBase,
+    queries: Tensor,
+    *,
+    steps: int = 500,
+    draws_per_query: int = 2,
+    **options: Any,
+) -> None:
+    """Any two draws of a step, of one query or of two: chi-square over the joint (`oracles.FALSE_ALARM` a pair).
+
+    The state has few documents, but they may be anywhere in the tree.
+    """
+    exact = oracles.probabilities(exact_scores(state, queries, **options))
+    support = np.flatnonzero(exact.any(0))
+    drawn = [
+        sample(at_step(state, step), queries, draws_per_query=draws_per_query, **options).slot for step in range(steps)
+    ]
+    places = np.searchsorted(support, torch.stack(drawn).flatten(1).numpy())
+    chances, size = exact[:, support].repeat(draws_per_query, 0), len(support)
+    for one, other in itertools.combinations(range(len(chances)), 2):
+        seen = np.bincount(size * places[:, one] + places[:, other], minlength=size**2)
+        p_value = oracles.chi_square_pvalue(seen, np.outer(chances[one], chances[other]).ravel())
+        assert p_value > oracles.FALSE_ALARM, f"draws {one} and {other}"
 
 
 def fields(sample: Sampler, state: TensorDictBase, queries: Tensor, *, tolerance: float = 2e-5, **options: Any) -> Any:

@@ -300,6 +300,9 @@ def scenarios() -> dict[str, Scenario]:
         ),
         "nothing left for any": Scenario(capacity=3, ids=(3, 5, 9), cache_ids=(5, 3, 9)),
         "log-weights": Scenario(log_weights=(0.5, -1.0, 0.25), cache_log_weight=(1.5, 0.0, -0.75, 0.5)),
+        "log-weights, no in-batch": Scenario(
+            in_batch=False, log_weights=(0.5, -1.0, 0.25), cache_log_weight=(1.5, 0.0, -0.75, 0.5)
+        ),
         "empty slots": Scenario(capacity=5, live=(False, True, True, False, True)),
         "transform": Scenario(**squash),
         "top_k": Scenario(top_k=2),
@@ -320,6 +323,9 @@ def scenarios() -> dict[str, Scenario]:
         ),
         "several positives": Scenario(
             capacity=5, ids=(3, 5, 9), cache_ids=(7, -1, 8, 2, 6), positives=((7, 9), (8, -1)), samples=1
+        ),
+        "several positives, anonymous": Scenario(
+            capacity=3, ids=(-1, 5, -1), cache_ids=(7, -1, 8), positives=((7, -1), (-1, 8))
         ),
         "several positives, own only": Scenario(
             capacity=5, in_batch=False, ids=(3, 5, 9), cache_ids=(5, -1, 8, 3, 6), positives=((6,), (8,))

@@ -176,6 +176,7 @@ def naive_metrics(
     at = items["embedded_at"].tolist()
     live = [j for j, when in enumerate(at) if when >= 0]
     slots = draw.slot.flatten().tolist()
+    exist = [m for m, j in enumerate(slots) if j >= 0]
     queries, own, negatives = queries.detach().double(), own.detach().double(), negatives.detach().double()
     names = None if options.get("ids") is None else options["ids"].tolist()
     in_batch, samples = options.get("in_batch", True), draw.slot.shape[1]
@@ -214,13 +215,15 @@ def naive_metrics(
     )
     fresh = oracles.cache_scores(queries, negatives, log_weight=items["log_weight"][slots], **shared)
     probability = torch.from_numpy(oracles.probabilities(stale))[:, slots]
+    can_draw = [i for i in range(len(queries)) if float(cache_logit[i]) > -math.inf]
     sizes, inverse = [], [0.0] * len(slots)
     if draw.for_batch:
-        above = (draw.score - draw.threshold)[0].double()
-        inverse = (-1 / torch.expm1(-torch.exp(above))).tolist()
-    for i in range(len(queries)):
+        for m in exist:
+            above = float(draw.score[0, m].double() - draw.threshold[0, 0].double())
+            inverse[m] = 1.0 if above == math.inf else -1 / math.expm1(-math.exp(above))
+    for i in can_draw:
         weights = []
-        for m in range(len(slots)):
+        for m in exist:
             if draw.for_batch:
                 weight = inverse[m] * float(probability[i, m])
                 if options.get("staleness_correction", "self_normalized") != "none" and weight > 0:
@@ -228,7 +231,8 @@ def naive_metrics(
                 weights.append(weight)
                 continue
             if options.get("share_draws", True):
-                weight = float(probability[i, m] / (len(slots) / len(queries) * probability[:, m].sum()))
+                expected = float(samples * probability[:, m].sum())
+                weight = float(probability[i, m]) / expected if expected > 0 else 0.0
             else:
                 weight = 1 / samples if m // samples == i else 0.0
             if options.get("staleness_correction", "self_normalized") != "none" and weight > 0:
@@ -236,26 +240,24 @@ def naive_metrics(
             weights.append(weight)
         sizes.append(sum(weights) ** 2 / sum(w * w for w in weights) if any(weights) else 0.0)
     held = items["embedding"].double()
-    drifts = [float((negatives[m] - held[j]).square().sum() / negatives[m].square().sum()) for m, j in enumerate(slots)]
-    own_metrics = {"unique_draws": len(set(slots)) / len(slots)}
+    drifts = [float((negatives[m] - held[slots[m]]).square().sum() / negatives[m].square().sum()) for m in exist]
+    own_metrics = {"unique_draws": len({slots[m] for m in exist}) / max(len(exist), 1)}
     if draw.for_batch:
         share = torch.sigmoid(cache_logit - batch_log_sum(queries, own, limits["max_score"], options))
-        gradients = [
-            sum(share[i] * probability[i, m] * queries[i] for i in range(len(queries))) for m in range(len(slots))
-        ]
+        gradients = [(share[can_draw] * probability[can_draw, m]) @ queries[can_draw] for m in range(len(slots))]
         variance = sum((r - 1) * r * float(v @ v) for r, v in zip(inverse, gradients, strict=True))
         whole = sum(r * v for r, v in zip(inverse, gradients, strict=True))
-        own_metrics = {"draw_noise": math.sqrt(variance) / float(torch.as_tensor(whole).norm())}
+        own_metrics = {"draw_noise": math.sqrt(variance) / max(float(torch.as_tensor(whole).norm()), 1e-300)}
     return own_metrics | {
         "exact_loss": float(losses.mean()),
         "positive_probability": float(torch.exp(-losses).mean()),
         "cache_share": float((1 - torch.exp(without_cache - losses)).mean()),
         "occupancy": len(live) / len(at),
-        "cache_age_steps": sum(now - at[j] for j in live) / len(live),
-        "draw_age_steps": sum(now - at[j] for j in slots) / len(slots),
-        "drift": sum(drifts) / len(drifts),
-        "effective_sample_size": sum(sizes) / len(sizes),
-        "masked_pairs": masked_pairs(queries, items, draw, positives, limits["max_score"], shared, options),
+        "cache_age_steps": sum(now - at[j] for j in live) / max(len(live), 1),
+        "draw_age_steps": sum(now - at[slots[m]] for m in exist) / max(len(exist), 1),
+        "drift": sum(drifts) / max(len(drifts), 1),
+        "effective_sample_size": sum(sizes) / max(len(sizes), 1),
+        "masked_pairs": masked_pairs(queries, items, draw, can_draw, positives, limits["max_score"], shared, options),
         "non_finite": 0.0,
     }
 
@@ -264,25 +266,29 @@ def masked_pairs(
     queries: Tensor,
     items: TensorDictBase,
     draw: negcache_fn.Draw,
+    can_draw: list[int],
     positives: list[list[int]] | None,
     limit: list[float] | None,
     shared: dict[str, Any],
     options: dict[str, Any],
 ) -> float:
-    """Share of the pairs of a query and a draw (of another query, or for the batch) that are false negatives."""
+    """Share of the pairs of a query and a draw (of another query, or for the batch) that are false negatives.
+
+    Of queries that have something to draw, and draws that are there.
+    """
     if not options.get("share_draws", True):
         return 0.0
-    rows, count = len(queries), 0
-    draws = [(-1 if draw.for_batch else who, int(j)) for who, row in enumerate(draw.slot) for j in row]
+    count = 0
+    draws = [(-1 if draw.for_batch else who, int(j)) for who, row in enumerate(draw.slot) for j in row if int(j) >= 0]
     bare = oracles.cache_scores(queries, items["embedding"], **shared)
-    for i in range(rows):
+    for i in can_draw:
         named = set(positives[i]) if positives is not None else set()
         if options.get("ids") is not None and not options.get("in_batch", True):
             named |= {int(options["ids"][i])}
         for who, j in draws:
             by_id = int(items["id"][j]) != -1 and int(items["id"][j]) in named
             count += who != i and (by_id or (limit is not None and float(bare[i, j]) > limit[i]))
-    return count / (rows * len(draws))
+    return count / max(len(can_draw) * len(draws), 1)
 
 
 def same_metrics(given: dict[str, Tensor], expected: dict[str, float], tolerance: float = 1e-4) -> None:
