@@ -1,5 +1,6 @@
 """The batch of a step: its documents and the facts about them, checked, and agreed on by the ranks."""
 
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -7,17 +8,19 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn._cache.arrivals import Arrivals, check_facts
-from negcache_fn._cache.state import scalar, stored, stored_features
+from negcache_fn._cache.state import rows_of_cache, scalar, stored, stored_features
 from negcache_fn._checks import check_embeddings
+from negcache_fn._codec import encode
 from negcache_fn._draws.sample import check_draws
 from negcache_fn._features import Features, fit_to_slots, leaves
 from negcache_fn._loss.batch_classes import Classes
 from negcache_fn._options import StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree
+from negcache_fn._ranks.attempts import Attempts
 from negcache_fn._ranks.group import Ranks, Shards
-from negcache_fn._scores.exclude import FalseNegatives, check_false_negatives
+from negcache_fn._scores.exclude import FalseNegatives, check_false_negatives, limits_by, needs_positives
 
-__all__ = ["Batch", "agree_on_batch", "arrivals_of", "check_batch_of_step", "classes_of"]
+__all__ = ["Batch", "agree_on_batch", "arrivals_of", "check_batch_of_step", "classes_of", "limits_told_to_all"]
 
 
 class Batch(NamedTuple):
@@ -43,7 +46,7 @@ def check_batch_of_step(
     ids, log_weights, cacheable, false_negatives, priorities = facts
     cached = stored(state, "embedding")
     most = cached.shape[0] // ranks.size if options.replicated else cached.shape[0]
-    features, rows = _fit_features(state, queries, features, most)
+    features, rows = _fit_features(state, queries, features, most, "" if ranks.name is None else " per rank")
     check_draws(state, options, ranks)
     check_facts(rows, cached, ids, log_weights, cacheable, priorities)
     check_false_negatives(false_negatives, queries, knows_positives=True)
@@ -54,7 +57,7 @@ def agree_on_batch(
     state: TensorDictBase, queries: Tensor, batch: Batch, scale: float | Tensor, options: StepOptions, ranks: Ranks
 ) -> tuple[Tensor, Shards]:
     """`check_ranks_agree` on everything that a step is given."""
-    known = batch.false_negatives
+    known, device = batch.false_negatives, queries.device.type
     return check_ranks_agree(
         ranks,
         queries,
@@ -63,6 +66,7 @@ def agree_on_batch(
         options=options,
         scale=scale,
         seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
+        rows={**rows_of_cache(state), "log_weights": batch.log_weights},
         numbers={
             "queries": queries.shape[0],
             "documents": batch.rows,
@@ -72,19 +76,34 @@ def agree_on_batch(
         choices={
             "ids": batch.ids is not None,
             "log_weights": batch.log_weights is not None,
-            "max_score": known.max_score is not None,
+            "max_score": "a function" if needs_positives(known) else known.max_score is not None,
             "priorities": None if batch.priorities is None else batch.priorities.dtype,
             "gradients": torch.is_grad_enabled(),
+            "autocast": torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
         },
     )
 
 
-def arrivals_of(batch: Batch, documents: Tensor, queries: int, options: StepOptions, ranks: Ranks) -> Arrivals:
-    """The documents of all ranks; with a gradient to their embeddings [N, D] if the loss uses them."""
+def limits_told_to_all(batch: Batch, attempts: Attempts) -> Batch:
+    """The batch; if a user's function of the positives' scores raises, or gives another shape, every rank is told."""
+    if not needs_positives(batch.false_negatives):
+        return batch
+    function = cast("Callable[[Tensor], Tensor]", batch.false_negatives.max_score)
+
+    def attempt(positives: Tensor) -> Tensor:
+        return attempts.result(lambda: limits_by(function, positives), lambda: torch.zeros_like(positives))
+
+    return batch._replace(false_negatives=batch.false_negatives._replace(max_score=attempt))
+
+
+def arrivals_of(
+    batch: Batch, documents: Tensor, queries: int, options: StepOptions, storage: torch.dtype, attempts: Attempts
+) -> Arrivals:
+    """The documents of all ranks; with a gradient to their embeddings [N, D] if the loss uses them, else as stored."""
     differentiable = options.all_ranks_in_batch
-    embeddings = documents if differentiable else documents.detach()
+    embeddings = documents if differentiable else encode(documents.detach(), storage)
     arrivals = Arrivals.of(cast(Features, batch.features), embeddings, batch.ids, batch.log_weights, batch.cacheable)
-    return arrivals.gathered(queries, ranks, differentiable=differentiable)
+    return arrivals.gathered(queries, attempts.ranks, differentiable=differentiable, attempts=attempts)
 
 
 def classes_of(
@@ -96,9 +115,15 @@ def classes_of(
     return Classes(documents, batch.ids, batch.log_weights, 0)
 
 
-def _fit_features(state: TensorDictBase, queries: Tensor, features: Features, most: int) -> tuple[Features, int]:
+def _fit_features(
+    state: TensorDictBase, queries: Tensor, features: Features, most: int, per_rank: str
+) -> tuple[Features, int]:
     """The features, as wide as the cache stores them, and the number of documents."""
     check_embeddings("queries", queries, stored(state, "embedding"), of="the cache")
+    if queries.shape[0] > most:
+        raise ValueError(
+            f"queries has {queries.shape[0]} rows; expected at most {most}, the capacity of the cache{per_rank}"
+        )
     name, leaf = next(leaves(features), ("features", None))
     if leaf is None or leaf.ndim == 0:
         raise ValueError(f"{name} holds no rows; expected features of at least {queries.shape[0]} documents")
@@ -106,6 +131,6 @@ def _fit_features(state: TensorDictBase, queries: Tensor, features: Features, mo
     if not queries.shape[0] <= rows <= most:
         raise ValueError(
             f"{name} has {rows} rows; expected at least {queries.shape[0]}, the number of queries, "
-            f"and at most {most}, the capacity of the cache (per rank)"
+            f"and at most {most}, the capacity of the cache{per_rank}"
         )
     return fit_to_slots(stored_features(state), features, rows, "features", queries.device), rows

@@ -37,13 +37,16 @@ FeaturesT = TypeVar("FeaturesT", bound="Features")
 def map_features(function: Callable[..., Tensor], features: FeaturesT, *others: Features) -> FeaturesT:
     """`function` of every leaf of `features` and of the leaves at the same place in `others`, nested as `features`.
 
-    The function must keep the trailing dimensions of a leaf, not the leading ones.
+    The function must keep the trailing dimensions of a leaf, not the leading ones. It is called in the order of
+    `leaves`.
     """
     if isinstance(features, Tensor):
         return cast("FeaturesT", function(features, *others))
-    mapped: dict[str, Features] = {}
+    found: dict[str, Features] = {}
     for key, value in feature_items(features):
-        mapped[key] = map_features(function, value, *(_child(other, key) for other in others))
+        found[key] = map_features(function, value, *(_child(other, key) for other in others))
+    keys = cast("Iterable[str]", features.keys())
+    mapped = {key: found[key] for key in keys}
     if isinstance(features, TensorDictBase):
         _, before = next(leaves(features))
         _, after = next(leaves(mapped))
@@ -53,7 +56,10 @@ def map_features(function: Callable[..., Tensor], features: FeaturesT, *others: 
 
 
 def leaves(features: Features, name: str = "features") -> Iterator[tuple[str, Tensor]]:
-    """The leaves, each with a name for messages such as `features['tokens']['input_ids']`."""
+    """The leaves, each with a name for messages such as `features['tokens']['input_ids']`.
+
+    They come in the order of their keys, not in that of the mapping: each rank sends its own mapping.
+    """
     if isinstance(features, Tensor):
         yield name, features
     elif isinstance(features, (Mapping, TensorDictBase)):
@@ -91,7 +97,8 @@ def as_stored(features: Features) -> Tensor | TensorDictBase:
     """`features` with its mappings as TensorDicts, as a state stores them."""
     if isinstance(features, Tensor):
         return features
-    children = {key: as_stored(value) for key, value in feature_items(features)}
+    keys = cast("Iterable[str]", features.keys())
+    children = {key: as_stored(_child(features, key)) for key in keys}
     _, leaf = next(leaves(features))
     return TensorDict(children, batch_size=leaf.shape[:1])
 
@@ -181,8 +188,12 @@ def pad_rows(given: Tensor, stored: Tensor, value: float) -> Tensor:
 
 
 def feature_items(features: "Mapping[str, Features] | TensorDictBase") -> "list[tuple[str, Features]]":
-    """The entries of a mapping or TensorDict."""
-    return list(cast("Mapping[str, Features]", features).items())
+    """The entries of a mapping or TensorDict, in the order of their keys."""
+    return sorted(cast("Mapping[str, Features]", features).items(), key=_key)
+
+
+def _key(item: "tuple[str, Features]") -> str:
+    return str(item[0])
 
 
 def _child(features: Features, key: str) -> Features:

@@ -7,14 +7,21 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn._batch import Batch, agree_on_batch, arrivals_of, check_batch_of_step, classes_of
+from negcache_fn._batch import (
+    Batch,
+    agree_on_batch,
+    arrivals_of,
+    check_batch_of_step,
+    classes_of,
+    limits_told_to_all,
+)
 from negcache_fn._cache.arrivals import Arrivals
 from negcache_fn._cache.state import check_state, feature_leaves, stored
 from negcache_fn._cache.update import copy_state, write_
 from negcache_fn._checks import check_encoder, check_scale
 from negcache_fn._draws.draw import Draw
 from negcache_fn._draws.sample import draw_for_batch, draw_for_queries
-from negcache_fn._encoders.one_pass import Encoder, encode_checked, encode_in_one_pass, with_stalest
+from negcache_fn._encoders.one_pass import Encoder, encode_checked, encode_in_one_pass, told_to_all, with_stalest
 from negcache_fn._features import Features
 from negcache_fn._loss.batch_classes import batch_scores, known_ids, positive_scores
 from negcache_fn._loss.cache_class import SharedDraws, estimate_cache_logit, gather_draws
@@ -22,6 +29,7 @@ from negcache_fn._loss.cross_entropy import Terms, cross_entropy, reduced
 from negcache_fn._monitor.metrics import count_not_storable, draw_noise, step_metrics
 from negcache_fn._options import StepOptions
 from negcache_fn._ranks.agree import checking_arguments
+from negcache_fn._ranks.attempts import Attempts
 from negcache_fn._ranks.group import Ranks, ranks_of
 from negcache_fn._scores.definition import Similarity, dtype_of_scores, full_precision, in_dtype
 from negcache_fn._scores.exclude import (
@@ -171,11 +179,13 @@ def step_(
         facts = (ids, log_weights, cacheable, false_negatives, priorities)
         batch = check_batch_of_step(state, queries, features, facts, options, ranks)
     queries, shards = agree_on_batch(state, queries, batch, scale, options, ranks)
+    attempts = Attempts(ranks)
+    encode, batch = told_to_all(encode, attempts, queries.detach()), limits_told_to_all(batch, attempts)
 
     queries, scale = in_dtype(queries, scale, dtype_of_scores(state, queries))
     similarity = Similarity.of(options, scale, queries.dtype)
     first = _encoded_first(state, batch, encode, options)
-    known = None if first is None else _classes(similarity, queries, first, batch, options, ranks)
+    known = None if first is None else _classes(state, similarity, queries, first, batch, options, attempts)
     exclusions = _exclusions(similarity, queries, first, batch, options)
     columns = [*feature_leaves(state), stored(state, "embedded_at")]
     if options.for_batch:
@@ -188,7 +198,8 @@ def step_(
     again = with_stalest(state, draw.slot.flatten(), drawn, batch.to_refresh, ranks, shards)
     fresh = encode_in_one_pass(encode, cast(Features, batch.features), first, state, again)
 
-    known = _classes(similarity, queries, fresh.documents, batch, options, ranks) if known is None else known
+    if known is None:
+        known = _classes(state, similarity, queries, fresh.documents, batch, options, attempts)
     shared = gather_draws(fresh.draws, draw, ranks) if options.share_draws else None
     with full_precision(queries):
         cache = estimate_cache_logit(similarity, queries, fresh.draws, draw, shared, options)
@@ -197,7 +208,10 @@ def step_(
     with torch.no_grad():  # metrics and cached embeddings are constants
         slots, embeddings = _drawn_by_all(draw, fresh.draws, shared, ranks)
         not_written = count_not_storable(state, fresh.all, batch.cacheable, again.slots)
-        metrics = step_metrics(state, draw, terms, fresh.draws, drawn_at, slots, not_written, ranks)
+        metrics, failures = step_metrics(
+            state, draw, terms, fresh.draws, drawn_at, slots, not_written, attempts.failures(slots.device), ranks
+        )
+        attempts.raise_if_any(failures)
         if draw.for_batch and shared is not None:
             metrics["draw_noise"] = draw_noise(queries, draw, terms, shared)
         if training:
@@ -223,12 +237,18 @@ class _Classes(NamedTuple):
 
 
 def _classes(
-    similarity: Similarity, queries: Tensor, documents: Tensor, batch: Batch, options: StepOptions, ranks: Ranks
+    state: TensorDictBase,
+    similarity: Similarity,
+    queries: Tensor,
+    documents: Tensor,
+    batch: Batch,
+    options: StepOptions,
+    attempts: Attempts,
 ) -> _Classes:
     """From the embeddings [N, D]."""
     rows = queries.shape[0]
-    arrivals = arrivals_of(batch, documents, rows, options, ranks)
-    classes = classes_of(batch, documents, arrivals, rows, options, ranks)
+    arrivals = arrivals_of(batch, documents, rows, options, stored(state, "embedding").dtype, attempts)
+    classes = classes_of(batch, documents, arrivals, rows, options, attempts.ranks)
     with full_precision(queries):
         logits, positive = batch_scores(similarity, queries, classes, options, batch.false_negatives)
     return _Classes(arrivals, logits, positive)

@@ -25,10 +25,10 @@ from torch.distributed.checkpoint.state_dict_saver import save  # pyright: ignor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from negcache_fn._cache.state import check_state, stored, with_items
+from negcache_fn._cache.state import check_state, rows_of_cache, scalar, stored, with_items
 from negcache_fn._checks import check_size
 from negcache_fn._features import map_features
-from negcache_fn._ranks.agree import check_ranks_agree
+from negcache_fn._ranks.agree import check_ranks_agree, device_of
 from negcache_fn._ranks.group import SHARD_MULTIPLE, Ranks, ranks_of
 
 __all__ = [
@@ -113,7 +113,15 @@ def unshard(state: TensorDictBase, group: dist.ProcessGroup) -> TensorDictBase:
     """
     check_state(state)
     ranks, rows = ranks_of(group), stored(state, "embedding").shape[0]
-    embedding, shards = check_ranks_agree(ranks, stored(state, "embedding"), rows, function="unshard")
+    embedding, shards = check_ranks_agree(
+        ranks,
+        stored(state, "embedding"),
+        rows,
+        function="unshard",
+        name="state['items', 'embedding']",
+        seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
+        rows=rows_of_cache(state),
+    )
     chunk, capacity = int(shards.chunk), int(shards.capacity)
 
     def whole(leaf: Tensor) -> Tensor:
@@ -148,7 +156,7 @@ def checkpointable(state: TensorDictBase, group: dist.ProcessGroup | None = None
     """
     check_state(state)
     ranks, rows = ranks_of(group), stored(state, "embedding").shape[0]
-    _, shards = check_ranks_agree(ranks, stored(state, "embedding"), rows, function="checkpointable")
+    _, shards = check_ranks_agree(ranks, stored(state, "embedding"), rows, function="checkpointable", name="state")
     capacity = int(shards.capacity)
     if capacity % SHARD_MULTIPLE:
         raise ValueError(
@@ -240,8 +248,14 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup) ->
     Args:
         parameters: the same on every rank, in the same order; one without a gradient counts as 0.
         group: the ranks.
+
+    Raises:
+        ValueError: on every rank, if their number, shapes or dtypes differ between the ranks.
     """
-    ranks = ranks_of(group)
+    ranks, parameters = ranks_of(group), list(parameters)
+    rows = {f"parameters[{place}]": parameter.detach()[None] for place, parameter in enumerate(parameters)}
+    nothing = torch.zeros(1, 1, device=device_of(group))
+    check_ranks_agree(ranks, nothing, 0, function="average_gradients", rows=rows)
     for parameter in parameters:
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         parameter.grad = ranks.all_sum(gradient) / ranks.size

@@ -123,6 +123,7 @@ def observe(
         ids[:, None],
         0,
         function="observe",
+        name="ids",
         seed_and_step=(torch.zeros_like(ids[0]), scalar(frequency, "step")),
         numbers={"documents": ids.shape[0], "buckets": buckets, "hashes": hashes},
         choices={"rate": rate},

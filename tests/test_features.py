@@ -166,7 +166,7 @@ def test_values_unlike_the_features_are_named(name: str) -> None:
 WRONG_BATCHES: dict[str, tuple[Any, str]] = {
     "rows": (
         {"tokens": tokenized([[5]], 1)["tokens"], "price": torch.zeros(2)},
-        r"features\['price'\] has shape \(2,\)",
+        r"features\['tokens'\]\['input_ids'\] has shape \(1, 1\); expected \(2, 7\)",
     ),
     "keys": ({"price": torch.zeros(1)}, r"features has keys \['price'\]"),
     "empty": ({}, "features holds no rows"),

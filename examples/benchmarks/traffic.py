@@ -43,8 +43,9 @@ def messages(step: Step) -> list[tuple[str, str, int, int]]:
     world, documents, dim = step.world, step.documents, step.dim
     excluded = documents if options.in_batch else step.batch
     numbers = 8 + 4 + 1  # of a new document: id, log-weight, mask
+    outcome = 8  # what became of the encoder's call
     found = [
-        ("agreeing on sizes", "all_gather", 1, 8 * 13),
+        ("agreeing on sizes", "all_gather", 1, 8 * 15),
         ("queries, ids that are no negatives", "all_gather", 1, 4 * step.batch * dim + 8 * excluded),
         ("slots drawn", "all_gather", 1, 8 * draws),
         (
@@ -62,21 +63,27 @@ def messages(step: Step) -> list[tuple[str, str, int, int]]:
             ("queries: gradients", "reduce_scatter", 1, 4 * world * step.batch * dim),
             ("weights of the queries", "all_gather", 1, 4 * step.batch),
             ("draws of each part", "all_gather", 1, 8 * 3 * (whole + 1)),
-            ("metrics", "all_reduce", 2, 8 * 19 + 4 * whole * dim),
+            ("metrics", "all_reduce", 2, 8 * 20 + 4 * whole * dim),
         ]
     else:
         found += [
             ("draws of each part", "all_to_all", 1, world * 8 * (3 * draws + step.batch)),
-            ("metrics", "all_reduce", 1, 8 * 21),
+            ("metrics", "all_reduce", 1, 8 * 22),
         ]
     if options.in_batch == "global":
         found += [
-            ("new documents: features and numbers", "all_gather", 1, documents * (step.feature_bytes + numbers)),
+            (
+                "new documents: features and numbers",
+                "all_gather",
+                1,
+                documents * (step.feature_bytes + numbers) + outcome,
+            ),
             ("new documents: embeddings", "all_gather", 1, 4 * documents * dim),
             ("new documents: gradients", "reduce_scatter", 1, 4 * world * documents * dim),
         ]
     else:
-        found.append(("new documents", "all_gather", 1, documents * (step.feature_bytes + numbers + 4 * dim)))
+        row = step.feature_bytes + numbers + step.storage_bytes * dim
+        found.append(("new documents", "all_gather", 1, documents * row + outcome))
     if options.share_draws:
         found += [
             (

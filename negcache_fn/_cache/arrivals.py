@@ -8,6 +8,7 @@ from torch import Tensor
 from negcache_fn._cache.eviction import check_priorities
 from negcache_fn._checks import check_rows
 from negcache_fn._features import Features, leaves, nested_as
+from negcache_fn._ranks.attempts import Attempts
 from negcache_fn._ranks.group import Ranks, positives_first
 
 __all__ = ["Arrivals", "check_facts"]
@@ -38,20 +39,28 @@ class Arrivals(NamedTuple):
         cacheable = torch.ones(rows, dtype=torch.bool, device=device) if cacheable is None else cacheable
         return cls(features, embeddings, ids, log_weights, cacheable)
 
-    def gathered(self, positives: int, ranks: Ranks, *, differentiable: bool) -> "Arrivals":
+    def gathered(
+        self, positives: int, ranks: Ranks, *, differentiable: bool = False, attempts: Attempts | None = None
+    ) -> "Arrivals":
         """The documents of all ranks: first the positives of each rank, then the others.
 
-        With a gradient for the embeddings where the loss uses them, at the price of a message.
+        With a gradient for the embeddings where the loss uses them, at the price of a message. What became of the
+        `attempts` to make them is compared before other embeddings are sent.
         """
         if ranks.name is None:
             return self
         parts = [leaf for _, leaf in leaves(cast(Features, self.features))]
         parts = [*parts, self.ids, self.log_weights, self.cacheable]
-        if differentiable:
-            *found, ids, log_weights, cacheable = ranks.gather_all(*parts)
-            embeddings = ranks.gather(self.embeddings)
+        if not differentiable:
+            parts.append(self.embeddings)
+        if attempts is not None:
+            *parts, outcomes = ranks.gather_all(*parts, attempts.outcome(self.ids.device))
+            attempts.compare(outcomes)
         else:
-            *found, ids, log_weights, cacheable, embeddings = ranks.gather_all(*parts, self.embeddings)
+            parts = ranks.gather_all(*parts)
+        if differentiable:
+            parts.append(ranks.gather(self.embeddings))
+        *found, ids, log_weights, cacheable, embeddings = parts
         features = nested_as(cast(Features, self.features), [positives_first(rows, positives, ranks) for rows in found])
         rest = (positives_first(rows, positives, ranks) for rows in (embeddings, ids, log_weights, cacheable))
         return Arrivals(features, *rest)

@@ -13,7 +13,8 @@ from negcache_fn._cache.update import copy_state, update_
 from negcache_fn._checks import check_size
 from negcache_fn._features import Features, all_moved, map_features, moved, rows_where
 from negcache_fn._options import StepOptions
-from negcache_fn._ranks.group import unsharded
+from negcache_fn._ranks.agree import checking_arguments
+from negcache_fn._ranks.group import ranks_of, unsharded
 
 __all__ = ["Batch", "prefill", "reset", "resize"]
 
@@ -52,12 +53,14 @@ def prefill(
         >>> occupancy(state)
         tensor(0.7500)
     """
-    state = copy_state(state)
+    state, ranks = copy_state(state), ranks_of(group)
     with torch.no_grad():  # what is cached is a constant
         for batch in batches:
             features, ids = batch if isinstance(batch, tuple) else (batch, None)
-            features = all_moved(features, stored(state, "embedding").device)
-            state = update_(state, features, encode(features), ids=ids, group=group, **options.of_update())
+            with checking_arguments(ranks):  # the others are in `update_`
+                features = all_moved(features, stored(state, "embedding").device)
+                embeddings = encode(features)
+            state = update_(state, features, embeddings, ids=ids, group=group, **options.of_update())
     return state
 
 

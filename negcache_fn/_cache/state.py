@@ -41,6 +41,7 @@ __all__ = [
     "live",
     "lock",
     "occupancy",
+    "rows_of_cache",
     "scalar",
     "stored",
     "stored_features",
@@ -184,7 +185,14 @@ def take(
     shards = unsharded(stored(state, "embedding").shape[0])
     if group is not None:
         flat, shards = check_ranks_agree(
-            ranks, slots.reshape(-1, 1), stored(state, "id").shape[0], function="take", numbers={"slots": slots.numel()}
+            ranks,
+            slots.reshape(-1, 1),
+            stored(state, "id").shape[0],
+            function="take",
+            name="slots",
+            seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
+            rows=rows_of_cache(state),
+            numbers={"slots": slots.numel()},
         )
         slots = flat.view(slots.shape)
     rows = fetch_rows(feature_leaves(state), slots.flatten(), shards)
@@ -194,6 +202,11 @@ def take(
 def feature_leaves(state: TensorDictBase) -> list[Tensor]:
     """The tensors of the features, [C, ...] each."""
     return [leaf for _, leaf in leaves(stored_features(state))]
+
+
+def rows_of_cache(state: TensorDictBase) -> dict[str, Tensor]:
+    """The tensors of which ranks send each other rows, by names for messages."""
+    return {"state['items', 'embedding']": stored(state, "embedding"), **dict(leaves(stored_features(state)))}
 
 
 def as_features(state: TensorDictBase, rows: list[Tensor]) -> Tensor | TensorDictBase:

@@ -14,7 +14,7 @@ from negcache_fn._cache.arrivals import Arrivals, check_facts
 from negcache_fn._cache.eviction import eviction_key
 from negcache_fn._cache.ids import find_slots, last_of_each
 from negcache_fn._cache.select import lowest_slots
-from negcache_fn._cache.state import COLUMNS, check_state, lock, scalar, stored, stored_features
+from negcache_fn._cache.state import COLUMNS, check_state, lock, rows_of_cache, scalar, stored, stored_features
 from negcache_fn._checks import check_embeddings, check_slots
 from negcache_fn._codec import encode, storable
 from negcache_fn._features import Features, fit_to_slots, map_features, moved
@@ -121,26 +121,33 @@ def update_(
         rows, device = embeddings.shape[0], cached.device
         most = cached.shape[0] // ranks.size if options.replicated else cached.shape[0]
         if rows > most:
-            raise ValueError(f"embeddings has {rows} rows; expected at most {most}, the capacity of the cache per rank")
+            whose = "the cache" if ranks.name is None else "the cache per rank"
+            raise ValueError(f"embeddings has {rows} rows; expected at most {most}, the capacity of {whose}")
         features = fit_to_slots(stored_features(state), features, rows, "features", device)
         check_facts(rows, cached, ids, log_weights, cacheable, priorities)
         if refresh is not None:
             _check_refresh(refresh, cached)
     embeddings, shards = check_ranks_agree(
         ranks,
-        embeddings,
+        embeddings.detach(),
         cached.shape[0],
         function="update",
+        name="embeddings",
         options=options,
         seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
+        rows={
+            **rows_of_cache(state),
+            "log_weights": log_weights,
+            "refresh[1]": None if refresh is None else refresh[1].detach(),
+        },
         numbers={"documents": rows, "refresh": 0 if refresh is None else refresh[0].shape[0]},
         choices={"priorities": None if priorities is None else priorities.dtype},
     )
     if refresh is not None:
         slots, fresh = ranks.gather_all(refresh[0], refresh[1].detach())
         refresh = (slots, fresh)
-    arrivals = Arrivals.of(features, embeddings.detach(), ids, log_weights, cacheable)
-    arrivals = arrivals.gathered(rows, ranks, differentiable=False)
+    arrivals = Arrivals.of(features, embeddings, ids, log_weights, cacheable)
+    arrivals = arrivals.gathered(rows, ranks)
     return write_(state, arrivals, refresh, shards, options, priorities)
 
 

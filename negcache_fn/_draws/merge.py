@@ -58,9 +58,19 @@ def merge_draws(a: Draw, b: Draw, *, group: torch.distributed.ProcessGroup | Non
     ranks = ranks_of(group)
     with checking_arguments(ranks):
         _check_pair(a, b)
-    if a.for_batch and ranks.name is not None:
-        return _merged_by_ranks(a, b, ranks)
-    return _merged(a, b)
+    if ranks.name is None:
+        return _merged(a, b)
+    queries, _ = check_ranks_agree(
+        ranks,
+        a.embedding[0],
+        0,
+        function="merge_draws",
+        name="a.embedding",
+        rows={"b.embedding": b.embedding[0], "a.score": a.score[0], "b.score": b.score[0]},
+        numbers={"draws": a.slot.shape[1], "caches of a": a.cutoff.shape[1], "caches of b": b.cutoff.shape[1]},
+        choices={"drawn for": _whom(a)},
+    )
+    return _merged_by_ranks(a._replace(embedding=queries[None]), b, ranks) if a.for_batch else _merged(a, b)
 
 
 def take_drawn(
@@ -182,11 +192,8 @@ def _merged(a: Draw, b: Draw) -> Draw:
 
 def _merged_by_ranks(a: Draw, b: Draw, ranks: Ranks) -> Draw:
     """From this rank's part of both, this rank's part."""
-    queries, _ = check_ranks_agree(
-        ranks, a.embedding[0], 0, function="merge_draws", numbers={"draws": a.slot.shape[1]}, choices={}
-    )
     samples = a.slot.shape[1]
-    parts = [[getattr(draw, name)[0] for name in _OF_DOCUMENTS] for draw in (a._replace(embedding=queries[None]), b)]
+    parts = [[getattr(draw, name)[0] for name in _OF_DOCUMENTS] for draw in (a, b)]
     whole = [
         draw._replace(**dict(zip(_OF_DOCUMENTS, (rows[None] for rows in ranks.gather_all(*part)), strict=True)))
         for draw, part in zip((a, b), parts, strict=True)

@@ -138,6 +138,7 @@ def sample_gumbel(
         options=options,
         scale=scale,
         seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
+        rows={"state['items', 'embedding']": stored(state, "embedding")},
         numbers={"queries": queries.shape[0], **exclusions.numbers},
         choices=exclusions.choices,
     )

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from negcache_fn._checks import check_encoder
+from negcache_fn._features import leaves
+from negcache_fn._ranks.attempts import Attempts
 from negcache_fn._ranks.group import ranks_of
 
 __all__ = ["RequireFinite", "require_finite"]
@@ -56,9 +58,14 @@ class RequireFinite(nn.Module):
 
     def forward(self, features: Any) -> Tensor:
         """[N, ...] -> [N, D]."""
-        embeddings = self.encode(features)
+        ranks = ranks_of(self.group)
+        attempts = Attempts(ranks)
+        _, leaf = next(leaves(features))
+        embeddings = attempts.result(lambda: self.encode(features), lambda: torch.zeros(1, 1, device=leaf.device))
         bad = ~embeddings.detach().isfinite().all(-1)
-        return cast(Tensor, _require_none_op(embeddings, bad, ranks_of(self.group).all_sum(bad.sum())))
+        bad_of_all, failures = ranks.all_sum(torch.stack([bad.sum(), attempts.failures(bad.device)])).unbind()
+        attempts.raise_if_any(failures)
+        return cast(Tensor, _require_none_op(embeddings, bad, bad_of_all))
 
 
 @torch.library.custom_op("negcache_fn::require_none", mutates_args=())

@@ -11,9 +11,10 @@ from negcache_fn._cache.select import lowest_slots
 from negcache_fn._cache.state import as_features, feature_leaves, live, stored
 from negcache_fn._checks import check_embeddings
 from negcache_fn._features import Features, leaves, map_features, rows_where
+from negcache_fn._ranks.attempts import Attempts
 from negcache_fn._ranks.group import Ranks, Shards, fetch_rows
 
-__all__ = ["EncodedAgain", "Encoder", "Fresh", "encode_checked", "encode_in_one_pass", "with_stalest"]
+__all__ = ["EncodedAgain", "Encoder", "Fresh", "encode_checked", "encode_in_one_pass", "told_to_all", "with_stalest"]
 
 Encoder = Callable[[Any], Tensor]
 
@@ -63,6 +64,24 @@ def encode_in_one_pass(
         embeddings = encode_checked(encode, map_features(_joined, features, from_cache), rows + count, cached)
     documents, draws, stalest = torch.split(embeddings, [rows, again.drawn, count - again.drawn])
     return Fresh(embeddings, documents, draws, stalest)
+
+
+def told_to_all(encode: Encoder, attempts: Attempts, like: Tensor) -> Encoder:
+    """`encode`; if it raises, or gives something else than [rows, D], every rank is told, see `Attempts`.
+
+    `like` [B, D] has the kind of embeddings that it stands in for them.
+    """
+    if attempts.ranks.name is None:
+        return encode
+
+    def attempt(features: Features) -> Tensor:
+        _, leaf = next(leaves(features))
+        rows = leaf.shape[0]
+        return attempts.embeddings(
+            lambda: encode_checked(encode, features, rows, like), lambda: like.new_zeros(rows, like.shape[1])
+        )
+
+    return attempt
 
 
 def encode_checked(encode: Encoder, features: Features, rows: int, like: Tensor) -> Tensor:

@@ -14,10 +14,18 @@ from negcache_fn._cache.ids import first_of_each, named
 from negcache_fn._checks import check_embeddings, check_rows
 from negcache_fn._options import StepOptions
 from negcache_fn._ranks.group import Ranks, positives_first
-from negcache_fn._scores.definition import Similarity
-from negcache_fn._scores.exclude import FalseNegatives, check_false_negatives, max_score_of
+from negcache_fn._scores.definition import Similarity, full_precision
+from negcache_fn._scores.exclude import FalseNegatives, check_false_negatives, max_score_of, needs_positives
 
-__all__ = ["Classes", "batch_classes", "batch_scores", "check_batch", "known_ids", "positive_scores"]
+__all__ = [
+    "Classes",
+    "batch_classes",
+    "batch_scores",
+    "check_batch",
+    "known_ids",
+    "positive_scores",
+    "try_limits",
+]
 
 _INFINITY = float("inf")
 
@@ -45,6 +53,13 @@ def check_batch(
         check_rows("ids", ids, torch.int64, documents.shape[0], queries.device)
     if log_weights is not None:
         check_rows("log_weights", log_weights, None, documents.shape[0], queries.device)
+
+
+def try_limits(similarity: Similarity, queries: Tensor, documents: Tensor, false_negatives: FalseNegatives) -> None:
+    """Raises unless a user's function of the positives' scores works: before a message, so that all can be told."""
+    if needs_positives(false_negatives):
+        with torch.no_grad(), full_precision(queries):
+            max_score_of(false_negatives, queries, similarity.dtype, positive_scores(similarity, queries, documents))
 
 
 def batch_classes(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from negcache_fn._checks import check_embeddings, check_scale
 from negcache_fn._draws.draw import Draw, check_draw
-from negcache_fn._loss.batch_classes import batch_classes, batch_scores, check_batch
+from negcache_fn._loss.batch_classes import batch_classes, batch_scores, check_batch, try_limits
 from negcache_fn._loss.cache_class import CacheClass, estimate_cache_logit, gather_draws
 from negcache_fn._options import InBatch, Reduction, ScoreTransform, StalenessCorrection, StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
@@ -121,6 +121,9 @@ def loss(
         check_batch(queries, documents, ids, log_weights, false_negatives)
         if draw.for_batch and torch.is_grad_enabled() and queries.requires_grad:
             _check_gradient_of_draw(draw)
+        if group is not None:
+            similarity = Similarity.of(options, scale, draw.log_normalizer.dtype)
+            try_limits(similarity, queries, documents, false_negatives)
     queries, _ = check_ranks_agree(
         ranks,
         queries,
@@ -128,6 +131,13 @@ def loss(
         function="loss",
         options=options,
         scale=scale,
+        rows={
+            "documents": documents,
+            "log_weights": log_weights,
+            "negatives": negatives,
+            "draw.embedding": draw.embedding[0],
+            "draw.score": draw.score[0],
+        },
         numbers={
             "queries": queries.shape[0],
             "documents": documents.shape[0],

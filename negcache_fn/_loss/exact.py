@@ -9,7 +9,14 @@ from torch import Tensor
 
 from negcache_fn._cache.state import scalar, stored
 from negcache_fn._checks import check_size
-from negcache_fn._loss.batch_classes import batch_classes, batch_scores, check_batch, known_ids, positive_scores
+from negcache_fn._loss.batch_classes import (
+    batch_classes,
+    batch_scores,
+    check_batch,
+    known_ids,
+    positive_scores,
+    try_limits,
+)
 from negcache_fn._loss.cross_entropy import cross_entropy, reduced
 from negcache_fn._options import InBatch, Reduction, ScoreTransform, StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
@@ -86,6 +93,9 @@ def exact_loss(
         capacity = stored(state, "embedding").shape[0]
         if top_k is not None:
             check_size("top_k", top_k, most=capacity if group is None else None)
+        if group is not None:
+            similarity = Similarity.of(options, scale, dtype_of_scores(state, queries))
+            try_limits(similarity, queries, documents, false_negatives)
     with full_precision(queries):
         rows = queries.shape[0]
         queries, shards = check_ranks_agree(
@@ -96,6 +106,11 @@ def exact_loss(
             options=options,
             scale=scale,
             seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
+            rows={
+                "state['items', 'embedding']": stored(state, "embedding"),
+                "documents": documents,
+                "log_weights": log_weights,
+            },
             numbers={
                 "queries": rows,
                 "documents": documents.shape[0],

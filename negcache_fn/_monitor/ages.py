@@ -52,6 +52,7 @@ def age_histogram(
         scalar(state, "step").view(1, 1),
         embedded_at.shape[0],
         function="age_histogram",
+        name="state['step']",
         numbers={"bins": bins},
         seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
     )

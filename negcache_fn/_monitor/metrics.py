@@ -24,8 +24,9 @@ def step_metrics(
     drawn_at: Tensor,
     drawn_by_all: Tensor,
     not_written: Tensor,
+    failures: Tensor,
     ranks: Ranks,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor]:
     """The metrics of `step`, of the cache before it is written, for all ranks.
 
     Args:
@@ -36,10 +37,11 @@ def step_metrics(
         drawn_at: [M] the step at which they had been embedded.
         drawn_by_all: [ranks * M] the slots that all ranks have drawn.
         not_written: [] number of rows of this rank that are not finite.
+        failures: [] of this rank, see `Attempts`: they go with the metrics.
         ranks: of the group.
 
     Returns:
-        0-d tensors by their names.
+        0-d tensors by their names; [] the failures of all ranks.
     """
     exact = cross_entropy(terms.batch_logits, draw.log_normalizer, terms.positive)
     step, embedded_at, drawn = scalar(state, "step"), stored(state, "embedded_at"), draw.slot >= 0
@@ -68,16 +70,16 @@ def step_metrics(
     }
     if not draw.for_batch:
         ratios["unique_draws"] = (_distinct(drawn_by_all), draws)
-    totals = [value for ratio in ratios.values() for value in ratio] + [not_written]
+    totals = [value for ratio in ratios.values() for value in ratio] + [not_written, failures]
     if ranks.name is not None:
         totals = list(ranks.all_sum(torch.stack([value.double() for value in totals])).unbind())
     dtype = exact.dtype
     metrics = {
         name: total.to(dtype) / count.to(dtype).clamp(min=1)
-        for name, total, count in zip(ratios, totals[:-1:2], totals[1::2], strict=True)
+        for name, total, count in zip(ratios, totals[:-2:2], totals[1:-2:2], strict=True)
     }
-    metrics["non_finite"] = totals[-1].to(not_written.dtype)
-    return metrics
+    metrics["non_finite"] = totals[-2].to(not_written.dtype)
+    return metrics, totals[-1]
 
 
 def draw_noise(queries: Tensor, draw: Draw, terms: Terms, shared: SharedDraws) -> Tensor:

@@ -7,6 +7,7 @@ message that never comes, or takes another message for it.
 
 import math
 import zlib
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, cast
@@ -19,9 +20,9 @@ from negcache_fn._options import StepOptions
 from negcache_fn._ranks.group import SHARD_MULTIPLE, Ranks, Shards, unsharded
 from negcache_fn._ranks.operators import gather_into, group_named
 
-__all__ = ["check_ranks_agree", "checking_arguments"]
+__all__ = ["check_ranks_agree", "checking_arguments", "device_of", "raise_for_others"]
 
-_PROBES = (-30.0, -1.0, -0.1, 0.0, 0.1, 1.0, 30.0)  # scores at which transforms are compared
+_PROBES = (-100.0, -30.0, -1.0, -0.1, 0.0, 0.1, 1.0, 30.0, 100.0)  # scores at which transforms are compared
 _TOLERANCE = 1e-3  # of the transformed: GPUs of different kinds may round differently
 _HEAD = ("failed", "digest", "capacity", "seed", "step")
 _ROW = len(_HEAD) + 1 + len(_PROBES)  # numbers that each rank sends: then the scale, then what the transform makes
@@ -40,9 +41,11 @@ def check_ranks_agree(
     capacity: int,
     *,
     function: str,
+    name: str = "queries",
     options: StepOptions | None = None,
     scale: float | Tensor = 1.0,
     seed_and_step: tuple[Tensor, Tensor] | None = None,
+    rows: Mapping[str, Tensor | None] | Iterable[tuple[str, Tensor | None]] = (),
     numbers: dict[str, int] | None = None,
     choices: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Shards]:
@@ -53,9 +56,12 @@ def check_ranks_agree(
         tensor: [rows, D], from which all that is sent later derives: the check cannot be reordered behind it.
         capacity: slots here.
         function: that was called.
+        name: of `tensor`, for messages.
         options: must be equal; a sharded cache unless they say that it is replicated.
         scale: must be equal.
         seed_and_step: of the cache, if there is one.
+        rows: further tensors of which rows are sent, by name: dtypes and row shapes must be equal, and whether there is
+            a gradient to send back.
         numbers: further integers that must be equal, by name.
         choices: further constants that must be equal, by name.
 
@@ -69,18 +75,26 @@ def check_ranks_agree(
         return tensor, unsharded(capacity)
     options = StepOptions() if options is None else options
     counted = {"embedding_dim": tensor.shape[-1], **options.named_numbers(), **(numbers or {})}
-    chosen = {"function": function, **options.named_choices(), **(choices or {})}
+    chosen = {"function": function, **options.named_choices(), **(choices or {}), **_of_rows(name, tensor)}
+    if isinstance(scale, Tensor) and torch.is_grad_enabled() and scale.requires_grad:
+        chosen["scale.requires_grad"] = True
+    for its_name, sent in dict(rows).items():
+        if sent is not None:
+            counted |= {f"{its_name}.shape[{place}]": size for place, size in enumerate(sent.shape[1:], start=1)}
+            chosen |= _of_rows(its_name, sent)
+    with checking_arguments(ranks):
+        transformed = _transformed(options, scale, tensor.device)
     marks = tensor.new_zeros(2, dtype=torch.int64) if seed_and_step is None else torch.stack(seed_and_step)
     tensor, capacities = cast(
         "tuple[Tensor, Tensor]",
         _agree_op(
             tensor,
             marks,
-            _transformed(options, scale, tensor.device),
+            transformed,
             capacity,
             "\n".join(counted),  # an operator takes no lists of strings
             list(counted.values()),
-            "\n".join(f"{name}={value}" for name, value in chosen.items()),
+            "\n".join(f"{name}\t{value}" for name, value in chosen.items()),
             options.replicated,
             ranks.name,
         ),
@@ -90,13 +104,22 @@ def check_ranks_agree(
     return tensor, Shards(ranks, capacities[0] * ranks.rank, capacities[0], capacities.sum())
 
 
+def _of_rows(name: str, tensor: Tensor) -> dict[str, Any]:
+    """The kind of a tensor whose rows are sent."""
+    kind = {f"{name}.dtype": tensor.dtype}
+    return kind | {f"{name}.requires_grad": True} if torch.is_grad_enabled() and tensor.requires_grad else kind
+
+
 def _transformed(options: StepOptions, scale: float | Tensor, device: torch.device) -> Tensor:
     """[1 + probes] float64: the scale, and what the transform makes of some scores."""
     probes = torch.tensor(_PROBES, device=device)
     with torch.no_grad():  # compared, not trained
-        probes = options.transformed(probes)
+        made: Any = options.transformed(probes)  # whatever a user's function gives
+        if not isinstance(made, Tensor) or made.shape != probes.shape:
+            found = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
+            raise ValueError(f"score_transform gave {found} for {tuple(probes.shape)}; expected one number for each")
         scale = scale.double() if isinstance(scale, Tensor) else torch.full_like(probes[0], scale, dtype=torch.float64)
-        return torch.cat([scale.view(1), probes.double()])
+        return torch.cat([scale.view(1), made.double()])
 
 
 class _Announcing:
@@ -111,10 +134,10 @@ class _Announcing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if isinstance(error, (ValueError, TypeError)):
+        if isinstance(error, Exception):
             group = group_named(cast(str, self.ranks.name))
-            _gather_rows(torch.tensor([1] + [0] * (_ROW - 1), device=_device_of(group)), group)
-            _raise_for_all(group, f"{type(error).__name__}: {error}", own=True)
+            _gather_rows(torch.tensor([1] + [0] * (_ROW - 1), device=device_of(group)), group)
+            raise_for_others(group, error)
 
 
 @torch.library.custom_op("negcache_fn::agree", mutates_args=())
@@ -135,10 +158,10 @@ def _agree_op(
     rows = _gather_rows(torch.cat([head, marks, transformed.view(torch.int64)]), group)
     failed, digests, capacities, seeds, steps, *_ = cast("list[list[int]]", rows.t().tolist())
     if any(failed):
-        _raise_for_all(group, None)
+        raise_for_others(group, None)
     if len(set(digests)) > 1:
         mine = dict(zip(names.split("\n"), map(str, numbers), strict=True))
-        mine |= {text.split("=", 1)[0]: text.split("=", 1)[1] for text in texts.split("\n")}
+        mine |= {text.split("\t")[0]: text.split("\t")[1] for text in texts.split("\n")}
         _raise_if_different(_gather_objects(mine, group))
     _raise_if_different([{"seed": str(seed), "step": str(step)} for seed, step in zip(seeds, steps, strict=True)])
     _check_transformed(cast("list[list[float]]", rows[:, len(_HEAD) :].contiguous().view(torch.float64).tolist()))
@@ -171,14 +194,24 @@ _agree_op.register_autograd(_identity_gradient)
 def _raise_if_different(of_ranks: list[dict[str, str]]) -> None:
     """ValueError with everything that differs between the ranks."""
     names = list(dict.fromkeys(name for known in of_ranks for name in known))
-    told: list[str] = []
-    for name in names:
-        values = [known.get(name, "nothing") for known in of_ranks]
-        if len(set(values)) > 1:
-            hint = " (drop_last=True, or pad the last batch)" if name in ("queries", "documents") else ""
-            told.append(f"{name} differs between the ranks of the group: [{', '.join(values)}]{hint}")
+    values = {name: [known.get(name, "nothing") for known in of_ranks] for name in names}
+    different = [name for name in names if len(set(values[name])) > 1]
+    told = [
+        f"{name} differs between the ranks of the group: [{', '.join(values[name])}]{_remedy(name, different)}"
+        for name in different
+    ]
     if told:
         raise ValueError(f"{'; '.join(told)}; expected the same on every rank")
+
+
+def _remedy(name: str, different: list[str]) -> str:
+    if name == "queries":
+        return " (drop_last=True, or pad the last batch)"
+    if name == "documents" and "queries" not in different:
+        return " (the batch of each rank needs equally many further documents, such as hard negatives)"
+    if name.startswith("features") and ".shape" in name:
+        return " (give init_cache an example of one width on every rank)"
+    return ""
 
 
 def _check_transformed(of_ranks: list[list[float]]) -> None:
@@ -216,7 +249,8 @@ def _check_capacities(capacities: list[int], replicated: bool) -> None:
         )
 
 
-def _device_of(group: dist.ProcessGroup) -> torch.device:
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where numbers of this process can be sent from."""
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -235,9 +269,12 @@ def _gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
     return values
 
 
-def _raise_for_all(group: dist.ProcessGroup, error: str | None, *, own: bool = False) -> None:
-    """Raises the errors of other ranks; an error here is already being raised."""
-    errors = cast("list[str | None]", _gather_objects(error, group))
-    if not own:
+def raise_for_others(
+    group: dist.ProcessGroup, error: Exception | None, what: str = "an argument on another rank of the group is invalid"
+) -> None:
+    """Called by every rank, if one has an error: the ranks without one raise those of the others."""
+    text = None if error is None else f"{type(error).__name__}: {error}"
+    errors = cast("list[str | None]", _gather_objects(text, group))
+    if error is None:
         told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None)
-        raise ValueError(f"an argument on another rank of the group is invalid. {told}")
+        raise ValueError(f"{what}. {told}")

@@ -18,6 +18,7 @@ __all__ = [
     "Exclusions",
     "FalseNegatives",
     "check_false_negatives",
+    "limits_by",
     "max_score_of",
     "needs_positives",
 ]
@@ -128,6 +129,17 @@ def needs_positives(false_negatives: FalseNegatives) -> bool:
     return callable(false_negatives.max_score)
 
 
+def limits_by(function: Callable[[Tensor], Tensor], positives: Tensor) -> Tensor:
+    """[B] what a user's function gives for the positives' scores [B], checked."""
+    given: Any = function(positives.detach())
+    if not isinstance(given, Tensor) or given.shape != positives.shape:
+        found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(
+            f"false_negatives.max_score gave {found} for the positives' scores; expected [{positives.shape[0]}]"
+        )
+    return given
+
+
 def max_score_of(
     false_negatives: FalseNegatives, like: Tensor, dtype: torch.dtype, positives: Tensor | None = None
 ) -> Tensor | None:
@@ -140,13 +152,7 @@ def max_score_of(
         return None
     if callable(limit):
         assert positives is not None  # checked at the boundary
-        given: Any = limit(positives.detach())  # whatever a user's function gives
-        if not isinstance(given, Tensor) or given.shape != positives.shape:
-            found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
-            raise ValueError(
-                f"false_negatives.max_score gave {found} for the positives' scores; expected [{positives.shape[0]}]"
-            )
-        limit = given
+        limit = limits_by(limit, positives)
     if isinstance(limit, Tensor):
         return limit.detach().to(dtype).expand(like.shape[0])
     return torch.full((like.shape[0],), limit, dtype=dtype, device=like.device)
