@@ -150,6 +150,11 @@ class StepOptions:
         return bool(self.in_batch)
 
     @property
+    def transforms_scores(self) -> bool:
+        """Whether scores are more than scaled inner products."""
+        return self.score_transform is not None
+
+    @property
     def all_ranks_in_batch(self) -> bool:
         """Whether the batch is that of all ranks."""
         return self.in_batch == "global"
@@ -179,6 +184,14 @@ class StepOptions:
     def with_batch_of_all_ranks(self) -> "StepOptions":
         """The same options, for a batch that all ranks share."""
         return replace(self, in_batch="global")
+
+    def with_positives_alone(self) -> "StepOptions":
+        """The same options, with no class of the batch but each query's positive."""
+        return replace(self, in_batch=False)
+
+    def unreduced(self) -> "StepOptions":
+        """The same options, with a loss for each query."""
+        return replace(self, reduction="none")
 
     def transformed(self, products: Tensor) -> Tensor:
         """The scores, from scaled inner products."""

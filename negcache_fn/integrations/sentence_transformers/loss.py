@@ -1,63 +1,89 @@
 """The cache as a loss of sentence-transformers: `MultipleNegativesRankingLoss`, and the negatives of a cache."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.util import cos_sim, dot_score  # pyright: ignore[reportUnknownVariableType] - numpy's
+from sentence_transformers.util import cos_sim  # pyright: ignore[reportUnknownVariableType] - numpy's
 from tensordict import TensorDictBase
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.functional import normalize
 
-from negcache_fn._cache.state import init_cache
-from negcache_fn._checks import check_choice, check_size
-from negcache_fn._encoders.chunked import chunked
+from negcache_fn._cache.fill import reset, resize
+from negcache_fn._checks import check_size
 from negcache_fn._options import StepOptions
-from negcache_fn._ranks.group import SHARD_MULTIPLE
-from negcache_fn._step import check_options, step_
-from negcache_fn.distributed import local_capacity
-from negcache_fn.integrations.sentence_transformers.matryoshka import Truncated, dimensions, is_decorated, normalized
-from negcache_fn.integrations.sentence_transformers.texts import Rows, Texts, content_ids
-from negcache_fn.nn import Cache, Scale
+from negcache_fn.integrations.sentence_transformers.attributes import SETTINGS, Attributes
+from negcache_fn.integrations.sentence_transformers.columns import own_features
+from negcache_fn.integrations.sentence_transformers.facts import facts_of
+from negcache_fn.integrations.sentence_transformers.filters import GUIDE, FalseNegativeFilter
+from negcache_fn.integrations.sentence_transformers.layout import Layout
+from negcache_fn.integrations.sentence_transformers.matryoshka import (
+    Embedded,
+    Sizes,
+    in_batch_loss,
+    is_decorated,
+    train_step,
+)
+from negcache_fn.integrations.sentence_transformers.model import refuse_layers, sentence_transformer
+from negcache_fn.integrations.sentence_transformers.reader import Column, Documents, Reader
+from negcache_fn.integrations.sentence_transformers.settings import OfDocuments, Settings
+from negcache_fn.integrations.sentence_transformers.slots import all_ranks, empty_cache, fill_cache, widened
 
 __all__ = ["NegativeCacheLoss", "all_ranks"]
 
-_DOCUMENT_IDS = ("tokens", "labels")
+_ON_THE_CARD = (
+    *("gather_across_devices", "directions", "partition_mode", "hardness_mode", "hardness_strength", "negatives"),
+    *("cache_size", "mini_batch_size", "max_length", "document_ids"),
+)
 
 
-class NegativeCacheLoss(nn.Module):
+class NegativeCacheLoss(Attributes):
     """Cross entropy of each anchor's positive against the batch and a cache of earlier documents.
 
     In place of `MultipleNegativesRankingLoss(model)`, whose arguments it takes: `NegativeCacheLoss(model)`. The first
     column is the anchor, the second its positive, further ones are hard negatives; documents of all columns but the
-    first enter the cache. With an empty cache the loss is that of `MultipleNegativesRankingLoss`.
+    first enter the cache, with all features that the model takes. With an empty cache the loss is that of
+    `MultipleNegativesRankingLoss`, and so it is in evaluation, where gradients are off.
+
+    All arguments are attributes, too. Those that say what the cache is made of are fixed by the first batch; the others
+    can be set during training, the scale in every step.
 
     The cache is not in the trainer's checkpoints: `NegativeCacheCallback` puts it there.
 
     Args:
-        model: whose columns of documents are tokenised alike.
+        model: whose columns of documents are preprocessed alike.
         cache_size: slots; with `gather_across_devices` of all ranks together (rounded up to a multiple of 1024 for
             each), else of each.
         scale: of the similarities, 1 / temperature.
         similarity_fct: `cos_sim` or `dot_score` of `sentence_transformers.util`.
         gather_across_devices: whether the ranks share batches, draws and one cache, which is spread over them. Else
             each has its own.
+        directions: as in `MultipleNegativesRankingLoss`; the cache is in "query_to_doc".
+        partition_mode: "joint" or "per_direction", as there.
+        hardness_mode: None or "hard_negatives", as there.
+        hardness_strength: as there.
+        negatives: besides those of the cache: "batch", all documents of the batch; "own", the query's hard negatives.
+        false_negatives: a filter of documents that may be positives.
+        log_weights: a function from the documents' ids [N] to what is added to their scores [N], such as minus the
+            logarithm of how often each comes.
+        cacheable: a function from the documents' ids [N] to bool [N], False for documents not to be cached.
         learnable_scale: whether the scale is trained; its gradient is averaged over the ranks.
-        mini_batch_size: texts that are embedded at a time, with activations computed again in the backward pass; None:
-            all at once.
-        max_length: tokens that a slot of the cache has room for; the model's `max_seq_length` by default.
-        document_ids: "tokens": equal texts are one document. "labels": the label column has the ids, an integer for
-            each positive, or [B, n] for all n documents of each row.
+        mini_batch_size: documents that are embedded at a time, with activations computed again in the backward pass;
+            None: all at once.
+        max_length: tokens that a slot of the cache has room for; longer texts are cut, as the tokenizer would have cut
+            them. The model's `max_seq_length` by default, up to 1024.
+        document_ids: "tokens": documents with equal features are one. "labels": the label column has the ids, an
+            integer for each positive, or [B, n] for all n documents of each row.
         embedding_dtype: of the cached embeddings.
         seed: of the draws.
         options: of `negcache_fn.step`, except for `in_batch`, `reduction` and `placement`, which the loss decides.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, named.
+        ValueError, TypeError: an argument that does not fit, named; so do attributes that are set.
 
     Reference: Lindgren et al., NeurIPS 2021.
     """
@@ -66,6 +92,9 @@ class NegativeCacheLoss(nn.Module):
     # and says what to do by decorating `calculate_loss`.
     uses_gradient_cache = True
 
+    metrics: dict[str, Tensor]  # of the last training step: see `negcache_fn.step`; `batch_loss` and `cache_loss`
+    model: nn.Module  # the trainer replaces it by what wraps it
+
     def __init__(
         self,
         model: SentenceTransformer,
@@ -73,7 +102,15 @@ class NegativeCacheLoss(nn.Module):
         scale: float = 20.0,
         similarity_fct: Callable[..., Tensor] = cos_sim,
         gather_across_devices: bool = False,
+        directions: tuple[str, ...] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        hardness_mode: str | None = None,
+        hardness_strength: float = 0.0,
         *,
+        negatives: str = "batch",
+        false_negatives: FalseNegativeFilter | None = None,
+        log_weights: OfDocuments | None = None,
+        cacheable: OfDocuments | None = None,
         learnable_scale: bool = False,
         mini_batch_size: int | None = None,
         max_length: int | None = None,
@@ -82,78 +119,100 @@ class NegativeCacheLoss(nn.Module):
         seed: int = 0,
         options: StepOptions = StepOptions(),
     ) -> None:
-        super().__init__()
-        check_options(options)
-        if options.decided_by_adapters != StepOptions().decided_by_adapters:
-            raise ValueError(
-                f"options is {options!r}; expected in_batch, reduction and placement as they are by default, as the "
-                f"loss decides them"
-            )
-        if similarity_fct not in (cos_sim, dot_score):
-            raise ValueError(f"similarity_fct is {similarity_fct!r}; expected cos_sim or dot_score")
-        check_choice("document_ids", document_ids, _DOCUMENT_IDS)
-        check_size("cache_size", cache_size)
-        for name, size in (("mini_batch_size", mini_batch_size), ("max_length", max_length)):
-            if size is not None:
-                check_size(name, size)
-        self.model: nn.Module = model  # the trainer replaces it by what wraps it
-        self.scaling: Scale = Scale(scale, learnable=learnable_scale)
-        self.cache_size = cache_size
-        self.similarity_fct = similarity_fct
-        self.gather_across_devices = gather_across_devices
-        self.mini_batch_size = mini_batch_size
-        self.document_ids = document_ids
-        self.embedding_dtype = embedding_dtype
-        self.seed = seed
-        self.options = options
-        self.metrics: dict[str, Tensor] = {}  # of the last forward pass, see `negcache_fn.step`
-        self._width = _width(model, max_length)
-        self._padding = _padding(model)
-        self._cache: Cache | None = None
-        self._documents: Texts | None = None
-
-    @property
-    def state(self) -> TensorDictBase | None:
-        """The cache, or this rank's part; None before the first batch, which tells what features a document has."""
-        return None if self._cache is None else self._cache.state
-
-    @state.setter
-    def state(self, state: TensorDictBase) -> None:
-        self._cache = Cache(state)
+        given = {name: value for name, value in locals().items() if name in SETTINGS}
+        sentence_transformer(model)
+        super().__init__(Settings(**given), scale, learnable_scale=learnable_scale)
+        self.model = model
+        self.metrics = {}
+        self._layout: Layout | None = None
 
     @property
     def group(self) -> dist.ProcessGroup | None:
         """The ranks over which the cache is spread."""
-        return all_ranks() if self.gather_across_devices else None
+        return all_ranks() if self._settings.gather_across_devices else None
 
     def forward(self, sentence_features: Iterable[Mapping[str, Any]], labels: Tensor | None = None) -> Tensor:
-        """The loss, []. Where gradients are off, nothing is written."""
-        anchors, *columns = sentence_features
+        """The loss, []. Where gradients are off, it is that of the batch alone, and nothing is written."""
+        anchors, *columns = own_features(list(sentence_features))
         if not columns:
             raise ValueError("sentence_features has 1 column; expected at least 2, an anchor and its positive")
-        texts = self._texts_of(anchors)
-        queries = self._embed(texts, texts.rows([anchors]))
-        if self._documents is None:
-            self._documents = self._texts_of(columns[0], self._width)
-        documents = self._documents.rows(columns)
-        if self._cache is None:
-            self._cache = Cache(self._empty_cache(queries, documents))
-        return self._step(queries, documents, self._ids(documents, labels, len(columns)))
+        refuse_layers(sentence_transformer(self.model))
+        if torch.is_grad_enabled():
+            return self._trained(anchors, columns, labels)
+        return self._evaluated(anchors, columns, labels)
 
     def calculate_loss(self) -> Tensor:
         """Where MatryoshkaLoss puts its dimensions."""
         raise NotImplementedError("calculate_loss is not called; expected a call of the loss itself")
 
+    def prefill(
+        self,
+        documents: Sequence[Any],
+        *,
+        batch_size: int = 64,
+        ids: Tensor | None = None,
+        prompt: str | None = None,
+        task: str | None = None,
+    ) -> None:
+        """Puts documents into the cache before or during training, embedded in evaluation mode.
+
+        Args:
+            documents: what the model's `preprocess` takes, such as texts. With `gather_across_devices` each rank gives
+                its own, as many as the others.
+            batch_size: documents at a time.
+            ids: [len(documents)] int64, as the labels will give them, with `document_ids="labels"`.
+            prompt: of the documents in training.
+            task: of the documents in training, for a model with a `Router`.
+
+        Raises:
+            ValueError, TypeError: documents unlike those in the cache; ids that are missing, or too few.
+        """
+        labelled = self._settings.document_ids == "labels"
+        if labelled != (ids is not None) or (ids is not None and ids.shape != (len(documents),)):
+            found = "None" if ids is None else f"of shape {tuple(ids.shape)}"
+            expected = f"[{len(documents)}]" if labelled else "None"
+            raise ValueError(f"ids is {found} with document_ids={self._settings.document_ids!r}; expected {expected}")
+        model = sentence_transformer(self.model)
+        training, reader = model.training, Reader(model, self._settings)
+        model.eval()
+        try:
+            with torch.no_grad():  # what is cached is a constant
+                for number, column in enumerate(reader.batches(documents, batch_size, prompt, task)):
+                    labels = None if ids is None else ids[number * batch_size :][:batch_size].to(model.device)
+                    read = reader.documents([column], labels, self._layout, self.state, self.group)
+                    embedded = reader.embedded_rows(read.layout, read.rows)
+                    self._make_room(read, embedded.shape[1])
+                    facts = facts_of(self._settings, read.ids, 1.0, None, None)
+                    if self._normal:
+                        embedded = normalize(embedded, dim=-1)
+                    fill_cache(cast(TensorDictBase, self.state), read.rows, embedded, facts, self._settings, self.group)
+        finally:
+            model.train(training)
+
+    def reset(self) -> None:
+        """Empties the cache."""
+        if self.state is not None:
+            self.state = reset(self.state)
+
+    def resize(self, cache_size: int) -> None:
+        """Gives the cache another size, in which the freshest documents stay. Not with `gather_across_devices`."""
+        check_size("cache_size", cache_size)
+        if self.group is not None:
+            raise ValueError(
+                "the cache is spread over ranks, so that it cannot be resized; expected a loss of one rank"
+            )
+        if self.state is not None:
+            self.state = resize(self.state, cache_size)
+        self._settings = replace(self._settings, cache_size=cache_size)
+
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""
+        settings = self._settings
         return {
-            "scale": float(torch.as_tensor(self.scaling()).detach()),
-            "similarity_fct": self.similarity_fct.__name__,
-            "gather_across_devices": self.gather_across_devices,
-            "cache_size": self.cache_size,
-            "mini_batch_size": self.mini_batch_size,
-            "document_ids": self.document_ids,
-            **asdict(self.options),
+            "scale": float(torch.as_tensor(self.scale).detach()),
+            "similarity_fct": settings.similarity_fct.__name__,
+            **{name: getattr(settings, name) for name in _ON_THE_CARD},
+            **asdict(settings.options),
         }
 
     @property
@@ -169,114 +228,47 @@ class NegativeCacheLoss(nn.Module):
 }
 """
 
-    def _step(self, queries: Tensor, documents: Rows, ids: Tensor) -> Tensor:
-        state, rows = cast(TensorDictBase, self.state), documents["input_ids"].shape[0]
-        scale = self.scaling(all_ranks())
-        options = self.options if self.group is None else self.options.with_batch_of_all_ranks()
-        weight, fewer = dimensions(self.calculate_loss, queries.shape[1])
-        normal = is_decorated(self.calculate_loss) or self.similarity_fct is cos_sim
-        unit: Callable[[Tensor], Tensor] = normalized if normal else _same
-        truncated = [Truncated(state, queries, size, ids, scale, options, self.group) for size, _ in fewer]
-        embedded: list[Tensor] = []
-
-        def encode(features: Rows) -> Tensor:
-            """What `step_` asks for, and in its first call also the draws in fewer dimensions."""
-            if embedded:
-                return unit(self._embed(cast(Texts, self._documents), features))
-            parts = [features, *(part.features for part in truncated)]
-            together = {key: torch.cat([part[key] for part in parts]) for key in features}
-            embeddings = self._embed(cast(Texts, self._documents), together)
-            split = torch.split(embeddings, [part["input_ids"].shape[0] for part in parts])
-            embedded.extend([split[0][:rows], *split[1:]])
-            return unit(split[0])
-
-        out = step_(state, unit(queries), documents, encode, options=options, scale=scale, ids=ids, group=self.group)
-        self.metrics = out.metrics
-        total = weight * out.loss
-        for part, (_, its_weight), negatives in zip(truncated, fewer, embedded[1:], strict=True):
-            total = total + its_weight * part.loss(queries, embedded[0], negatives)
+    def _trained(self, anchors: Column, columns: Sequence[Column], labels: Tensor | None) -> Tensor:
+        reader, group = Reader(self.model, self._settings), self.group
+        read = reader.documents(columns, labels, self._layout, self.state, group)
+        queries = reader.embedded(anchors)
+        self._make_room(read, queries.shape[1])
+        state = cast(TensorDictBase, self.state)
+        documents = reader.embedded_rows(read.layout, read.rows)
+        guides = None if reader.guide is None else (reader.guided([anchors]), read.rows[GUIDE])
+        batch = self._batch(queries, documents, read.ids, guides, state)
+        embed = partial(reader.embedded_rows, read.layout)
+        total, self.metrics = train_step(state, batch, read.rows, embed, self._settings, group)
         return total
 
-    def _embed(self, texts: Texts, rows: Rows) -> Tensor:
-        """[N, D], in mini-batches of texts of similar length."""
-        size, count = self.mini_batch_size, rows["input_ids"].shape[0]
-        if size is None or count <= size:
-            return _embedded(self.model, texts, rows)
-        order = rows["attention_mask"].sum(1).argsort(stable=True)
-        rows = {key: values[order] for key, values in rows.items()}
-        model, parts = self.model, list[Tensor]()
-        if isinstance(model, DistributedDataParallel):
-            # Computing again in the backward pass must not go through the wrapper, but it has to be called once, which
-            # prepares it for gradients: with the shortest texts.
-            parts.append(_embedded(model, texts, {key: values[:size] for key, values in rows.items()}))
-            rows = {key: values[size:] for key, values in rows.items()}
-            model = cast(nn.Module, model.module)
-        parts.append(chunked(partial(_embedded, model, texts), size)(rows))
-        return torch.cat(parts)[order.argsort()]
+    def _evaluated(self, anchors: Column, columns: Sequence[Column], labels: Tensor | None) -> Tensor:
+        reader = Reader(self.model, self._settings)
+        queries, documents = reader.embedded(anchors), torch.cat([reader.embedded(column) for column in columns])
+        guides = None if reader.guide is None else (reader.guided([anchors]), reader.guided(columns))
+        batch = self._batch(queries, documents, reader.ids(columns, labels), guides, None)
+        return in_batch_loss(batch, self._settings, self.group)
 
-    def _texts_of(self, column: Mapping[str, Any], width: int | None = None) -> Texts:
-        left, padding = self._padding
-        return Texts.of(column, width=width, left=left and "offsets" not in column, padding=padding)
+    def _batch(
+        self,
+        queries: Tensor,
+        documents: Tensor,
+        ids: Tensor | None,
+        guides: tuple[Tensor, Tensor] | None,
+        state: TensorDictBase | None,
+    ) -> Embedded:
+        scale = self.scaling(all_ranks())
+        facts = facts_of(self._settings, ids, scale, guides, state)
+        sizes = Sizes.of(self.calculate_loss, queries.shape[1])
+        return Embedded(queries, documents, facts, sizes, self._normal, scale)
 
-    def _empty_cache(self, queries: Tensor, documents: Rows) -> TensorDictBase:
-        capacity, seed = self.cache_size, self.seed
-        if self.group is not None:
-            multiple = SHARD_MULTIPLE * self.group.size()
-            capacity = local_capacity(-(-capacity // multiple) * multiple, self.group)
-        elif (ranks := all_ranks()) is not None:
-            seed += ranks.rank()  # caches of their own, draws of their own
-        return init_cache(
-            capacity,
-            queries.shape[1],
-            documents,
-            embedding_dtype=self.embedding_dtype,
-            seed=seed,
-            device=queries.device,
-        )
+    @property
+    def _normal(self) -> bool:
+        return is_decorated(self.calculate_loss) or self._settings.similarity_fct is cos_sim
 
-    def _ids(self, documents: Rows, labels: Tensor | None, columns: int) -> Tensor:
-        if self.document_ids == "tokens":
-            return content_ids(documents)
-        count = documents["input_ids"].shape[0]
-        batch = count // columns
-        shape = None if labels is None else tuple(labels.shape)
-        if labels is None or labels.is_floating_point() or shape not in ((batch,), (batch, columns)):
-            found = "None" if labels is None else f"{shape} {labels.dtype}"
-            raise ValueError(
-                f"labels are {found}; expected integers [{batch}] or [{batch}, {columns}], the ids of the documents, "
-                f'as document_ids="labels"'
-            )
-        given = labels.long()
-        if given.ndim == 2:
-            return given.t().flatten()
-        return torch.cat([given, given.new_full((count - batch,), -1)])
-
-
-def _embedded(model: nn.Module, texts: Texts, rows: Rows) -> Tensor:
-    return cast(Tensor, model(texts.batch(rows))["sentence_embedding"])
-
-
-def _same(embeddings: Tensor) -> Tensor:
-    return embeddings
-
-
-def all_ranks() -> dist.ProcessGroup | None:
-    """Of the process, if there are several."""
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return dist.group.WORLD if several else None
-
-
-def _width(model: SentenceTransformer, max_length: int | None) -> int:
-    longest = max_length or model.max_seq_length
-    if not isinstance(longest, int):
-        raise ValueError(
-            f"max_length is {max_length} and the model's max_seq_length {longest}; expected one of them to be a number "
-            f"of tokens, the room for a document in the cache"
-        )
-    return longest
-
-
-def _padding(model: SentenceTransformer) -> tuple[bool, int]:
-    """Whether the tokenizer pads on the left, and with what."""
-    tokenizer = getattr(model[0], "tokenizer", None)
-    return getattr(tokenizer, "padding_side", "right") == "left", getattr(tokenizer, "pad_token_id", None) or 0
+    def _make_room(self, read: Documents, dimensions: int) -> None:
+        """A cache that has room for these documents."""
+        if self.state is None:
+            self.state = empty_cache(self._settings, dimensions, read.rows, self.group)
+        elif (wider := widened(self.state, read.layout, read.rows, self.group)) is not self.state:
+            self.state = wider
+        self._layout = read.layout

@@ -1,13 +1,14 @@
-"""MatryoshkaLoss over a cache: the loss again in the first dimensions of the embeddings, with draws of its own.
+"""One training step of the loss, in all dimensions of the embeddings and in the fewer ones of a MatryoshkaLoss.
 
 In fewer dimensions other documents are hard, and the normaliser is another: each size draws from the cache truncated to
 it. All that is drawn is encoded in the one pass of a step.
 """
 
 import random
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, cast
 
+import torch
 import torch.distributed as dist
 from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator
 from tensordict import TensorDict, TensorDictBase
@@ -17,11 +18,57 @@ from torch.nn.functional import normalize
 from negcache_fn._cache.state import take, with_items
 from negcache_fn._draws.draw import Draw
 from negcache_fn._draws.sample import sample_gumbel
+from negcache_fn._loss.batch_classes import known_ids
 from negcache_fn._loss.cross_entropy import loss
 from negcache_fn._options import StepOptions
-from negcache_fn.integrations.sentence_transformers.texts import Rows
+from negcache_fn._ranks.group import ranks_of
+from negcache_fn._scores.exclude import FalseNegatives
+from negcache_fn._step import step_
+from negcache_fn.integrations.sentence_transformers.layout import Rows
+from negcache_fn.integrations.sentence_transformers.settings import Settings
+from negcache_fn.integrations.sentence_transformers.terms import BatchFacts, Terms
 
-__all__ = ["Truncated", "dimensions", "is_decorated", "normalized"]
+__all__ = ["Embedded", "Sizes", "in_batch_loss", "is_decorated", "train_step"]
+
+
+class Sizes(NamedTuple):
+    """The dimensions of a MatryoshkaLoss, or all of them."""
+
+    whole: float  # weight of the loss in all dimensions
+    fewer: list[tuple[int, float]]  # sizes, each with its weight
+
+    @classmethod
+    def of(cls, calculate_loss: Any, dimensions: int) -> "Sizes":
+        """From `calculate_loss` of the loss, which is decorated if that is in a MatryoshkaLoss."""
+        if not isinstance(calculate_loss, CachedLossDecorator):
+            return cls(1.0, [])
+        weighted = list(zip(calculate_loss.matryoshka_dims, calculate_loss.matryoshka_weights, strict=True))
+        if 0 < calculate_loss.n_dims_per_step < len(weighted):
+            weighted = random.sample(weighted, calculate_loss.n_dims_per_step)
+        weight = sum(its_weight for size, its_weight in weighted if size == dimensions)
+        return cls(float(weight), [(size, float(its)) for size, its in weighted if size != dimensions])
+
+
+class Embedded(NamedTuple):
+    """The queries and documents of a batch, as the model embeds them, and what is known of the documents."""
+
+    queries: Tensor  # [B, D]
+    documents: Tensor  # [N, D]
+    facts: BatchFacts
+    sizes: Sizes
+    normal: bool  # whether embeddings are brought to length 1
+    scale: float | Tensor
+
+    def unit(self, embeddings: Tensor) -> Tensor:
+        """In all dimensions, as they are compared."""
+        return normalize(embeddings, dim=-1) if self.normal else embeddings
+
+    def terms(self, size: int | None, settings: Settings, group: dist.ProcessGroup | None) -> Terms:
+        """The batch's part of the loss in the first dimensions; None: in all."""
+        options = settings.options if group is None else settings.options.with_batch_of_all_ranks()
+        shorten = self.unit if size is None else _first_of(size)
+        queries, documents = shorten(self.queries), shorten(self.documents)
+        return Terms(queries, documents, self.facts, self.scale, settings, options, ranks_of(group))
 
 
 def is_decorated(calculate_loss: Any) -> bool:
@@ -29,34 +76,88 @@ def is_decorated(calculate_loss: Any) -> bool:
     return isinstance(calculate_loss, CachedLossDecorator)
 
 
-def dimensions(calculate_loss: Any, whole: int) -> tuple[float, list[tuple[int, float]]]:
-    """The weight of the loss in all dimensions, and the sizes of those in fewer, each with its weight.
+def in_batch_loss(batch: Embedded, settings: Settings, group: dist.ProcessGroup | None) -> Tensor:
+    """[]: the loss without a cache."""
+    total = batch.queries.new_zeros((), dtype=torch.promote_types(batch.queries.dtype, torch.float32))
+    for size, weight in [(None, batch.sizes.whole), *batch.sizes.fewer]:
+        if weight:
+            terms = batch.terms(size, settings, group)
+            total = total + weight * terms.complete(terms.without_cache())
+    return total
+
+
+def train_step(
+    state: TensorDictBase,
+    batch: Embedded,
+    features: Rows,
+    embed: Callable[[Rows], Tensor],
+    settings: Settings,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss [] over batch and cache, with the documents written into the cache, and the metrics of the step.
 
     Args:
-        calculate_loss: of the loss; decorated, if that is in a MatryoshkaLoss.
-        whole: D.
-    """
-    if not isinstance(calculate_loss, CachedLossDecorator):
-        return 1.0, []
-    weighted = list(zip(calculate_loss.matryoshka_dims, calculate_loss.matryoshka_weights, strict=True))
-    if 0 < calculate_loss.n_dims_per_step < len(weighted):
-        weighted = random.sample(weighted, calculate_loss.n_dims_per_step)
-    weight = sum(its_weight for size, its_weight in weighted if size == whole)
-    return float(weight), [(size, float(its_weight)) for size, its_weight in weighted if size != whole]
-
-
-class Truncated:
-    """The first dimensions of a cache, and what the queries of a step draw there.
-
-    Args:
-        state: the cache.
-        queries: [B, D] embeddings.
-        size: how many dimensions.
-        ids: [N] of the documents in the batch.
-        scale: of the inner products.
-        options: of the step.
+        state: the cache, which is written.
+        batch: its embeddings.
+        features: of its documents.
+        embed: the encoder.
+        settings: of the loss.
         group: of the ranks that share the cache.
     """
+    options = settings.options if group is None else settings.options.with_batch_of_all_ranks()
+    facts = batch.facts
+    if settings.negatives == "own":
+        options = options.with_positives_alone()
+        facts = facts.without_own(batch.queries.shape[0])
+    options = options.unreduced()
+    whole = batch.terms(None, settings, group)
+    truncated = [
+        _Truncated(state, batch, size, batch.terms(size, settings, group), facts, options, group)
+        for size, _ in batch.sizes.fewer
+    ]
+    negatives: list[Tensor] = []
+    waiting = batch.documents  # until the encoder is asked for them
+
+    def encode(rows: Rows) -> Tensor:
+        """What `step_` asks for; the draws in fewer dimensions too, where it asks for those in all."""
+        nonlocal waiting
+        known, waiting = waiting, waiting[:0]
+        count = known.shape[0]
+        parts = [{key: values[count:] for key, values in rows.items()}]
+        if parts[0][next(iter(rows))].shape[0] == 0:
+            return batch.unit(known)
+        parts += [part.features for part in truncated]
+        sizes = [next(iter(part.values())).shape[0] for part in parts]
+        together = {key: torch.cat([part[key] for part in parts]) for key in rows}
+        drawn, *others = torch.split(embed(together), sizes)
+        negatives.extend(others)
+        return batch.unit(torch.cat([known, drawn]))
+
+    out = step_(
+        state,
+        batch.unit(batch.queries),
+        features,
+        encode,
+        options=options,
+        scale=batch.scale,
+        ids=facts.ids,
+        log_weights=facts.log_weights,
+        cacheable=facts.cacheable,
+        false_negatives=facts.false_negatives,
+        group=group,
+    )
+    complete = whole.complete(out.loss)
+    total = batch.sizes.whole * complete
+    for part, (_, weight), of_part in zip(truncated, batch.sizes.fewer, negatives, strict=True):
+        total = total + weight * part.loss(of_part)
+    with torch.no_grad():  # metrics are constants
+        ranks, without = ranks_of(group), whole.complete(whole.without_cache())
+        parts = ranks.all_sum(torch.stack([without, complete - without])) / ranks.size
+    return total, {**out.metrics, "batch_loss": parts[0], "cache_loss": parts[1]}
+
+
+class _Truncated:
+    """The first dimensions of a cache, and what the queries of a step draw there."""
 
     draw: Draw
     features: Rows  # of the drawn documents
@@ -64,44 +165,52 @@ class Truncated:
     def __init__(
         self,
         state: TensorDictBase,
-        queries: Tensor,
+        batch: Embedded,
         size: int,
-        ids: Tensor,
-        scale: float | Tensor,
+        terms: Terms,
+        facts: BatchFacts,
         options: StepOptions,
         group: dist.ProcessGroup | None,
     ) -> None:
-        self.size = size
-        self.ids = ids
-        self.scale = scale
-        self.options = options
-        self.group = group
+        self.shorten, self.terms = _first_of(size), terms
+        self.facts, self.scale, self.options, self.group = facts, batch.scale, options, group
         items = cast(TensorDictBase, state["items"])
         leaves = dict(cast("Iterable[tuple[str, Any]]", items.items()))
-        leaves["embedding"] = self._first(leaves["embedding"])
+        leaves["embedding"] = self.shorten(leaves["embedding"])
+        limit = facts.false_negatives.max_score
+        if callable(limit):
+            limit = limit(terms.positive_similarity().detach())
         self.draw = sample_gumbel(
             with_items(state, TensorDict(leaves, batch_size=items.batch_size)),
-            self._first(queries),
-            exclude_ids=ids,
-            scale=scale,
+            terms.queries,
+            exclude_ids=known_ids(facts.ids, terms.queries.shape[0], options),
+            false_negatives=FalseNegatives(facts.false_negatives.ids, limit),
+            scale=batch.scale,
             group=group,
             **options.of_draws(),
         )
         drawn = take(state, self.draw.slot.flatten(), group=group)
         self.features = dict(cast("Iterable[tuple[str, Tensor]]", cast(TensorDictBase, drawn).items()))
 
-    def loss(self, queries: Tensor, documents: Tensor, negatives: Tensor) -> Tensor:
-        """[]: of embeddings [B, D], [N, D] and those of the draws."""
-        queries, documents, negatives = map(self._first, (queries, documents, negatives))
-        options = self.options.of_loss()
-        return loss(
-            queries, documents, negatives, self.draw, ids=self.ids, scale=self.scale, group=self.group, **options
+    def loss(self, negatives: Tensor) -> Tensor:
+        """[]: with the embeddings of the draws."""
+        losses = loss(
+            self.terms.queries,
+            self.terms.documents,
+            self.shorten(negatives).to(self.terms.queries.dtype),
+            self.draw,
+            ids=self.facts.ids,
+            log_weights=self.facts.log_weights,
+            false_negatives=self.facts.false_negatives,
+            scale=self.scale,
+            group=self.group,
+            **self.options.of_loss(),
         )
-
-    def _first(self, embeddings: Tensor) -> Tensor:
-        return normalized(embeddings[:, : self.size])
+        return self.terms.complete(losses)
 
 
-def normalized(embeddings: Tensor) -> Tensor:
-    """[N, D] of length 1."""
-    return normalize(embeddings, dim=-1)
+def _first_of(size: int) -> Callable[[Tensor], Tensor]:
+    def shorten(embeddings: Tensor) -> Tensor:
+        return normalize(embeddings[:, :size], dim=-1)
+
+    return shorten

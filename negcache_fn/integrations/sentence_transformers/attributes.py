@@ -1,0 +1,78 @@
+"""The arguments of the loss as its attributes: what is set is checked as it was when the loss was made."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from negcache_fn.integrations.sentence_transformers.settings import FIXED_WITH_THE_CACHE, Settings, check_scale
+from negcache_fn.nn import Cache, Scale
+
+__all__ = ["SETTINGS", "Attributes"]
+
+SETTINGS = frozenset(field.name for field in fields(Settings))
+
+
+class Attributes(nn.Module):
+    """A module with the attributes of `Settings`, a scale and, from its first batch on, a cache.
+
+    Args:
+        settings: the arguments.
+        scale: of the similarities.
+        learnable_scale: whether it is trained.
+    """
+
+    def __init__(self, settings: Settings, scale: float, *, learnable_scale: bool) -> None:
+        super().__init__()
+        self._settings = settings
+        self.scaling: Scale = Scale(check_scale(scale), learnable=learnable_scale)
+        self._cache: Cache | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name in SETTINGS and "_settings" in self.__dict__:
+            return getattr(self.__dict__["_settings"], name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in SETTINGS:
+            super().__setattr__(name, value)
+            return
+        old, new = self._settings, replace(self._settings, **{name: value})
+        guides = [settings.false_negatives and settings.false_negatives.guide for settings in (old, new)]
+        fixed = name in FIXED_WITH_THE_CACHE and value != getattr(old, name)
+        if self.state is not None and (fixed or guides[0] is not guides[1]):
+            raise ValueError(
+                f"{name} is set to {value!r} when there is a cache already; expected {getattr(old, name)!r}, with "
+                f"which it was made (resize changes its size, reset empties it)"
+            )
+        self._settings = new
+
+    @property
+    def scale(self) -> float | Tensor:
+        """Of the similarities: a number, or a 0-d tensor if it is learnable."""
+        return self.scaling()
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        number = check_scale(scale)
+        if self.scaling.logarithm is None:
+            self.scaling = Scale(number)
+        else:
+            with torch.no_grad():
+                self.scaling.logarithm.fill_(torch.tensor(number, dtype=torch.float64).log())
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """1 / scale."""
+        return 1 / self.scale
+
+    @property
+    def state(self) -> TensorDictBase | None:
+        """The cache, or this rank's part; None before the first batch, which tells what features a document has."""
+        return None if self._cache is None else self._cache.state
+
+    @state.setter
+    def state(self, state: TensorDictBase) -> None:
+        self._cache = Cache(state)

@@ -1,0 +1,62 @@
+"""The id of a document, made of what the model takes of it: equal documents have equal ids."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from negcache_fn.integrations.sentence_transformers.columns import MASK
+from negcache_fn.integrations.sentence_transformers.layout import Layout, count_name
+
+__all__ = ["content_ids"]
+
+# Constants of splitmix64 (Steele, Lea, Flood, OOPSLA 2014), as signed integers.
+_FACTORS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
+_GOLDEN = -0x61C8864680B583EB
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def content_ids(layout: Layout, rows: Mapping[str, Tensor]) -> Tensor:
+    """[N] int64, not negative: a function of all features of a document, but of neither its padding nor its side.
+
+    Different documents have different ids, up to a chance of 2^-63 for each pair.
+    """
+    total: Tensor | None = None
+    for number, (key, leaf) in enumerate(sorted(layout.leaves.items())):
+        if key == MASK:
+            continue
+        bits = _bits(rows[key])
+        if leaf.kind == "tokens":
+            there = rows[MASK]
+        elif leaf.kind == "pieces":
+            there = torch.arange(bits.shape[1], device=bits.device) < rows[count_name(key)][:, None]
+        else:
+            bits = bits.flatten(1) if bits.ndim > 1 else bits[:, None]
+            there = torch.ones_like(bits, dtype=torch.bool)
+        bits = bits.flatten(2) if bits.ndim > 2 else bits[:, :, None]
+        place = there.long().cumsum(1)[:, :, None] * bits.shape[2] + torch.arange(bits.shape[2], device=bits.device)
+        mixed = _mixed(bits * _GOLDEN + place * _FACTORS[0]) * there.long()[:, :, None]
+        of_key = _mixed(mixed.sum((1, 2)) + there.sum(1) + number)
+        total = of_key if total is None else _mixed(total * _GOLDEN + of_key)
+    assert total is not None  # a layout has a feature besides a mask
+    return total & torch.iinfo(torch.int64).max
+
+
+def _bits(values: Tensor) -> Tensor:
+    """int64, different where the values are."""
+    if values.is_complex():
+        values = torch.view_as_real(values).flatten(-2)
+    if values.is_floating_point():
+        values = values.contiguous().view(_INTEGERS[values.element_size()])
+    return values.long()
+
+
+def _mixed(values: Tensor) -> Tensor:
+    """The finaliser of splitmix64."""
+    for shift, factor in zip((30, 27), _FACTORS, strict=True):
+        values = (values ^ _shifted(values, shift)) * factor
+    return values ^ _shifted(values, 31)
+
+
+def _shifted(values: Tensor, bits: int) -> Tensor:
+    return (values >> bits) & ((1 << (64 - bits)) - 1)  # zeros come in from the left
