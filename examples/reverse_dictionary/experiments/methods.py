@@ -1,0 +1,78 @@
+"""The losses that are compared, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    GISTEmbedLoss,
+    MultipleNegativesRankingLoss,
+)
+from torch import nn
+
+from negcache_fn import StepOptions
+from negcache_fn.integrations.sentence_transformers import NegativeCacheLoss
+
+__all__ = ["METHODS", "Method", "loss_of"]
+
+_GIST_TEMPERATURE = 0.05  # 1 / 20, the scale of the others
+
+
+@dataclass(frozen=True)
+class Method:
+    """A loss with its batch size. What is not given is the default of the loss."""
+
+    name: str
+    label: str
+    loss: Literal["mnrl", "cached_mnrl", "gist", "cache"]
+    batch_size: int = 64
+    arguments: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Of `CachedMultipleNegativesRankingLoss` or `NegativeCacheLoss`."""
+
+
+METHODS = (
+    Method("mnrl_64", "MultipleNegativesRankingLoss, B=64", "mnrl"),
+    Method("mnrl_128", "MultipleNegativesRankingLoss, B=128", "mnrl", 128),
+    Method("cached_512", "CachedMultipleNegativesRankingLoss, B=512", "cached_mnrl", 512, {"mini_batch_size": 64}),
+    Method("gist_64", "GISTEmbedLoss, B=64", "gist"),
+    Method("cache", "NegativeCacheLoss, B=64", "cache"),
+    Method("cache_64k", "NegativeCacheLoss, B=64, C=65,536", "cache", 64, {"cache_size": 65_536}),
+    Method(
+        "cache_64k_m32",
+        "NegativeCacheLoss, B=64, C=65,536, M=32",
+        "cache",
+        64,
+        {"cache_size": 65_536, "options": StepOptions(num_draws=32)},
+    ),
+    Method(
+        "cache_64k_m128",
+        "NegativeCacheLoss, B=64, C=65,536, M=128",
+        "cache",
+        64,
+        {"cache_size": 65_536, "options": StepOptions(num_draws=128)},
+    ),
+    Method(
+        "cache_64k_k1",
+        "NegativeCacheLoss, B=64, C=65,536, each query draws 1",
+        "cache",
+        64,
+        {"cache_size": 65_536, "options": StepOptions(draws_per_query=1)},
+    ),
+    Method("cache_128", "NegativeCacheLoss, B=128", "cache", 128),
+)
+
+
+def loss_of(method: Method, model: SentenceTransformer, guide: SentenceTransformer, *, seed: int) -> nn.Module:
+    """The loss for a new training. The guide is the model before training."""
+    match method.loss:
+        case "mnrl":
+            return MultipleNegativesRankingLoss(model)
+        case "cached_mnrl":
+            return CachedMultipleNegativesRankingLoss(model, **method.arguments)
+        case "gist":
+            return GISTEmbedLoss(model, guide, temperature=_GIST_TEMPERATURE)
+        case "cache":
+            return NegativeCacheLoss(model, seed=seed, **method.arguments)

@@ -1,0 +1,126 @@
+"""One training with one loss, and what a step of it costs."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+
+from examples.reverse_dictionary.data import SPLITS, Entry, split_of
+from examples.reverse_dictionary.evaluator import DictionaryEvaluator
+from examples.reverse_dictionary.experiments.methods import Method, loss_of
+from examples.reverse_dictionary.model import load_model
+
+__all__ = ["Setting", "Trial", "run_trial", "seconds_per_step"]
+
+_VALIDATION_QUERIES = 3000
+_TEST_QUERIES = 3000
+_STEPS_TO_START = 4
+_STEPS_TIMED = 12
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all trials share."""
+
+    model: str
+    layers: int | None
+    bf16: bool
+    device: str
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A training of so many steps, which take ``seconds`` at the measured cost of a step."""
+
+    method: Method
+    rate: float
+    seconds: float
+    steps: int
+    seed: int
+    split: str
+    """Whose queries are asked at the end: "validation" or "test"."""
+
+
+def run_trial(trial: Trial, setting: Setting, entries: Sequence[Entry]) -> dict[str, Any]:
+    """MRR@10 and Recall@10 over all entries after the last step, and what the training took."""
+    trainer, clock = _trainer(trial.method, setting, entries, trial.steps, trial.rate, trial.seed)
+    trainer.train()
+    model = trainer.model
+    assert isinstance(model, SentenceTransformer)
+    at_most = _TEST_QUERIES if trial.split == "test" else _VALIDATION_QUERIES
+    evaluator = DictionaryEvaluator(entries, _rows(entries, trial.split)[:at_most], bf16=setting.bf16)
+    return {
+        **evaluator.measure(model, evaluator.embed_documents(model)),
+        "seconds": clock.ends[-1] - clock.ends[0],
+        "loss": [row["loss"] for row in trainer.state.log_history if "loss" in row][-1],
+    }
+
+
+def seconds_per_step(method: Method, setting: Setting, entries: Sequence[Entry]) -> float:
+    """The seconds of a step, with its share of reading and tokenising data."""
+    trainer, clock = _trainer(method, setting, entries, _STEPS_TO_START + _STEPS_TIMED, 1e-5, 0)
+    trainer.train()
+    return (clock.ends[-1] - clock.ends[_STEPS_TO_START - 1]) / _STEPS_TIMED
+
+
+class _Clock(TrainerCallback):
+    """The time at the end of each step: of the process where it computes on the CPU itself, else of the wall."""
+
+    def __init__(self, device: str) -> None:
+        self.now = time.process_time if device == "cpu" else time.perf_counter
+        self.ends: list[float] = []
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Notes the time."""
+        self.ends.append(self.now())
+
+
+def _trainer(
+    method: Method, setting: Setting, entries: Sequence[Entry], steps: int, rate: float, seed: int
+) -> tuple[SentenceTransformerTrainer, _Clock]:
+    torch.manual_seed(seed)
+    model = load_model(setting.model, layers=setting.layers, device=setting.device)
+    guide = copy.deepcopy(model) if method.loss == "gist" else model
+    trained = [entries[row] for row in _rows(entries, "train")]
+    with TemporaryDirectory() as folder:  # nothing is saved
+        trainer = SentenceTransformerTrainer(
+            model=model,
+            args=SentenceTransformerTrainingArguments(
+                output_dir=str(Path(folder) / "none"),
+                max_steps=steps,
+                per_device_train_batch_size=method.batch_size,
+                learning_rate=rate,
+                warmup_steps=0.1,
+                bf16=setting.bf16,
+                save_strategy="no",
+                logging_steps=max(steps // 20, 1),
+                report_to=[],
+                dataloader_drop_last=True,
+                disable_tqdm=True,
+                use_cpu=setting.device == "cpu",
+                seed=seed,
+            ),
+            train_dataset=Dataset.from_dict(
+                {"definition": [entry.definition for entry in trained], "entry": [entry.document for entry in trained]}
+            ),
+            loss=loss_of(method, model, guide, seed=seed),
+        )
+    clock = _Clock(setting.device)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(clock)
+    return trainer, clock
+
+
+def _rows(entries: Sequence[Entry], split: str) -> list[int]:
+    return (split_of(len(entries)) == SPLITS.index(split)).nonzero()[0].tolist()
