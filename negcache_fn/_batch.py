@@ -17,7 +17,7 @@ from negcache_fn._ranks.agree import check_ranks_agree
 from negcache_fn._ranks.group import Ranks, Shards
 from negcache_fn._scores.exclude import FalseNegatives, check_false_negatives
 
-__all__ = ["Batch", "agree_on_batch", "arrivals_of", "check_batch_of_step", "classes_of"]
+__all__ = ["Batch", "Facts", "agree_on_batch", "arrivals_of", "check_batch_of_step", "classes_of"]
 
 
 class Batch(NamedTuple):
