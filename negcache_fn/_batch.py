@@ -10,7 +10,7 @@ from negcache_fn._cache.arrivals import Arrivals, check_facts
 from negcache_fn._cache.state import scalar, stored, stored_features
 from negcache_fn._checks import check_embeddings
 from negcache_fn._draws.sample import check_draws
-from negcache_fn._features import Features, fit_to_slots, leaves
+from negcache_fn._features import Features, fit_to_slots, in_slots, leaves
 from negcache_fn._loss.batch_classes import Classes
 from negcache_fn._options import StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree
@@ -23,7 +23,9 @@ __all__ = ["Batch", "Facts", "agree_on_batch", "arrivals_of", "check_batch_of_st
 class Batch(NamedTuple):
     """The documents of a step and the facts about them, checked."""
 
-    features: Features  # as wide as the cache stores them
+    features: Features  # as wide as the cache stores them, for the encoder
+    to_store: Features  # in the dtypes that the cache stores
+    fits: Tensor | None  # [N] whether each row fits into them; None: all do
     rows: int
     to_refresh: int  # how many of the stalest documents each rank encodes again
     ids: Tensor | None
@@ -47,7 +49,8 @@ def check_batch_of_step(
     check_draws(state, options, ranks)
     check_facts(rows, cached, ids, log_weights, cacheable, priorities)
     check_false_negatives(false_negatives, queries, knows_positives=True)
-    return Batch(features, rows, options.slots_to_refresh(cached.shape[0], most), *facts)
+    to_store, fits = in_slots(stored_features(state), features)
+    return Batch(features, to_store, fits, rows, options.slots_to_refresh(cached.shape[0], most), *facts)
 
 
 def agree_on_batch(
@@ -83,7 +86,8 @@ def arrivals_of(batch: Batch, documents: Tensor, queries: int, options: StepOpti
     """The documents of all ranks; with a gradient to their embeddings [N, D] if the loss uses them."""
     differentiable = options.all_ranks_in_batch
     embeddings = documents if differentiable else documents.detach()
-    arrivals = Arrivals.of(cast(Features, batch.features), embeddings, batch.ids, batch.log_weights, batch.cacheable)
+    facts = (batch.ids, batch.log_weights, batch.cacheable)
+    arrivals = Arrivals.of(cast(Features, batch.to_store), embeddings, *facts, fits=batch.fits)
     return arrivals.gathered(queries, ranks, differentiable=differentiable)
 
 

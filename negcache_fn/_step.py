@@ -16,7 +16,7 @@ from negcache_fn._checks import check_encoder, check_scale, check_transforms
 from negcache_fn._draws.draw import Draw
 from negcache_fn._draws.sample import draw_for_batch, draw_for_queries
 from negcache_fn._encoders.one_pass import Encoder, encode_checked, encode_in_one_pass, with_stalest
-from negcache_fn._features import Features
+from negcache_fn._features import Features, copied
 from negcache_fn._loss.batch_classes import batch_scores, known_ids, positive_scores
 from negcache_fn._loss.cache_class import SharedDraws, estimate_cache_logit, gather_draws
 from negcache_fn._loss.cross_entropy import Terms, cross_entropy, reduced
@@ -73,7 +73,8 @@ def step(
         state: the cache, C slots.
         queries: [B, D] floating embeddings, with gradient.
         features: of N documents, B <= N <= C. Row i < B is the positive of query i; the others are further candidates
-            (mined hard negatives, or a random stream of the corpus).
+            (mined hard negatives, or a random stream of the corpus). Floats may have another dtype than the cache
+            stores; `encode` then gets those of cached documents in it too.
         encode: the document encoder: features of R documents, nested as `features`, to [R, D].
         options: everything that is constant during the run, see `StepOptions`.
         scale: number or 0-d tensor, learnable.
@@ -205,7 +206,7 @@ def _stepped(
     loss = same_when_recomputed(loss, scalar(state, "step"))
     with torch.no_grad():  # metrics and cached embeddings are constants
         slots, embeddings = _drawn_by_all(draw, fresh.draws, shared, ranks)
-        not_written = count_not_storable(state, fresh.all, batch.cacheable, again.slots)
+        not_written = count_not_storable(state, fresh.all, batch.cacheable, batch.fits, again.slots)
         metrics = step_metrics(state, draw, terms, fresh.draws, drawn_at, slots, not_written, ranks)
         if draw.for_batch and shared is not None:
             metrics["draw_noise"] = draw_noise(queries, draw, terms, shared)
@@ -252,7 +253,8 @@ def _encoded_first(state: TensorDictBase, batch: Batch, encode: Encoder, options
     """[N, D] the documents, if what is drawn depends on their scores."""
     if not options.for_batch and not needs_positives(batch.false_negatives):
         return None
-    return encode_checked(encode, cast(Features, batch.features), batch.rows, stored(state, "embedding"))
+    features = copied(cast(Features, batch.features))  # the encoder may write into them
+    return encode_checked(encode, features, batch.rows, stored(state, "embedding"))
 
 
 def _exclusions(

@@ -30,13 +30,15 @@ class Arrivals(NamedTuple):
         ids: Tensor | None,
         log_weights: Tensor | None,
         cacheable: Tensor | None,
+        *,
+        fits: Tensor | None,
     ) -> "Arrivals":
-        """With the defaults of what is not given: anonymous, a log-weight of 0, cacheable."""
+        """With the defaults of what is not given: anonymous, a log-weight of 0, cacheable if the features fit."""
         rows, device = embeddings.shape[0], embeddings.device
         ids = torch.full((rows,), -1, device=device) if ids is None else ids
         log_weights = torch.zeros(rows, device=device) if log_weights is None else log_weights
         cacheable = torch.ones(rows, dtype=torch.bool, device=device) if cacheable is None else cacheable
-        return cls(features, embeddings, ids, log_weights, cacheable)
+        return cls(features, embeddings, ids, log_weights, cacheable if fits is None else cacheable & fits)
 
     def gathered(self, positives: int, ranks: Ranks, *, differentiable: bool) -> "Arrivals":
         """The documents of all ranks: first the positives of each rank, then the others.

@@ -11,7 +11,7 @@ from negcache_fn._cache.select import lowest_slots
 from negcache_fn._cache.state import COLUMNS, check_state, live, stored, with_items
 from negcache_fn._cache.update import copy_state, update_
 from negcache_fn._checks import check_size
-from negcache_fn._features import Features, all_moved, map_features, moved, rows_where
+from negcache_fn._features import Features, all_moved, copied, map_features, moved, rows_where
 from negcache_fn._options import StepOptions
 from negcache_fn._ranks.group import unsharded
 
@@ -57,7 +57,8 @@ def prefill(
         for batch in batches:
             features, ids = batch if isinstance(batch, tuple) else (batch, None)
             features = all_moved(features, stored(state, "embedding").device)
-            state = update_(state, features, encode(features), ids=ids, group=group, **options.of_update())
+            kept = copied(features)  # the encoder may write into its features
+            state = update_(state, kept, encode(features), ids=ids, group=group, **options.of_update())
     return state
 
 

@@ -50,8 +50,8 @@ class _SameStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (step,) = ctx.saved_tensors
-        # The same memory unless hooks for saved tensors are at work: only then it is worth a look at the values.
-        if step.data_ptr() != ctx.step.data_ptr() and not torch.equal(step, ctx.step):
+        # The same tensor unless hooks for saved tensors are at work: only then it is worth a look at the values.
+        if step is not ctx.step and not torch.equal(step, ctx.step):
             raise RuntimeError(
                 f"the backward pass computes the step again from a state of step {int(step)}; expected that of step "
                 f"{int(ctx.step)}, from which the loss is: under torch.utils.checkpoint, give `step` the state as an "

@@ -17,7 +17,7 @@ from negcache_fn._cache.select import lowest_slots
 from negcache_fn._cache.state import COLUMNS, check_state, lock, scalar, stored, stored_features
 from negcache_fn._checks import check_embeddings, check_slots
 from negcache_fn._codec import encode, storable
-from negcache_fn._features import Features, fit_to_slots, map_features, moved
+from negcache_fn._features import Features, fit_to_slots, in_slots, map_features, moved
 from negcache_fn._options import Eviction, Placement, StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
 from negcache_fn._ranks.group import Shards, ranks_of
@@ -43,11 +43,13 @@ def update(
 
     A document whose id is cached replaces that one. The others take, in order, empty slots first and then those that
     `evict` names, ties by slot. Of several rows with one id the last counts. Rows with a non-finite embedding (as
-    stored), or a log-weight that is NaN or +inf, never enter: they are left out like those with `cacheable=False`.
+    stored), a log-weight that is NaN or +inf, or a feature that would become infinite in the cache's dtype never enter:
+    they are left out like those with `cacheable=False`.
 
     Args:
         state: the cache, C slots.
-        features: of N <= C documents, nested as in the cache; narrower leaves are padded with zeros on the right.
+        features: of N <= C documents, nested as in the cache; narrower leaves are padded with zeros on the right, and
+            floats cast to the cache's dtype.
         embeddings: [N, D] floating; stored without gradient, in the cache's dtype.
         ids: [N] int64, -1 where anonymous; all anonymous by default.
         log_weights: [N] floating, added to the documents' scores from now on; 0 by default.
@@ -139,7 +141,8 @@ def update_(
     if refresh is not None:
         slots, fresh = ranks.gather_all(refresh[0], refresh[1].detach())
         refresh = (slots, fresh)
-    arrivals = Arrivals.of(features, embeddings.detach(), ids, log_weights, cacheable)
+    to_store, fits = in_slots(stored_features(state), features)
+    arrivals = Arrivals.of(to_store, embeddings.detach(), ids, log_weights, cacheable, fits=fits)
     arrivals = arrivals.gathered(rows, ranks, differentiable=False)
     return write_(state, arrivals, refresh, shards, options, priorities)
 
