@@ -10,7 +10,7 @@ from torch import Tensor
 from negcache_fn._batch import Batch, Facts, agree_on_batch, arrivals_of, check_batch_of_step, classes_of
 from negcache_fn._cache.arrivals import Arrivals
 from negcache_fn._cache.recomputation import check_not_recomputed, same_when_recomputed
-from negcache_fn._cache.state import check_state, feature_leaves, scalar, stored
+from negcache_fn._cache.state import check_state, check_writable, feature_leaves, scalar, stored
 from negcache_fn._cache.update import copy_state, write_
 from negcache_fn._checks import check_encoder, check_scale, check_transforms
 from negcache_fn._draws.draw import Draw
@@ -176,6 +176,8 @@ def _stepped(
         check_transforms("step", *((queries, scale) if options.for_batch else ()))
         options.check_group(ranks.name is None)
         check_state(state)
+        if training:
+            check_writable(state)
         check_encoder(encode)
         check_scale(scale, stored(state, "embedding").device)
         batch = check_batch_of_step(state, queries, features, facts, options, ranks)

@@ -8,7 +8,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from negcache_fn._cache.select import lowest_slots
-from negcache_fn._cache.state import COLUMNS, check_state, live, stored, with_items
+from negcache_fn._cache.state import COLUMNS, check_state, live, of_normal_tensors, stored, with_items
 from negcache_fn._cache.update import copy_state, update_
 from negcache_fn._checks import check_size
 from negcache_fn._features import Features, all_moved, copied, map_features, moved, rows_where
@@ -108,14 +108,15 @@ def resize(state: TensorDictBase, capacity: int) -> TensorDictBase:
 
 def _picked(state: TensorDictBase, slots: Tensor) -> TensorDictBase:
     """A state of the items at `slots`, empty ones where that is negative."""
-    rows, exists = slots.clamp(min=0), slots >= 0
+    with of_normal_tensors():
+        rows, exists = slots.clamp(min=0), slots >= 0
 
-    def pick(leaf: Tensor, empty: float = 0) -> Tensor:
-        at = leaf[moved(rows, leaf.device)]
-        return rows_where(moved(exists, leaf.device), at, torch.full_like(leaf[:1], empty))
+        def pick(leaf: Tensor, empty: float = 0) -> Tensor:
+            at = leaf[moved(rows, leaf.device)]
+            return rows_where(moved(exists, leaf.device), at, torch.full_like(leaf[:1], empty))
 
-    items = cast(TensorDict, state["items"])
-    picked: dict[str, Any] = {name: pick(stored(state, name), column.empty) for name, column in COLUMNS.items()}
-    picked["embedding"] = pick(stored(state, "embedding"))
-    picked["features"] = map_features(pick, cast(Features, items["features"]))
-    return with_items(state, TensorDict(picked, batch_size=[slots.shape[0]]))
+        items = cast(TensorDict, state["items"])
+        picked: dict[str, Any] = {name: pick(stored(state, name), column.empty) for name, column in COLUMNS.items()}
+        picked["embedding"] = pick(stored(state, "embedding"))
+        picked["features"] = map_features(pick, cast(Features, items["features"]))
+        return with_items(state, TensorDict(picked, batch_size=[slots.shape[0]]))

@@ -14,7 +14,16 @@ from negcache_fn._cache.arrivals import Arrivals, check_facts
 from negcache_fn._cache.eviction import eviction_key
 from negcache_fn._cache.ids import find_slots, last_of_each
 from negcache_fn._cache.select import lowest_slots
-from negcache_fn._cache.state import COLUMNS, check_state, lock, scalar, stored, stored_features
+from negcache_fn._cache.state import (
+    COLUMNS,
+    check_state,
+    check_writable,
+    lock,
+    of_normal_tensors,
+    scalar,
+    stored,
+    stored_features,
+)
 from negcache_fn._checks import check_embeddings, check_slots
 from negcache_fn._codec import encode, storable
 from negcache_fn._features import Features, fit_to_slots, in_slots, map_features, moved
@@ -118,6 +127,7 @@ def update_(
         options = StepOptions(evict=evict, placement=placement)
         options.check_group(ranks.name is None)
         check_state(state)
+        check_writable(state)
         cached = stored(state, "embedding")
         check_embeddings("embeddings", embeddings, cached, of="the cache")
         rows, device = embeddings.shape[0], cached.device
@@ -167,7 +177,8 @@ def write_(
 def copy_state(state: TensorDictBase) -> TensorDictBase:
     """A state that shares no storage with `state`, locked like it."""
     check_state(state)
-    copy = cast(TensorDict, state.clone())
+    with of_normal_tensors():
+        copy = cast(TensorDict, state.clone())
     return lock(copy) if state.is_locked else copy
 
 
