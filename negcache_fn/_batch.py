@@ -6,8 +6,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn._cache.arrivals import Arrivals, check_facts
-from negcache_fn._cache.state import scalar, stored, stored_features
+from negcache_fn._cache.arrivals import Arrivals, capacity_of, check_facts
+from negcache_fn._cache.state import COLUMNS, scalar, stored, stored_features
 from negcache_fn._checks import check_embeddings
 from negcache_fn._draws.sample import check_draws
 from negcache_fn._features import Features, fit_to_slots, in_slots, leaves
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
     features: Features  # as wide as the cache stores them, for the encoder
     to_store: Features  # in the dtypes that the cache stores
-    fits: Tensor | None  # [N] whether each row fits into them; None: all do
+    fits: Tensor | None  # [N] whether each row, and its log-weight, can be stored; None: all can
     rows: int
     to_refresh: int  # how many of the stalest documents each rank encodes again
     ids: Tensor | None
@@ -45,11 +45,14 @@ def check_batch_of_step(
     ids, log_weights, cacheable, false_negatives, priorities = facts
     cached = stored(state, "embedding")
     most = cached.shape[0] // ranks.size if options.replicated else cached.shape[0]
-    features, rows = _fit_features(state, queries, features, most)
+    features, rows = _fit_features(state, queries, features, most, ranks)
     check_draws(state, options, ranks)
     check_facts(rows, cached, ids, log_weights, cacheable, priorities)
     check_false_negatives(false_negatives, queries, knows_positives=True)
     to_store, fits = in_slots(stored_features(state), features)
+    if log_weights is not None:
+        weighted = log_weights.to(COLUMNS["log_weight"].dtype) < float("inf")  # not NaN either
+        fits = weighted if fits is None else fits & weighted
     return Batch(features, to_store, fits, rows, options.slots_to_refresh(cached.shape[0], most), *facts)
 
 
@@ -100,16 +103,17 @@ def classes_of(
     return Classes(documents, batch.ids, batch.log_weights, 0)
 
 
-def _fit_features(state: TensorDictBase, queries: Tensor, features: Features, most: int) -> tuple[Features, int]:
+def _fit_features(
+    state: TensorDictBase, queries: Tensor, features: Features, most: int, ranks: Ranks
+) -> tuple[Features, int]:
     """The features, as wide as the cache stores them, and the number of documents."""
     check_embeddings("queries", queries, stored(state, "embedding"), of="the cache")
     name, leaf = next(leaves(features), ("features", None))
     if leaf is None or leaf.ndim == 0:
         raise ValueError(f"{name} holds no rows; expected features of at least {queries.shape[0]} documents")
     rows = leaf.shape[0]
-    if not queries.shape[0] <= rows <= most:
-        raise ValueError(
-            f"{name} has {rows} rows; expected at least {queries.shape[0]}, the number of queries, "
-            f"and at most {most}, the capacity of the cache (per rank)"
-        )
+    if rows < queries.shape[0]:
+        raise ValueError(f"{name} has {rows} rows; expected at least {queries.shape[0]}, the number of queries")
+    if rows > most:
+        raise ValueError(f"{name} has {rows} rows; expected at most {most}, {capacity_of(ranks)}")
     return fit_to_slots(stored_features(state), features, rows, "features", queries.device), rows

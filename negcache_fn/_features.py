@@ -35,6 +35,11 @@ __all__ = [
     "rows_where",
 ]
 
+# What torch can index, pad, select and write by rows.
+_STORED = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+)
 Features: TypeAlias = "Tensor | Mapping[str, Features] | TensorDictBase"
 FeaturesT = TypeVar("FeaturesT", bound="Features")
 
@@ -86,6 +91,12 @@ def check_example(features: Features) -> torch.device:
     for name, leaf in found.items():
         if leaf.ndim == 0:
             raise ValueError(f"{name} has shape (); expected [rows, ...], with the documents as its first dimension")
+        if leaf.layout != torch.strided:
+            raise TypeError(f"{name} has layout {leaf.layout}; expected a dense tensor: {name}.to_dense()")
+        if leaf.dtype not in _STORED:
+            raise TypeError(
+                f"{name} has dtype {leaf.dtype}; expected a number of 8 to 64 bits that torch can compute with"
+            )
     devices = {leaf.device for leaf in found.values()}
     if len(devices) > 1:
         raise ValueError(f"features are on several devices: {sorted(map(str, devices))}; expected one")
@@ -173,7 +184,9 @@ def check_like(stored: Features, given: Features, rows: int, name: str, device: 
         _check_leaf(stored, given, rows, name, device)
         return
     if not isinstance(given, (Mapping, TensorDictBase)):
-        raise TypeError(f"{name} is a {type(given).__name__}; expected a mapping, as in the cache")
+        raise TypeError(
+            f"{name} is a {type(given).__name__}; expected a mapping of what the encoder takes, as in the cache"
+        )
     expected, found = dict(feature_items(stored)), dict(feature_items(given))
     if expected.keys() != found.keys():
         raise ValueError(f"{name} has keys {sorted(found)}; expected those of the cache: {sorted(expected)}")
@@ -186,9 +199,11 @@ def _check_leaf(stored: Tensor, given: Tensor, rows: int, name: str, device: tor
     if given.ndim != stored.ndim or given.shape[0] != rows:
         raise ValueError(f"{name} has shape {tuple(given.shape)}; expected {(rows, *slot)}, narrower at most")
     if any(width > room for width, room in zip(row, slot, strict=True)):
+        token_ids = len(slot) == 1 and not stored.dtype.is_floating_point
+        how = f"truncate them (a tokenizer: truncation=True, max_length={slot[0]})" if token_ids else "cut them to size"
         raise ValueError(
-            f"{name} has rows of shape {row}, which do not fit into the cache's slots of shape {slot}; truncate them "
-            f"(a tokenizer: truncation=True, max_length={slot[0]}), or give init_cache an example that is as wide"
+            f"{name} has rows of shape {row}, which do not fit into the cache's slots of shape {slot}; {how}, or give "
+            f"init_cache an example that is as wide"
         )
     both_floating = given.dtype.is_floating_point and stored.dtype.is_floating_point
     if given.dtype != stored.dtype and not both_floating:

@@ -10,7 +10,7 @@ from negcache_fn._checks import check_rows
 from negcache_fn._features import Features, leaves, nested_as
 from negcache_fn._ranks.group import Ranks, positives_first
 
-__all__ = ["Arrivals", "check_facts"]
+__all__ = ["Arrivals", "capacity_of", "check_facts"]
 
 
 class Arrivals(NamedTuple):
@@ -57,6 +57,11 @@ class Arrivals(NamedTuple):
         features = nested_as(cast(Features, self.features), [positives_first(rows, positives, ranks) for rows in found])
         rest = (positives_first(rows, positives, ranks) for rows in (embeddings, ids, log_weights, cacheable))
         return Arrivals(features, *rest)
+
+
+def capacity_of(ranks: Ranks) -> str:
+    """What bounds the documents of a batch, for messages."""
+    return "the capacity of the cache" if ranks.name is None else "the capacity of the cache for each rank"
 
 
 def check_facts(

@@ -231,7 +231,7 @@ def occupancy(state: TensorDictBase) -> Tensor:
         tensor(0.)
     """
     check_state(state)
-    return live(state).sum() / stored(state, "embedded_at").shape[0]
+    return live(state).sum().to(torch.float32) / stored(state, "embedded_at").shape[0]
 
 
 def stored(state: TensorDictBase, name: str) -> Tensor:
@@ -282,6 +282,11 @@ def _keys(state: TensorDictBase) -> set[str]:
 
 
 def _check_number(name: str, value: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+    if value.shape == shape and value.dtype != dtype and value.dtype.is_floating_point:
+        raise TypeError(
+            f"{name} has dtype {value.dtype}; expected {dtype}: cast the embeddings alone, as "
+            f"negcache_fn.nn.Cache(state).to(dtype) does, or give init_cache an embedding_dtype"
+        )
     if value.shape != shape or value.dtype != dtype:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; expected {tuple(shape)} and {dtype}, "

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from negcache_fn._cache.arrivals import Arrivals, check_facts
+from negcache_fn._cache.arrivals import Arrivals, capacity_of, check_facts
 from negcache_fn._cache.eviction import eviction_key
 from negcache_fn._cache.ids import find_slots, last_of_each
 from negcache_fn._cache.select import lowest_slots
@@ -133,7 +133,7 @@ def update_(
         rows, device = embeddings.shape[0], cached.device
         most = cached.shape[0] // ranks.size if options.replicated else cached.shape[0]
         if rows > most:
-            raise ValueError(f"embeddings has {rows} rows; expected at most {most}, the capacity of the cache per rank")
+            raise ValueError(f"embeddings has {rows} rows; expected at most {most}, {capacity_of(ranks)}")
         features = fit_to_slots(stored_features(state), features, rows, "features", device)
         check_facts(rows, cached, ids, log_weights, cacheable, priorities)
         if refresh is not None:
@@ -167,9 +167,12 @@ def write_(
 ) -> TensorDictBase:
     """`update_` with what all ranks bring; each writes what belongs into its slots."""
     with torch.no_grad():  # what is cached is a constant
+        # Arguments may be views of the state: what is read after a write is copied, or used, before.
+        key = None if priorities is None else eviction_key(state, options, priorities)
         if refresh is not None:
+            arrivals = arrivals._replace(embeddings=arrivals.embeddings.clone())
             _refresh_(state, *refresh, shards)
-        _insert_(state, arrivals, shards, eviction_key(state, options, priorities))
+        _insert_(state, arrivals, shards, eviction_key(state, options, None) if key is None else key)
         scalar(state, "step").add_(1)
     return state
 
