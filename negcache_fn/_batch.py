@@ -7,12 +7,12 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn._cache.arrivals import Arrivals, check_facts
-from negcache_fn._cache.state import rows_of_cache, scalar, stored, stored_features
+from negcache_fn._cache.arrivals import Arrivals, capacity_of, check_facts
+from negcache_fn._cache.state import COLUMNS, rows_of_cache, scalar, stored, stored_features
 from negcache_fn._checks import check_embeddings
 from negcache_fn._codec import encode
 from negcache_fn._draws.sample import check_draws
-from negcache_fn._features import Features, fit_to_slots, leaves
+from negcache_fn._features import Features, fit_to_slots, in_slots, leaves
 from negcache_fn._loss.batch_classes import Classes
 from negcache_fn._options import StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree
@@ -20,13 +20,15 @@ from negcache_fn._ranks.attempts import Attempts
 from negcache_fn._ranks.group import Ranks, Shards
 from negcache_fn._scores.exclude import FalseNegatives, check_false_negatives, limits_by, needs_positives
 
-__all__ = ["Batch", "agree_on_batch", "arrivals_of", "check_batch_of_step", "classes_of", "limits_told_to_all"]
+__all__ = ["Batch", "Facts", "agree_on_batch", "arrivals_of", "check_batch_of_step", "classes_of", "limits_told_to_all"]
 
 
 class Batch(NamedTuple):
     """The documents of a step and the facts about them, checked."""
 
-    features: Features  # as wide as the cache stores them
+    features: Features  # as wide as the cache stores them, for the encoder
+    to_store: Features  # in the dtypes that the cache stores
+    fits: Tensor | None  # [N] whether each row, and its log-weight, can be stored; None: all can
     rows: int
     to_refresh: int  # how many of the stalest documents each rank encodes again
     ids: Tensor | None
@@ -46,11 +48,15 @@ def check_batch_of_step(
     ids, log_weights, cacheable, false_negatives, priorities = facts
     cached = stored(state, "embedding")
     most = cached.shape[0] // ranks.size if options.replicated else cached.shape[0]
-    features, rows = _fit_features(state, queries, features, most, "" if ranks.name is None else " per rank")
+    features, rows = _fit_features(state, queries, features, most, ranks)
     check_draws(state, options, ranks)
     check_facts(rows, cached, ids, log_weights, cacheable, priorities)
     check_false_negatives(false_negatives, queries, knows_positives=True)
-    return Batch(features, rows, options.slots_to_refresh(cached.shape[0], most), *facts)
+    to_store, fits = in_slots(stored_features(state), features)
+    if log_weights is not None:
+        weighted = log_weights.to(COLUMNS["log_weight"].dtype) < float("inf")  # not NaN either
+        fits = weighted if fits is None else fits & weighted
+    return Batch(features, to_store, fits, rows, options.slots_to_refresh(cached.shape[0], most), *facts)
 
 
 def agree_on_batch(
@@ -102,7 +108,8 @@ def arrivals_of(
     """The documents of all ranks; with a gradient to their embeddings [N, D] if the loss uses them, else as stored."""
     differentiable = options.all_ranks_in_batch
     embeddings = documents if differentiable else encode(documents.detach(), storage)
-    arrivals = Arrivals.of(cast(Features, batch.features), embeddings, batch.ids, batch.log_weights, batch.cacheable)
+    facts = (batch.ids, batch.log_weights, batch.cacheable)
+    arrivals = Arrivals.of(cast(Features, batch.to_store), embeddings, *facts, fits=batch.fits)
     return arrivals.gathered(queries, attempts.ranks, differentiable=differentiable, attempts=attempts)
 
 
@@ -116,21 +123,18 @@ def classes_of(
 
 
 def _fit_features(
-    state: TensorDictBase, queries: Tensor, features: Features, most: int, per_rank: str
+    state: TensorDictBase, queries: Tensor, features: Features, most: int, ranks: Ranks
 ) -> tuple[Features, int]:
     """The features, as wide as the cache stores them, and the number of documents."""
     check_embeddings("queries", queries, stored(state, "embedding"), of="the cache")
     if queries.shape[0] > most:
-        raise ValueError(
-            f"queries has {queries.shape[0]} rows; expected at most {most}, the capacity of the cache{per_rank}"
-        )
+        raise ValueError(f"queries has {queries.shape[0]} rows; expected at most {most}, {capacity_of(ranks)}")
     name, leaf = next(leaves(features), ("features", None))
     if leaf is None or leaf.ndim == 0:
         raise ValueError(f"{name} holds no rows; expected features of at least {queries.shape[0]} documents")
     rows = leaf.shape[0]
-    if not queries.shape[0] <= rows <= most:
-        raise ValueError(
-            f"{name} has {rows} rows; expected at least {queries.shape[0]}, the number of queries, "
-            f"and at most {most}, the capacity of the cache{per_rank}"
-        )
+    if rows < queries.shape[0]:
+        raise ValueError(f"{name} has {rows} rows; expected at least {queries.shape[0]}, the number of queries")
+    if rows > most:
+        raise ValueError(f"{name} has {rows} rows; expected at most {most}, {capacity_of(ranks)}")
     return fit_to_slots(stored_features(state), features, rows, "features", queries.device), rows

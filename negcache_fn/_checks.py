@@ -3,11 +3,12 @@
 Each message names the argument, what was given and what was expected.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = [
     "check_choice",
@@ -19,6 +20,8 @@ __all__ = [
     "check_scale",
     "check_size",
     "check_slots",
+    "check_transforms",
+    "transforms_around",
 ]
 
 
@@ -107,6 +110,43 @@ def check_scale(scale: Any, device: torch.device, *, name: str = "scale") -> Non
         _check_device(name, scale, device)
     elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} is a {type(scale).__name__}; expected a number or a 0-d tensor")
+
+
+def check_transforms(function: str, *differentiated: Any, vmap: bool = False) -> None:
+    """Raises under a transform of torch.func that the function does not take, see `transforms_around`.
+
+    That is forward mode, vmap unless it is allowed, and grad if it differentiates one of these arguments.
+    """
+    refused = ["jvp"] if vmap else ["jvp", "vmap"]
+    if any(isinstance(value, Tensor) and value.requires_grad and _is_wrapped(value) for value in differentiated):
+        refused.append("grad")
+    for transform in transforms_around():
+        if transform in refused:
+            around = (
+                "forward-mode differentiation (torch.func.jvp)" if transform == "jvp" else f"torch.func.{transform}"
+            )
+            raise ValueError(
+                f"{function} is called under {around}, which does not get its derivatives; expected plain reverse "
+                f"mode: loss.backward() or torch.autograd.grad(...). exact_loss takes it, if there is no group"
+            )
+
+
+def transforms_around() -> list[str]:
+    """The transforms of torch.func around this call: of "grad", "vmap" and "jvp", which is all forward-mode AD."""
+    # No public way says so. Of a graph this sees forward mode alone; what cannot do the others raises there anyway.
+    found = ["jvp"] if forward_ad._current_level >= 0 else []  # pyright: ignore[reportPrivateUsage]
+    if not torch.compiler.is_compiling():
+        stack = cast(Any, torch._C)._functorch.get_interpreter_stack()  # pyright: ignore[reportPrivateUsage]
+        names = [interpreter.key().name.lower() for interpreter in stack or ()]
+        found += [name for name in names if name in ("grad", "vmap")]
+    return found
+
+
+def _is_wrapped(value: Tensor) -> bool:
+    """Whether a transform of torch.func holds the tensor."""
+    if torch.compiler.is_compiling():
+        return False
+    return cast(Any, torch._C)._functorch.is_functorch_wrapped_tensor(value)  # pyright: ignore[reportPrivateUsage]
 
 
 def _check_tensor(name: str, value: Any) -> None:

@@ -3,6 +3,9 @@
 They are whatever the user's encoder takes. This module is the only one that looks inside: it maps over the leaves,
 compares a batch with what a cache stores, pads narrow batches, and moves leaves between devices.
 
+A batch may bring floats of another dtype than the cache stores, as mixed precision makes them: they are cast when they
+are stored, and the encoder gets all its features in the dtype of the batch. Integers are never cast.
+
 A cache may keep its features on another device than its embeddings (`_cache/offload.py`). A batch may then come from
 either device; the encoder gets its features on the device of the embeddings.
 """
@@ -20,8 +23,10 @@ __all__ = [
     "as_stored",
     "check_example",
     "check_like",
+    "copied",
     "feature_items",
     "fit_to_slots",
+    "in_slots",
     "leaves",
     "map_features",
     "moved",
@@ -30,6 +35,11 @@ __all__ = [
     "rows_where",
 ]
 
+# What torch can index, pad, select and write by rows.
+_STORED = (
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+)
 Features: TypeAlias = "Tensor | Mapping[str, Features] | TensorDictBase"
 FeaturesT = TypeVar("FeaturesT", bound="Features")
 
@@ -87,6 +97,12 @@ def check_example(features: Features) -> torch.device:
     for name, leaf in found.items():
         if leaf.ndim == 0:
             raise ValueError(f"{name} has shape (); expected [rows, ...], with the documents as its first dimension")
+        if leaf.layout != torch.strided:
+            raise TypeError(f"{name} has layout {leaf.layout}; expected a dense tensor: {name}.to_dense()")
+        if leaf.dtype not in _STORED:
+            raise TypeError(
+                f"{name} has dtype {leaf.dtype}; expected a number of 8 to 64 bits that torch can compute with"
+            )
     devices = {leaf.device for leaf in found.values()}
     if len(devices) > 1:
         raise ValueError(f"features are on several devices: {sorted(map(str, devices))}; expected one")
@@ -104,7 +120,7 @@ def as_stored(features: Features) -> Tensor | TensorDictBase:
 
 
 def fit_to_slots(stored: Features, given: FeaturesT, rows: int, name: str, device: torch.device) -> FeaturesT:
-    """`given`, padded with zeros on the right to the widths that the cache stores, on `device`.
+    """`given`, padded with zeros on the right to the widths that the cache stores, on `device`; in its own dtype.
 
     Args:
         stored: the cache's features.
@@ -115,7 +131,7 @@ def fit_to_slots(stored: Features, given: FeaturesT, rows: int, name: str, devic
 
     Raises:
         ValueError: other keys, another number of rows or dimensions, a leaf wider than its slot, another device.
-        TypeError: another kind of container or another dtype.
+        TypeError: another kind of container; another dtype, unless both are floating.
     """
     check_like(stored, given, rows, name, device)
 
@@ -123,6 +139,28 @@ def fit_to_slots(stored: Features, given: FeaturesT, rows: int, name: str, devic
         return pad_rows(moved(leaf, device), slot, 0)
 
     return map_features(fit_leaf, given, stored)
+
+
+def in_slots(stored: Features, given: FeaturesT) -> tuple[FeaturesT, Tensor | None]:
+    """What `fit_to_slots` gave in the dtypes that the cache stores, and whether each row [rows] fits into them.
+
+    A row does not if one of its numbers is finite and would be stored as infinite. None: all fit.
+    """
+    fits: list[Tensor] = []
+
+    def cast_leaf(leaf: Tensor, slot: Tensor) -> Tensor:
+        rows = leaf.to(slot.dtype)
+        if leaf.dtype != slot.dtype and torch.finfo(leaf.dtype).max > torch.finfo(slot.dtype).max:
+            fits.append((rows.isfinite() | ~leaf.isfinite())[..., None].flatten(1).all(1))
+        return rows
+
+    found = map_features(cast_leaf, given, stored)
+    return found, torch.stack(fits).all(0) if fits else None
+
+
+def copied(features: FeaturesT) -> FeaturesT:
+    """A copy with containers and tensors of its own, for an encoder may write into what it is given."""
+    return map_features(torch.clone, features)
 
 
 def moved(values: Tensor, device: torch.device) -> Tensor:
@@ -146,14 +184,16 @@ def all_moved(features: FeaturesT, device: torch.device) -> FeaturesT:
 
 
 def check_like(stored: Features, given: Features, rows: int, name: str, device: torch.device) -> None:
-    """Raises unless a batch has the keys, dtypes and dimensions of the cache's features, and is not wider."""
+    """Raises unless a batch has the keys and dimensions of the cache's features, is not wider, and can be cast."""
     if isinstance(stored, Tensor):
         if not isinstance(given, Tensor):
             raise TypeError(f"{name} is a {type(given).__name__}; expected a tensor, as in the cache")
         _check_leaf(stored, given, rows, name, device)
         return
     if not isinstance(given, (Mapping, TensorDictBase)):
-        raise TypeError(f"{name} is a {type(given).__name__}; expected a mapping, as in the cache")
+        raise TypeError(
+            f"{name} is a {type(given).__name__}; expected a mapping of what the encoder takes, as in the cache"
+        )
     expected, found = dict(feature_items(stored)), dict(feature_items(given))
     if expected.keys() != found.keys():
         raise ValueError(f"{name} has keys {sorted(found)}; expected those of the cache: {sorted(expected)}")
@@ -166,11 +206,14 @@ def _check_leaf(stored: Tensor, given: Tensor, rows: int, name: str, device: tor
     if given.ndim != stored.ndim or given.shape[0] != rows:
         raise ValueError(f"{name} has shape {tuple(given.shape)}; expected {(rows, *slot)}, narrower at most")
     if any(width > room for width, room in zip(row, slot, strict=True)):
+        token_ids = len(slot) == 1 and not stored.dtype.is_floating_point
+        how = f"truncate them (a tokenizer: truncation=True, max_length={slot[0]})" if token_ids else "cut them to size"
         raise ValueError(
-            f"{name} has rows of shape {row}, which do not fit into the cache's slots of shape {slot}; truncate them "
-            f"(a tokenizer: truncation=True, max_length={slot[0]}), or give init_cache an example that is as wide"
+            f"{name} has rows of shape {row}, which do not fit into the cache's slots of shape {slot}; {how}, or give "
+            f"init_cache an example that is as wide"
         )
-    if given.dtype != stored.dtype:
+    both_floating = given.dtype.is_floating_point and stored.dtype.is_floating_point
+    if given.dtype != stored.dtype and not both_floating:
         raise TypeError(f"{name} has dtype {given.dtype}; expected {stored.dtype}, as in the cache")
     if given.device not in (device, stored.device):
         either = "the device of the cache" if device == stored.device else f"or {stored.device}, as its features"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from negcache_fn._batch import (
     Batch,
+    Facts,
     agree_on_batch,
     arrivals_of,
     check_batch_of_step,
@@ -16,13 +17,14 @@ from negcache_fn._batch import (
     limits_told_to_all,
 )
 from negcache_fn._cache.arrivals import Arrivals
-from negcache_fn._cache.state import check_state, feature_leaves, stored
+from negcache_fn._cache.recomputation import check_not_recomputed, same_when_recomputed
+from negcache_fn._cache.state import check_state, check_writable, feature_leaves, scalar, stored
 from negcache_fn._cache.update import copy_state, write_
-from negcache_fn._checks import check_encoder, check_scale
+from negcache_fn._checks import check_encoder, check_scale, check_transforms
 from negcache_fn._draws.draw import Draw
 from negcache_fn._draws.sample import draw_for_batch, draw_for_queries
 from negcache_fn._encoders.one_pass import Encoder, encode_checked, encode_in_one_pass, told_to_all, with_stalest
-from negcache_fn._features import Features
+from negcache_fn._features import Features, copied
 from negcache_fn._loss.batch_classes import batch_scores, known_ids, positive_scores
 from negcache_fn._loss.cache_class import SharedDraws, estimate_cache_logit, gather_draws
 from negcache_fn._loss.cross_entropy import Terms, cross_entropy, reduced
@@ -80,7 +82,8 @@ def step(
         state: the cache, C slots.
         queries: [B, D] floating embeddings, with gradient.
         features: of N documents, B <= N <= C. Row i < B is the positive of query i; the others are further candidates
-            (mined hard negatives, or a random stream of the corpus).
+            (mined hard negatives, or a random stream of the corpus). Floats may have another dtype than the cache
+            stores; `encode` then gets those of cached documents in it too.
         encode: the document encoder: features of R documents, nested as `features`, to [R, D].
         options: everything that is constant during the run, see `StepOptions`.
         scale: number or 0-d tensor, learnable.
@@ -129,20 +132,9 @@ def step(
 
     Reference: Lindgren et al., NeurIPS 2021, algorithm 1.
     """
-    return step_(
-        copy_state(state) if torch.is_grad_enabled() else state,
-        queries,
-        features,
-        encode,
-        options=options,
-        scale=scale,
-        ids=ids,
-        log_weights=log_weights,
-        cacheable=cacheable,
-        false_negatives=false_negatives,
-        priorities=priorities,
-        group=group,
-    )
+    facts = (ids, log_weights, cacheable, false_negatives, priorities)
+    state = copy_state(state) if torch.is_grad_enabled() else state
+    return _stepped(state, queries, features, encode, options, scale, facts, ranks_of(group))
 
 
 def step_(
@@ -162,21 +154,41 @@ def step_(
 ) -> StepOutput:
     """`step` in place: writes the rows that change into `state`, which it returns, and copies nothing.
 
-    Arguments, metrics and errors as there.
+    Arguments, metrics and errors as there. Not for `torch.utils.checkpoint` around it, which calls it again in the
+    backward pass: that is an error.
 
     Examples:
         >>> state = init_cache(8, 4, features=torch.zeros(1, 3))
         >>> step_(state, torch.randn(2, 4), torch.randn(2, 3), torch.nn.Linear(3, 4)).state is state
         True
     """
-    ranks, training = ranks_of(group), torch.is_grad_enabled()
+    facts, ranks = (ids, log_weights, cacheable, false_negatives, priorities), ranks_of(group)
+    with checking_arguments(ranks):
+        check_not_recomputed()
+    return _stepped(state, queries, features, encode, options, scale, facts, ranks)
+
+
+def _stepped(
+    state: TensorDictBase,
+    queries: Tensor,
+    features: Features,
+    encode: Encoder,
+    options: StepOptions,
+    scale: float | Tensor,
+    facts: Facts,
+    ranks: Ranks,
+) -> StepOutput:
+    """`step_`, wherever it is called."""
+    training = torch.is_grad_enabled()
     with checking_arguments(ranks):
         check_options(options)
+        check_transforms("step", *((queries, scale) if options.for_batch else ()))
         options.check_group(ranks.name is None)
         check_state(state)
+        if training:
+            check_writable(state)
         check_encoder(encode)
         check_scale(scale, stored(state, "embedding").device)
-        facts = (ids, log_weights, cacheable, false_negatives, priorities)
         batch = check_batch_of_step(state, queries, features, facts, options, ranks)
     queries, shards = agree_on_batch(state, queries, batch, scale, options, ranks)
     attempts = Attempts(ranks)
@@ -205,9 +217,10 @@ def step_(
         cache = estimate_cache_logit(similarity, queries, fresh.draws, draw, shared, options)
     terms = Terms(known.logits, known.positive, cache)
     loss = reduced(cross_entropy(terms.batch_logits, cache.logit, terms.positive), options)
+    loss = same_when_recomputed(loss, scalar(state, "step"))
     with torch.no_grad():  # metrics and cached embeddings are constants
         slots, embeddings = _drawn_by_all(draw, fresh.draws, shared, ranks)
-        not_written = count_not_storable(state, fresh.all, batch.cacheable, again.slots)
+        not_written = count_not_storable(state, fresh.all, batch.cacheable, batch.fits, again.slots)
         metrics, failures = step_metrics(
             state, draw, terms, fresh.draws, drawn_at, slots, not_written, attempts.failures(slots.device), ranks
         )
@@ -218,7 +231,7 @@ def step_(
             if batch.to_refresh:
                 slots = torch.cat([slots, again.stalest])
                 embeddings = torch.cat([embeddings, ranks.gather(fresh.stalest)])
-            write_(state, known.arrivals, (slots, embeddings), shards, options, priorities)
+            write_(state, known.arrivals, (slots, embeddings), shards, options, batch.priorities)
     return StepOutput(loss, state, metrics, draw._replace(log_normalizer=draw.log_normalizer.detach()))
 
 
@@ -263,7 +276,8 @@ def _encoded_first(state: TensorDictBase, batch: Batch, encode: Encoder, options
     """[N, D] the documents, if what is drawn depends on their scores."""
     if not options.for_batch and not needs_positives(batch.false_negatives):
         return None
-    return encode_checked(encode, cast(Features, batch.features), batch.rows, stored(state, "embedding"))
+    features = copied(cast(Features, batch.features))  # the encoder may write into them
+    return encode_checked(encode, features, batch.rows, stored(state, "embedding"))
 
 
 def _exclusions(

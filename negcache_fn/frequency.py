@@ -136,7 +136,7 @@ def observe(
     step = scalar(frequency, "step") + 1
     names = ("interval", "seen_at", "sightings")
     interval, seen_at, sightings = before = [_table(frequency, name).gather(1, places) for name in names]
-    weight = torch.clamp(1.0 / (sightings + 1), min=rate)
+    weight = torch.clamp(1.0 / (sightings + 1).to(interval.dtype), min=rate)
     longer = (step - seen_at).to(interval.dtype) - interval
     after = (interval + weight * longer, step.expand_as(seen_at), sightings + 1)
     tables = {

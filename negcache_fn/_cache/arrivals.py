@@ -11,7 +11,7 @@ from negcache_fn._features import Features, leaves, nested_as
 from negcache_fn._ranks.attempts import Attempts
 from negcache_fn._ranks.group import Ranks, positives_first
 
-__all__ = ["Arrivals", "check_facts"]
+__all__ = ["Arrivals", "capacity_of", "check_facts"]
 
 
 class Arrivals(NamedTuple):
@@ -31,13 +31,15 @@ class Arrivals(NamedTuple):
         ids: Tensor | None,
         log_weights: Tensor | None,
         cacheable: Tensor | None,
+        *,
+        fits: Tensor | None,
     ) -> "Arrivals":
-        """With the defaults of what is not given: anonymous, a log-weight of 0, cacheable."""
+        """With the defaults of what is not given: anonymous, a log-weight of 0, cacheable if the features fit."""
         rows, device = embeddings.shape[0], embeddings.device
         ids = torch.full((rows,), -1, device=device) if ids is None else ids
         log_weights = torch.zeros(rows, device=device) if log_weights is None else log_weights
         cacheable = torch.ones(rows, dtype=torch.bool, device=device) if cacheable is None else cacheable
-        return cls(features, embeddings, ids, log_weights, cacheable)
+        return cls(features, embeddings, ids, log_weights, cacheable if fits is None else cacheable & fits)
 
     def gathered(
         self, positives: int, ranks: Ranks, *, differentiable: bool = False, attempts: Attempts | None = None
@@ -64,6 +66,11 @@ class Arrivals(NamedTuple):
         features = nested_as(cast(Features, self.features), [positives_first(rows, positives, ranks) for rows in found])
         rest = (positives_first(rows, positives, ranks) for rows in (embeddings, ids, log_weights, cacheable))
         return Arrivals(features, *rest)
+
+
+def capacity_of(ranks: Ranks) -> str:
+    """What bounds the documents of a batch, for messages."""
+    return "the capacity of the cache" if ranks.name is None else "the capacity of the cache for each rank"
 
 
 def check_facts(

@@ -8,10 +8,10 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from negcache_fn._cache.select import lowest_slots
-from negcache_fn._cache.state import COLUMNS, check_state, live, stored, with_items
+from negcache_fn._cache.state import COLUMNS, check_state, live, of_normal_tensors, stored, with_items
 from negcache_fn._cache.update import copy_state, update_
 from negcache_fn._checks import check_size
-from negcache_fn._features import Features, all_moved, map_features, moved, rows_where
+from negcache_fn._features import Features, all_moved, copied, map_features, moved, rows_where
 from negcache_fn._options import StepOptions
 from negcache_fn._ranks.agree import checking_arguments
 from negcache_fn._ranks.group import ranks_of, unsharded
@@ -59,8 +59,9 @@ def prefill(
             features, ids = batch if isinstance(batch, tuple) else (batch, None)
             with checking_arguments(ranks):  # the others are in `update_`
                 features = all_moved(features, stored(state, "embedding").device)
+                kept = copied(features)  # the encoder may write into its features
                 embeddings = encode(features)
-            state = update_(state, features, embeddings, ids=ids, group=group, **options.of_update())
+            state = update_(state, kept, embeddings, ids=ids, group=group, **options.of_update())
     return state
 
 
@@ -110,14 +111,15 @@ def resize(state: TensorDictBase, capacity: int) -> TensorDictBase:
 
 def _picked(state: TensorDictBase, slots: Tensor) -> TensorDictBase:
     """A state of the items at `slots`, empty ones where that is negative."""
-    rows, exists = slots.clamp(min=0), slots >= 0
+    with of_normal_tensors():
+        rows, exists = slots.clamp(min=0), slots >= 0
 
-    def pick(leaf: Tensor, empty: float = 0) -> Tensor:
-        at = leaf[moved(rows, leaf.device)]
-        return rows_where(moved(exists, leaf.device), at, torch.full_like(leaf[:1], empty))
+        def pick(leaf: Tensor, empty: float = 0) -> Tensor:
+            at = leaf[moved(rows, leaf.device)]
+            return rows_where(moved(exists, leaf.device), at, torch.full_like(leaf[:1], empty))
 
-    items = cast(TensorDict, state["items"])
-    picked: dict[str, Any] = {name: pick(stored(state, name), column.empty) for name, column in COLUMNS.items()}
-    picked["embedding"] = pick(stored(state, "embedding"))
-    picked["features"] = map_features(pick, cast(Features, items["features"]))
-    return with_items(state, TensorDict(picked, batch_size=[slots.shape[0]]))
+        items = cast(TensorDict, state["items"])
+        picked: dict[str, Any] = {name: pick(stored(state, name), column.empty) for name, column in COLUMNS.items()}
+        picked["embedding"] = pick(stored(state, "embedding"))
+        picked["features"] = map_features(pick, cast(Features, items["features"]))
+        return with_items(state, TensorDict(picked, batch_size=[slots.shape[0]]))

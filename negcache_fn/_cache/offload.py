@@ -20,7 +20,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from negcache_fn._cache.fill import resize
-from negcache_fn._cache.state import check_state, live, stored, stored_features, with_items
+from negcache_fn._cache.state import check_state, live, of_normal_tensors, stored, stored_features, with_items
 from negcache_fn._cache.update import copy_state
 from negcache_fn._checks import check_size
 from negcache_fn._features import leaves, map_features, nested_as
@@ -57,7 +57,8 @@ def offload_features(state: TensorDictBase, *, device: torch.device | str = "cpu
     def put(leaf: Tensor) -> Tensor:
         return leaf.to(place, copy=True)
 
-    return _with_features(copy_state(_without_features(state)), map_features(put, stored_features(state)))
+    with of_normal_tensors():
+        return _with_features(copy_state(_without_features(state)), map_features(put, stored_features(state)))
 
 
 def memory_mapped(state: TensorDictBase, folder: str | Path, *, capacity: int | None = None) -> TensorDictBase:
@@ -101,15 +102,16 @@ def memory_mapped(state: TensorDictBase, folder: str | Path, *, capacity: int | 
     if needed > free:  # writing to a mapped file on a full disk ends the process
         raise ValueError(f"folder is on a disk with {free} free bytes; expected {needed}, the size of the features")
 
-    taken = live(state).nonzero().flatten()
-    mapped: list[Tensor] = []
-    for path, leaf in files:
-        mapped.append(_map_file(path, (capacity, *leaf.shape[1:]), leaf.dtype))
-        _copy_rows_(mapped[-1], leaf, taken)
-    rest = _without_features(state)
-    # Growing leaves every document in its slot.
-    rest = copy_state(rest) if capacity == rows else resize(rest, capacity)
-    return _with_features(rest, nested_as(features, mapped))
+    with of_normal_tensors():
+        taken = live(state).nonzero().flatten()
+        mapped: list[Tensor] = []
+        for path, leaf in files:
+            mapped.append(_map_file(path, (capacity, *leaf.shape[1:]), leaf.dtype))
+            _copy_rows_(mapped[-1], leaf, taken)
+        rest = _without_features(state)
+        # Growing leaves every document in its slot.
+        rest = copy_state(rest) if capacity == rows else resize(rest, capacity)
+        return _with_features(rest, nested_as(features, mapped))
 
 
 def _without_features(state: TensorDictBase) -> TensorDictBase:

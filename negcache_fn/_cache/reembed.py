@@ -14,7 +14,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn._cache.state import check_state, live, scalar, stored, take
+from negcache_fn._cache.state import check_state, check_writable, live, scalar, stored, take
 from negcache_fn._cache.update import copy_state
 from negcache_fn._checks import check_embeddings, check_encoder, check_size
 from negcache_fn._codec import encode as encode_rows
@@ -65,6 +65,7 @@ def reembed_(state: TensorDictBase, encode: Callable[[Any], Tensor], *, batch_si
         True
     """
     check_state(state)
+    check_writable(state)
     check_encoder(encode)
     check_size("batch_size", batch_size)
     cached, embedded_at = stored(state, "embedding"), stored(state, "embedded_at")

@@ -18,6 +18,7 @@ the storage of a state.
 """
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -36,11 +37,13 @@ __all__ = [
     "as_features",
     "assemble_state",
     "check_state",
+    "check_writable",
     "feature_leaves",
     "init_cache",
     "live",
     "lock",
     "occupancy",
+    "of_normal_tensors",
     "rows_of_cache",
     "scalar",
     "stored",
@@ -115,9 +118,10 @@ def init_cache(
     def empty(leaf: Tensor) -> Tensor:
         return torch.zeros((capacity, *leaf.shape[1:]), dtype=leaf.dtype, device=device)
 
-    embedding = torch.zeros(capacity, embedding_dim, dtype=embedding_dtype, device=device)
-    step = torch.zeros((), dtype=torch.int64, device=device)
-    return assemble_state(embedding, map_features(empty, as_stored(features)), step, torch.full_like(step, seed))
+    with of_normal_tensors():
+        embedding = torch.zeros(capacity, embedding_dim, dtype=embedding_dtype, device=device)
+        step = torch.zeros((), dtype=torch.int64, device=device)
+        return assemble_state(embedding, map_features(empty, as_stored(features)), step, torch.full_like(step, seed))
 
 
 def assemble_state(
@@ -155,6 +159,24 @@ def check_state(state: Any) -> None:
         _check_number(f"state['items', {name!r}]", cast(Tensor, items[name]), embedding.shape[:1], column.dtype)
     for name in ("step", "seed"):
         _check_number(f"state[{name!r}]", cast(Tensor, state[name]), torch.Size(()), torch.int64)
+
+
+def check_writable(state: TensorDictBase) -> None:
+    """Raises if a state cannot be written here, because it was made under `torch.inference_mode()`."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return
+    if any(cast(Tensor, leaf).is_inference() for leaf in state.values(include_nested=True, leaves_only=True)):
+        raise ValueError(
+            "state has inference tensors, which torch.inference_mode() makes and which cannot be written outside of "
+            "it; expected normal ones, as in state.clone()"
+        )
+
+
+def of_normal_tensors() -> AbstractContextManager[Any]:
+    """A context in which to make a state: under `torch.inference_mode()` too, its tensors can be written later."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
 
 
 def take(
@@ -222,7 +244,7 @@ def occupancy(state: TensorDictBase) -> Tensor:
         tensor(0.)
     """
     check_state(state)
-    return live(state).sum() / stored(state, "embedded_at").shape[0]
+    return live(state).sum().to(torch.float32) / stored(state, "embedded_at").shape[0]
 
 
 def stored(state: TensorDictBase, name: str) -> Tensor:
@@ -273,6 +295,11 @@ def _keys(state: TensorDictBase) -> set[str]:
 
 
 def _check_number(name: str, value: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+    if value.shape == shape and value.dtype != dtype and value.dtype.is_floating_point:
+        raise TypeError(
+            f"{name} has dtype {value.dtype}; expected {dtype}: cast the embeddings alone, as "
+            f"negcache_fn.nn.Cache(state).to(dtype) does, or give init_cache an embedding_dtype"
+        )
     if value.shape != shape or value.dtype != dtype:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; expected {tuple(shape)} and {dtype}, "

@@ -10,14 +10,24 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from negcache_fn._cache.arrivals import Arrivals, check_facts
+from negcache_fn._cache.arrivals import Arrivals, capacity_of, check_facts
 from negcache_fn._cache.eviction import eviction_key
 from negcache_fn._cache.ids import find_slots, last_of_each
 from negcache_fn._cache.select import lowest_slots
-from negcache_fn._cache.state import COLUMNS, check_state, lock, rows_of_cache, scalar, stored, stored_features
+from negcache_fn._cache.state import (
+    COLUMNS,
+    check_state,
+    check_writable,
+    lock,
+    of_normal_tensors,
+    rows_of_cache,
+    scalar,
+    stored,
+    stored_features,
+)
 from negcache_fn._checks import check_embeddings, check_slots
 from negcache_fn._codec import encode, storable
-from negcache_fn._features import Features, fit_to_slots, map_features, moved
+from negcache_fn._features import Features, fit_to_slots, in_slots, map_features, moved
 from negcache_fn._options import Eviction, Placement, StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
 from negcache_fn._ranks.group import Shards, ranks_of
@@ -43,11 +53,13 @@ def update(
 
     A document whose id is cached replaces that one. The others take, in order, empty slots first and then those that
     `evict` names, ties by slot. Of several rows with one id the last counts. Rows with a non-finite embedding (as
-    stored), or a log-weight that is NaN or +inf, never enter: they are left out like those with `cacheable=False`.
+    stored), a log-weight that is NaN or +inf, or a feature that would become infinite in the cache's dtype never enter:
+    they are left out like those with `cacheable=False`.
 
     Args:
         state: the cache, C slots.
-        features: of N <= C documents, nested as in the cache; narrower leaves are padded with zeros on the right.
+        features: of N <= C documents, nested as in the cache; narrower leaves are padded with zeros on the right, and
+            floats cast to the cache's dtype.
         embeddings: [N, D] floating; stored without gradient, in the cache's dtype.
         ids: [N] int64, -1 where anonymous; all anonymous by default.
         log_weights: [N] floating, added to the documents' scores from now on; 0 by default.
@@ -116,13 +128,13 @@ def update_(
         options = StepOptions(evict=evict, placement=placement)
         options.check_group(ranks.name is None)
         check_state(state)
+        check_writable(state)
         cached = stored(state, "embedding")
         check_embeddings("embeddings", embeddings, cached, of="the cache")
         rows, device = embeddings.shape[0], cached.device
         most = cached.shape[0] // ranks.size if options.replicated else cached.shape[0]
         if rows > most:
-            whose = "the cache" if ranks.name is None else "the cache per rank"
-            raise ValueError(f"embeddings has {rows} rows; expected at most {most}, the capacity of {whose}")
+            raise ValueError(f"embeddings has {rows} rows; expected at most {most}, {capacity_of(ranks)}")
         features = fit_to_slots(stored_features(state), features, rows, "features", device)
         check_facts(rows, cached, ids, log_weights, cacheable, priorities)
         if refresh is not None:
@@ -146,7 +158,8 @@ def update_(
     if refresh is not None:
         slots, fresh = ranks.gather_all(refresh[0], refresh[1].detach())
         refresh = (slots, fresh)
-    arrivals = Arrivals.of(features, embeddings, ids, log_weights, cacheable)
+    to_store, fits = in_slots(stored_features(state), features)
+    arrivals = Arrivals.of(to_store, embeddings, ids, log_weights, cacheable, fits=fits)
     arrivals = arrivals.gathered(rows, ranks)
     return write_(state, arrivals, refresh, shards, options, priorities)
 
@@ -161,9 +174,12 @@ def write_(
 ) -> TensorDictBase:
     """`update_` with what all ranks bring; each writes what belongs into its slots."""
     with torch.no_grad():  # what is cached is a constant
+        # Arguments may be views of the state: what is read after a write is copied, or used, before.
+        key = None if priorities is None else eviction_key(state, options, priorities)
         if refresh is not None:
+            arrivals = arrivals._replace(embeddings=arrivals.embeddings.clone())
             _refresh_(state, *refresh, shards)
-        _insert_(state, arrivals, shards, eviction_key(state, options, priorities))
+        _insert_(state, arrivals, shards, eviction_key(state, options, None) if key is None else key)
         scalar(state, "step").add_(1)
     return state
 
@@ -171,7 +187,8 @@ def write_(
 def copy_state(state: TensorDictBase) -> TensorDictBase:
     """A state that shares no storage with `state`, locked like it."""
     check_state(state)
-    copy = cast(TensorDict, state.clone())
+    with of_normal_tensors():
+        copy = cast(TensorDict, state.clone())
     return lock(copy) if state.is_locked else copy
 
 

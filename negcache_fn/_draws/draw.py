@@ -6,7 +6,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn._cache.state import stored
+from negcache_fn._cache.state import scalar, stored
 from negcache_fn._ranks.group import Shards, fetch_rows
 
 __all__ = ["Draw", "check_draw", "describe"]
@@ -33,6 +33,7 @@ class Draw(NamedTuple):
     cutoff: Tensor  # [B, S]: documents of that source with a lower score have probability 0; -inf without top_k
     max_score: Tensor  # [B, S]: those with a higher one, log-weight not included, too; +inf without such a limit
     exclude_ids: Tensor  # [1 or B, P] int64: documents that have probability 0; P may be 0
+    noise: Tensor  # [S, 2] int64: the seed and the step of each source, which make its noise
 
     @property
     def for_batch(self) -> bool:
@@ -85,5 +86,6 @@ def describe(
         cutoff=cutoff,
         max_score=torch.full_like(cutoff, _INFINITY) if max_score is None else max_score[:, None].clone(),
         exclude_ids=excluded,
+        noise=torch.stack([scalar(state, "seed"), scalar(state, "step")])[None],
     )
     return draw, others

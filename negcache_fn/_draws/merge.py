@@ -36,8 +36,8 @@ def merge_draws(a: Draw, b: Draw, *, group: torch.distributed.ProcessGroup | Non
 
     Args:
         a: draws for B queries.
-        b: draws for the same queries, exclusions and number of draws, from a cache with another seed (or other slots of
-            the same): equal noise would favour the same places in both.
+        b: draws for the same queries, exclusions and number of draws, from a cache with another seed: equal noise would
+            favour the same places in both. On CUDA the check of seeds and exclusions waits for the device.
         group: of the ranks that drew for the batch together, each of which has a part of both draws; of what they merge
             to it gets a part too. Draws of each query need none.
 
@@ -45,8 +45,8 @@ def merge_draws(a: Draw, b: Draw, *, group: torch.distributed.ProcessGroup | Non
         Draws whose `slot` refers to the cache `source`.
 
     Raises:
-        ValueError: another number of queries, draws, dimensions or excluded ids; one for the batch and one for each
-            query.
+        ValueError: another number of queries, draws or dimensions; other exclusions; the same noise, which caches of
+            the same seed have; one for the batch and one for each query.
 
     Examples:
         >>> left, right = (init_cache(8, 4, torch.zeros(1, 3), seed=seed) for seed in (0, 1))
@@ -58,6 +58,7 @@ def merge_draws(a: Draw, b: Draw, *, group: torch.distributed.ProcessGroup | Non
     ranks = ranks_of(group)
     with checking_arguments(ranks):
         _check_pair(a, b)
+        a = a._replace(perturbed=_checked(a, b))
     if ranks.name is None:
         return _merged(a, b)
     queries, _ = check_ranks_agree(
@@ -157,6 +158,34 @@ def _check_pair(a: Draw, b: Draw) -> None:
         )
 
 
+def _checked(a: Draw, b: Draw) -> Tensor:
+    """The perturbed values of `a`, if the draws have different noise and the same exclusions."""
+    # What is excluded for all queries is not among the draws, and no query needs to know of it.
+    of_each = a.exclude_ids.shape[0] == a.log_normalizer.shape[0]
+    excluded = (a.exclude_ids, b.exclude_ids) if of_each else (a.exclude_ids[:0], b.exclude_ids[:0])
+    return cast(Tensor, _checked_op(a.perturbed, a.noise, b.noise, *excluded))
+
+
+@torch.library.custom_op("negcache_fn::check_merged", mutates_args=())
+def _checked_op(values: Tensor, noise: Tensor, other_noise: Tensor, excluded: Tensor, other_excluded: Tensor) -> Tensor:
+    """An operator, because it reads numbers."""
+    keys, others = cast("list[list[int]]", noise.tolist()), cast("list[list[int]]", other_noise.tolist())
+    for seed, step in keys:
+        if [seed, step] in others:
+            raise ValueError(
+                f"b has the noise of seed {seed} at step {step}, as a has, and would draw the same places; expected "
+                f"caches of different seeds: init_cache(..., seed=...)"
+            )
+    if not torch.equal(excluded, other_excluded):
+        raise ValueError("b has other excluded ids than a; expected the same exclusions for every cache")
+    return values.clone()
+
+
+@_checked_op.register_fake
+def _(values: Tensor, noise: Tensor, other_noise: Tensor, excluded: Tensor, other_excluded: Tensor) -> Tensor:
+    return torch.empty_like(values)
+
+
 def _merged(a: Draw, b: Draw) -> Draw:
     """From the whole of both."""
     samples = a.slot.shape[1]
@@ -187,6 +216,7 @@ def _merged(a: Draw, b: Draw) -> Draw:
         cutoff=torch.cat([a.cutoff, b.cutoff], dim=1),
         max_score=torch.cat([a.max_score, b.max_score], dim=1),
         exclude_ids=a.exclude_ids,
+        noise=torch.cat([a.noise, b.noise]),
     )
 
 

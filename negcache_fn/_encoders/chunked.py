@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType] - untyped in torch
 
 from negcache_fn._checks import check_encoder, check_size
-from negcache_fn._features import Features, leaves, map_features
+from negcache_fn._features import Features, copied, leaves, map_features
 
 __all__ = ["Chunked", "chunked"]
 
@@ -71,13 +71,17 @@ class Chunked(nn.Module):
         _, leaf = next(leaves(features))
         rows = leaf.shape[0]
         if rows <= self.size or not torch.is_grad_enabled():
-            parts = [self.encode(part) for part in self._chunks(features, rows)]
+            parts = [self._encode_copy(part) for part in self._chunks(features, rows)]
         else:
             parts = [
-                cast(Tensor, checkpoint(self.encode, part, use_reentrant=False))
+                cast(Tensor, checkpoint(self._encode_copy, part, use_reentrant=False))
                 for part in self._chunks(features, rows)
             ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _encode_copy(self, part: Features) -> Tensor:
+        # An encoder may write into its features, and the backward pass needs them as they were.
+        return self.encode(copied(part))
 
     def _chunks(self, features: Features, rows: int) -> list[Features]:
         def part(start: int) -> Features:

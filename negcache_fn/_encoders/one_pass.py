@@ -103,6 +103,6 @@ def _with_stand_ins(batch: Features, cached: Features, slots: Tensor) -> Feature
 
     def stand_in(of_batch: Tensor, of_cache: Tensor) -> Tensor:
         rows = of_batch[torch.arange(slots.shape[0], device=slots.device) % of_batch.shape[0]]
-        return rows_where(slots >= 0, of_cache, rows)
+        return rows_where(slots >= 0, of_cache.to(rows.dtype), rows)
 
     return map_features(stand_in, batch, cached)

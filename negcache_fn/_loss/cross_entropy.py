@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from negcache_fn._checks import check_embeddings, check_scale
+from negcache_fn._checks import check_embeddings, check_scale, check_transforms
 from negcache_fn._draws.draw import Draw, check_draw
 from negcache_fn._loss.batch_classes import batch_classes, batch_scores, check_batch, try_limits
 from negcache_fn._loss.cache_class import CacheClass, estimate_cache_logit, gather_draws
@@ -105,6 +105,7 @@ def loss(
     """
     ranks = ranks_of(group)
     with checking_arguments(ranks):
+        check_transforms("loss", vmap=True)
         check_draw("draw", draw)
         options = StepOptions(
             draws_per_query=None if draw.for_batch else draw.slot.shape[1],

@@ -8,7 +8,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn._cache.state import scalar, stored
-from negcache_fn._checks import check_size
+from negcache_fn._checks import check_size, check_transforms, transforms_around
 from negcache_fn._loss.batch_classes import (
     batch_classes,
     batch_scores,
@@ -22,6 +22,7 @@ from negcache_fn._options import InBatch, Reduction, ScoreTransform, StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
 from negcache_fn._ranks.group import Shards, ranks_of
 from negcache_fn._scores.definition import (
+    ScoreMatrix,
     Similarity,
     check_search,
     dtype_of_scores,
@@ -57,6 +58,10 @@ def exact_loss(
     pass makes the value and the gradient, or two with a `score_transform`: no tensor of [B, C] (with `top_k`, one of
     [B, top_k, D]).
 
+    It takes every transform of torch.func (grad, hessian, jvp, vmap) and forward-mode differentiation, which the pass
+    cannot do: with one of them around it, all scores [B, C] are made by plain torch. `backward` works once: for second
+    derivatives, take `torch.func.hessian` or a `jvp` of `grad`.
+
     Args:
         state: the cache; cached documents that `ids` names are left out, as in `loss`.
         queries: [B, D] floating.
@@ -86,6 +91,8 @@ def exact_loss(
     """
     ranks = ranks_of(group)
     with checking_arguments(ranks):
+        if group is not None:  # messages have one derivative, the plain one
+            check_transforms("exact_loss with a group", queries, documents, scale)
         options = StepOptions(score_transform=score_transform, in_batch=in_batch, top_k=top_k, reduction=reduction)
         options.check_group(ranks.name is None)
         check_search(state, queries, scale)
@@ -133,7 +140,9 @@ def exact_loss(
             _, of_all = exclusions.gathered(queries[:0], ranks)
         # Each shard's part of the sum is made where the shard is, for the queries of all ranks.
         matrix = score_matrix(state, ranks.gather(queries), similarity, of_all)
-        if top_k is None:
+        if transforms_around():
+            cache_logit = _of_all_scores(matrix, top_k)
+        elif top_k is None:
             cache_logit = _over_all_ranks(summarize(matrix).log_normalizer, shards)
         else:
             with torch.no_grad():  # which ones they are is not differentiable
@@ -146,3 +155,11 @@ def _over_all_ranks(normalizers: Tensor, shards: Shards) -> Tensor:
     """[B] for this rank's queries, from each shard's normalisers [ranks * B] for the queries of all ranks."""
     ranks = shards.ranks
     return normalizers if ranks.name is None else logsumexp(ranks.by_rank(ranks.exchange(normalizers)).t())
+
+
+def _of_all_scores(matrix: ScoreMatrix, top_k: int | None) -> Tensor:
+    """[B] by plain torch, in memory O(B * C): with derivatives of every kind and order."""
+    scores = matrix.scores()
+    if top_k is not None:
+        scores = scores.sort(dim=1, descending=True, stable=True).values[:, :top_k]
+    return logsumexp(scores)

@@ -120,9 +120,14 @@ def _sum_where(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(where, values, torch.zeros_like(values)).sum(), where.sum()
 
 
-def count_not_storable(state: TensorDictBase, embeddings: Tensor, cacheable: Tensor | None, slots: Tensor) -> Tensor:
-    """[] rows that were to be inserted, or to refresh `slots`, and are not finite as stored."""
+def count_not_storable(
+    state: TensorDictBase, embeddings: Tensor, cacheable: Tensor | None, fits: Tensor | None, slots: Tensor
+) -> Tensor:
+    """[] rows that were to be inserted, or to refresh `slots`, and are not finite as stored, embedding or features."""
     rows = embeddings.shape[0] - slots.shape[0]
     to_insert = torch.ones(rows, dtype=torch.bool, device=slots.device) if cacheable is None else cacheable
     to_write = torch.cat([to_insert, slots >= 0])
-    return (to_write & ~storable(embeddings, stored(state, "embedding").dtype)).sum()
+    finite = storable(embeddings, stored(state, "embedding").dtype)
+    if fits is not None:
+        finite = finite & torch.cat([fits, torch.ones_like(slots, dtype=torch.bool)])
+    return (to_write & ~finite).sum()

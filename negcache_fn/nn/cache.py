@@ -13,10 +13,13 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from negcache_fn._cache.state import check_state, lock, stored
+from negcache_fn._cache.state import check_state, live, lock, stored
 from negcache_fn._cache.update import copy_state
+from negcache_fn._codec import storable
 
 __all__ = ["Cache"]
+
+_CAST = "expected embeddings that fit: normalise them, or keep the cache in a wider dtype"
 
 
 class Cache(nn.Module):
@@ -26,20 +29,31 @@ class Cache(nn.Module):
     `double` and the like change the dtype of the embeddings alone. Its entries in a `state_dict` are named as in the
     schema of a state: `items/embedding`, `items/features/input_ids`, ..., `step`, `seed`.
 
+    It cannot be made on the meta device, where `from_pretrained` and the like make a model before they load it: they
+    do not know of a cache. Put it into the model afterwards.
+
     Args:
         state: the cache, which is the module's from now on.
 
     Raises:
-        ValueError, TypeError: a `state` that is not a cache.
+        ValueError, TypeError: a `state` that is not a cache, or on the meta device.
     """
 
     def __init__(self, state: TensorDictBase) -> None:
         super().__init__()
         check_state(state)
+        if "meta" in (stored(state, "embedding").device.type, torch.get_default_device().type):
+            raise ValueError(
+                "state is to be a module's on the meta device, as under from_pretrained(...) or torch.device('meta'), "
+                "which would leave it without values; expected a cache that is put into the model when that is loaded"
+            )
         self.state: TensorDictBase = state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Cache":
-        return Cache(copy_state(self.state))  # that of a TensorDict is unlocked
+        copy = Cache.__new__(Cache)
+        nn.Module.__init__(copy)
+        copy.state = copy_state(self.state)  # that of a TensorDict is unlocked
+        return copy
 
     def __getattr__(self, name: str) -> Any:
         # torch.distributed.checkpoint's helpers look up what a `state_dict` names.
@@ -53,6 +67,13 @@ class Cache(nn.Module):
         # What the function does is asked of nothing, so that numbers never pass through another dtype.
         embedding = stored(self.state, "embedding")
         like = fn(embedding.new_empty(0))
+        if embedding.is_meta and not like.is_meta:
+            raise ValueError(
+                "the cache is on the meta device and has no values to move; expected a state that is assigned first, "
+                "as in module.state = negcache_fn.init_cache(...), or load_state_dict(..., assign=True)"
+            )
+        if (slot := _first_not_storable(embedding, live(self.state), like.dtype)) is not None:
+            raise ValueError(f"state['items', 'embedding'] at slot {slot} is not finite in {like.dtype}; {_CAST}")
 
         def apply(leaf: Tensor) -> Tensor:
             dtype = like.dtype if leaf is embedding else leaf.dtype
@@ -81,23 +102,60 @@ class Cache(nn.Module):
         rest = {key: value for key, value in state_dict.items() if key not in leaves}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         missing_keys.extend(leaves.keys() - state_dict.keys())
-        fitting: list[tuple[Tensor, Tensor]] = []
-        for key, leaf in leaves.items():
-            given = state_dict.get(key, leaf)
-            if given.shape == leaf.shape:
-                fitting.append((leaf, given))
-            else:
-                error_msgs.append(
-                    f"{key} has shape {tuple(given.shape)}; expected {tuple(leaf.shape)}, that of this cache: make it "
-                    f"of the same capacity and features, and negcache_fn.resize it then"
-                )
-        if len(fitting) == len(leaves):  # a cache is loaded as a whole or not at all
-            with torch.no_grad():
-                for leaf, given in fitting:
-                    leaf.copy_(given)
+        if not leaves.keys() <= state_dict.keys():  # a cache is loaded as a whole or not at all
+            return
+        given: dict[str, Tensor] = {key: state_dict[key] for key in leaves}
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        errors = [
+            f"{key} has shape {tuple(given[key].shape)}; expected {tuple(leaf.shape)}, that of this cache: make it of "
+            f"the same capacity and features, and negcache_fn.resize it then"
+            for key, leaf in leaves.items()
+            if given[key].shape != leaf.shape
+        ]
+        if not errors and not assign:
+            errors = self._losses(given, prefix)
+        error_msgs.extend(errors)
+        if errors:
+            return
+        if assign:
+            self._assign(given, prefix)
+            return
+        with torch.no_grad():
+            for key, leaf in leaves.items():
+                leaf.copy_(given[key])
+
+    def _losses(self, given: dict[str, Tensor], prefix: str) -> list[str]:
+        """What would be lost if the values were copied into this state."""
+        embedding = stored(self.state, "embedding")
+        if embedding.is_meta and not given[f"{prefix}items/embedding"].is_meta:
+            return [f"{prefix}items/embedding is on the meta device and takes no values: load with assign=True"]
+        alive = given[f"{prefix}items/embedded_at"] >= 0
+        slot = _first_not_storable(given[f"{prefix}items/embedding"], alive, embedding.dtype)
+        lost = f"{prefix}items/embedding at slot {slot} is not finite in {embedding.dtype}; {_CAST}"
+        return [] if slot is None else [lost]
+
+    def _assign(self, given: dict[str, Tensor], prefix: str) -> None:
+        """The tensors themselves, as `load_state_dict(assign=True)` has it."""
+        new = self.state.clone(recurse=False).unlock_()
+        for key, _ in cast(Any, list(self.state.items(include_nested=True, leaves_only=True))):
+            new[key] = given[prefix + _name(key)].detach()
+        check_state(new)
+        self.state = lock(new.clear_device_())
+
+
+def _first_not_storable(embedding: Tensor, alive: Tensor, dtype: torch.dtype) -> int | None:
+    """The first live slot whose embedding is not finite in that dtype, if casting can make it so."""
+    if embedding.is_meta or torch.finfo(dtype).max >= torch.finfo(embedding.dtype).max:
+        return None
+    wrong = (alive & ~storable(embedding, dtype)).nonzero()
+    return int(wrong[0]) if wrong.shape[0] > 0 else None
+
+
+def _name(key: str | tuple[str, ...]) -> str:
+    return "/".join((key,) if isinstance(key, str) else key)
 
 
 def _named(state: TensorDictBase) -> Iterator[tuple[str, Tensor]]:
     """The leaves by their names in a `state_dict`."""
     for key, leaf in cast(Any, state.items(include_nested=True, leaves_only=True)):
-        yield "/".join((key,) if isinstance(key, str) else key), leaf
+        yield _name(key), leaf

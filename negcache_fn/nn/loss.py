@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from negcache_fn._cache.state import check_state, stored
 from negcache_fn._features import Features
 from negcache_fn._options import StepOptions
+from negcache_fn._ranks.group import ranks_of
 from negcache_fn._scores.exclude import NO_FALSE_NEGATIVES, FalseNegatives
 from negcache_fn._step import check_options, step_
 from negcache_fn.nn.cache import Cache
@@ -30,14 +31,14 @@ class NegativeCacheLoss(nn.Module):
     Args:
         state: the cache, from `init_cache`, which is the module's from now on: it is written in place.
         scale: of the inner products, above 0.
-        learnable_scale: whether the scale is a parameter, its logarithm, `scaling.logarithm` []. With a `group` its
-            gradient is averaged over the ranks, for DistributedDataParallel does not know of it.
+        learnable_scale: whether the scale is a parameter, of at most 100, see `Scale`. With a `group` its gradient is
+            averaged over the ranks, for DistributedDataParallel does not know of it.
         options: of the step.
         group: of ranks that train together, see `step`.
 
     Raises:
-        ValueError, TypeError: a `state` that is not a cache, a `scale` not above 0, `options` that are not
-            `StepOptions`.
+        ValueError, TypeError: a `state` that is not a cache, or on the meta device (put the module into a model after
+            `from_pretrained`); a `scale` not above 0; `options` that are not `StepOptions`; a `group` that is none.
 
     Examples:
         >>> encoder = torch.nn.Linear(3, 4)
@@ -62,6 +63,7 @@ class NegativeCacheLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_options(options)
+        ranks_of(group)  # raises if it is not a group
         self.cache: Cache = Cache(state)
         self.scaling: Scale = Scale(scale, learnable=learnable_scale).to(stored(state, "embedding").device)
         options.check_group(group is None)

@@ -1,11 +1,14 @@
 """The scale of inner products as a module: a number, or learnable."""
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
+from negcache_fn._checks import check_flag
 from negcache_fn._ranks.group import Ranks, ranks_of
 
 __all__ = ["Scale"]
@@ -14,41 +17,79 @@ __all__ = ["Scale"]
 class Scale(nn.Module):
     """The scale of inner products, a number or learnable.
 
+    If it is learnable, its logarithm is the parameter. That stays float32 or wider when the module is cast, because the
+    steps of an optimizer vanish in the 8 bits of bfloat16. Its name has "bias" in it, and so the Trainer of
+    transformers leaves it out of weight decay, which would pull the scale towards 1. With other training loops, leave
+    it out yourself, as below.
+
     Args:
         scale: above 0.
         learnable: whether its logarithm is a parameter.
+        max_scale: what a learnable scale never exceeds, as in CLIP.
 
     Raises:
-        ValueError, TypeError: a scale that is not a number above 0.
+        ValueError, TypeError: a scale that is not a number above 0; a learnable one above `max_scale`.
 
     Examples:
         >>> Scale(20.0)()
         20.0
-        >>> Scale(20.0, learnable=True)().requires_grad
+        >>> scale = Scale(20.0, learnable=True)
+        >>> scale().requires_grad
         True
+        >>> groups = [{"params": list(scale.parameters()), "weight_decay": 0.0}]
+        >>> optimizer = torch.optim.AdamW([*groups, {"params": list(torch.nn.Linear(3, 4).parameters())}])
+
+    Reference: Radford et al., "Learning transferable visual models from natural language supervision", ICML 2021,
+    section 2.5 (the bound).
     """
 
-    logarithm: nn.Parameter | None
+    log_scale_bias: nn.Parameter | None
 
-    def __init__(self, scale: float, *, learnable: bool = False) -> None:
+    def __init__(self, scale: float, *, learnable: bool = False, max_scale: float = 100.0) -> None:
         super().__init__()
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not check types
-            raise TypeError(f"scale is {scale!r}, a {type(scale).__name__}; expected a number above 0")
-        if not 0 < scale < math.inf:
-            raise ValueError(f"scale is {scale}; expected a number above 0")
+        for name, value in (("scale", scale), ("max_scale", max_scale)):
+            _check_positive(name, value)
+        check_flag("learnable", learnable)
+        if learnable and scale > max_scale:
+            raise ValueError(f"scale is {scale}; expected at most max_scale, which is {max_scale}")
         self.fixed = scale
-        self.logarithm = nn.Parameter(torch.tensor(math.log(scale))) if learnable else None
+        self.max_scale = max_scale
+        # float32 whatever the default dtype: see `_apply`.
+        value = torch.tensor(math.log(scale), dtype=torch.float32)
+        self.log_scale_bias = nn.Parameter(value) if learnable else None
+
+    @property
+    def logarithm(self) -> nn.Parameter | None:
+        """The parameter; None if the scale is a number."""
+        return self.log_scale_bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def apply(value: Tensor) -> Tensor:
+            new = fn(value)
+            return new if new.dtype.itemsize >= torch.float32.itemsize else value.to(new.device)
+
+        return super()._apply(apply, recurse)
 
     def forward(self, group: torch.distributed.ProcessGroup | None = None) -> float | Tensor:
         """The number or, if learnable, a 0-d tensor, whose gradient is averaged over the ranks of the group."""
-        if self.logarithm is None:
+        if self.log_scale_bias is None:
             return self.fixed
-        scale = self.logarithm.exp()
+        value, most = self.log_scale_bias, math.log(self.max_scale)
+        # Folded at the bound, not cut: a step past it leads back below, and no gradient is lost.
+        scale = torch.where(value > most, 2 * most - value, value).exp()
         return scale if group is None else cast(Tensor, _AverageGradient.apply(scale, ranks_of(group)))
 
     def extra_repr(self) -> str:
         """The scale, for `print`."""
-        return f"{self.fixed}" if self.logarithm is None else f"{float(self.logarithm.detach().exp()):.4g}, learnable"
+        with torch.no_grad():
+            return f"{self.fixed}" if self.log_scale_bias is None else f"{float(self()):.4g}, learnable"
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; expected a number above 0")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}; expected a number above 0")
 
 
 class _AverageGradient(torch.autograd.Function):

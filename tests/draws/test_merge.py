@@ -187,3 +187,47 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(TypeError, match="draw is a tuple; expected a Draw"):
         negcache_fn.take_drawn(states, (1, 2))  # pyright: ignore[reportArgumentType]
     assert same_snapshot(before, snapshot(states, draw))
+
+
+@pytest.mark.parametrize("number", [{"draws_per_query": 2}, {"num_draws": 3}])
+def test_equal_noise_is_refused(number: dict[str, int]) -> None:
+    """Caches of the default seed at the same step: everything would come from one of them."""
+    queries = unit(4, 4, 9)
+    first, second, third = (
+        negcache_fn.sample_gumbel(cache(40, seed, 100 * n), queries, **number) for n, seed in enumerate((1, 1, 2))
+    )
+    says = r"b has the noise of seed 1 at step 3, as a has, .*; expected caches of different seeds"
+    with pytest.raises(ValueError, match=says):
+        negcache_fn.merge_draws(first, second)
+    with pytest.raises(ValueError, match=says):
+        negcache_fn.merge_draws(negcache_fn.merge_draws(first, third), second)
+    assert negcache_fn.merge_draws(first, third).noise.tolist() == [[1, 3], [2, 3]]
+
+
+@pytest.mark.no_cover
+def test_equal_noise_is_refused_in_a_graph() -> None:
+    states, queries = [cache(40, 1, 0), cache(40, 1, 100)], unit(4, 4, 9)
+    compiled = torch.compile(merged, fullgraph=True, backend="eager")
+    compiled([states[0], cache(40, 2, 100)], queries)
+    with pytest.raises(ValueError, match="b has the noise of seed 1 at step 3"):
+        compiled(states, queries)
+
+
+@pytest.mark.parametrize("number", [{"draws_per_query": 2}, {"num_draws": 3}])
+def test_other_exclusions_are_refused(number: dict[str, int]) -> None:
+    """One side's would count for both."""
+    queries = unit(2, 4, 9)
+    excluded = torch.tensor([[3, -1], [5, 6]])
+    first = negcache_fn.sample_gumbel(cache(40, 1, 0), queries, exclude_ids=excluded, **number)
+    second, third = (
+        negcache_fn.sample_gumbel(cache(40, 2, 100), queries, exclude_ids=ids, **number)
+        for ids in (excluded.flip(0), excluded)
+    )
+    with pytest.raises(ValueError, match="b has other excluded ids than a; expected the same exclusions"):
+        negcache_fn.merge_draws(first, second)
+    negcache_fn.merge_draws(first, third)
+    of_all = [
+        negcache_fn.sample_gumbel(cache(40, seed, 100 * seed), queries, exclude_ids=ids, **number)
+        for seed, ids in ((1, torch.tensor([101])), (2, torch.tensor([201])))
+    ]
+    negcache_fn.merge_draws(*of_all)  # none of them is drawn

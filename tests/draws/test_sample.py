@@ -257,7 +257,7 @@ def test_merging_with_an_empty_cache_changes_nothing() -> None:
         for name in ("slot", "score", "perturbed", "embedding", "id", "log_weight", "log_normalizer"):
             assert torch.equal(getattr(merged, name), getattr(full, name)), name
         assert torch.equal(merged.source, torch.full_like(merged.source, source))
-    nothing = negcache_fn.merge_draws(empty, empty)
+    nothing = negcache_fn.merge_draws(empty, empty._replace(noise=empty.noise + 1))
     assert torch.equal(nothing.slot, torch.full((3, 4), -1))
     assert torch.equal(nothing.log_normalizer, torch.full((3,), -math.inf))
 

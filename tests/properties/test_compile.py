@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import negcache_fn
 from tests.support import strategies
-from tests.support.builders import is_close
+from tests.support.builders import at_step, is_close
 from tests.support.checks.steps import Tower, documents
 from tests.support.options import step_keywords
 
@@ -171,6 +171,7 @@ def test_pieces_compile() -> None:
         batch = documents(40, n)
         state = negcache_fn.update(state, batch, tower(batch).detach())
     queries, own = tower(documents(ROWS, 9)).detach(), tower(documents(TOTAL, 10)).detach()
+    later = at_step(state, 99)
     calls: dict[str, Callable[..., Any]] = {
         "score": lambda s: negcache_fn.score(s, queries, scale=5.0),
         "sample": lambda s: negcache_fn.sample_gumbel(s, queries, scale=5.0, draws_per_query=2),
@@ -187,7 +188,7 @@ def test_pieces_compile() -> None:
         "update": lambda s: negcache_fn.update(s, batch, tower(batch).detach(), evict="fifo"),
         "views": lambda s: (negcache_fn.stalest(s, 5), negcache_fn.occupancy(s), negcache_fn.take(s, torch.arange(4))),
         "merge": lambda s: negcache_fn.merge_draws(
-            negcache_fn.sample_gumbel(s, queries, scale=5.0), negcache_fn.sample_gumbel(s, queries, scale=5.0)
+            negcache_fn.sample_gumbel(s, queries, scale=5.0), negcache_fn.sample_gumbel(later, queries, scale=5.0)
         ),
     }
     for name, call in calls.items():

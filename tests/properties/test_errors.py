@@ -12,7 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 import negcache_fn
-from tests.support.builders import same_snapshot, snapshot, unit
+from tests.support.builders import at_step, same_snapshot, snapshot, unit
 from tests.support.options import step_keywords
 
 CAPACITY, DIM = 6, 4
@@ -67,7 +67,7 @@ def good(function: str, state: TensorDictBase) -> dict[str, Any]:
         "top_negatives": {"state": state, "queries": queries, "n": 2},
         "stalest": {"state": state, "n": 2},
         "occupancy": {"state": state},
-        "merge_draws": {"a": sampled(state), "b": sampled(state)},
+        "merge_draws": {"a": sampled(state), "b": sampled(at_step(state, 9))},
     }
     return made[function.rstrip("_")]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import negcache_fn
 from tests.support import strategies
-from tests.support.builders import assert_same_state, same_snapshot, snapshot, unit
+from tests.support.builders import assert_same_state, at_step, same_snapshot, snapshot, unit
 from tests.support.checks import updates
 from tests.support.checks.steps import Tower, documents, warm
 from tests.support.options import step_keywords
@@ -31,8 +31,10 @@ def calls() -> dict[str, Callable[[], Any]]:
     ids, weights = torch.tensor([4, 90, 0, 7, 90]), torch.linspace(-1, 1, 5)
     scale = torch.tensor(3.0, requires_grad=True)
     draw = negcache_fn.sample_gumbel(state, queries, draws_per_query=2, scale=3.0, exclude_ids=ids)
-    other = negcache_fn.sample_gumbel(state, queries, draws_per_query=2, scale=3.0, exclude_ids=ids)
+    later = at_step(state, 99)
+    other = negcache_fn.sample_gumbel(later, queries, draws_per_query=2, scale=3.0, exclude_ids=ids)
     of_batch = negcache_fn.sample_gumbel(state, queries, num_draws=6, scale=3.0)
+    other_of_batch = negcache_fn.sample_gumbel(later, queries, num_draws=6, scale=3.0)
     negatives = unit(6, 6, 4)
     refresh = (draw.slot.flatten(), negatives)
     mask = torch.tensor([True, False, True, True, True])
@@ -64,7 +66,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         ],
         "merge_draws": lambda: (
             pure(negcache_fn.merge_draws, draw, other),
-            pure(negcache_fn.merge_draws, of_batch, of_batch),
+            pure(negcache_fn.merge_draws, of_batch, other_of_batch),
         ),
         "take_drawn": lambda: pure(negcache_fn.take_drawn, [state], draw),
         "offload_features": lambda: pure(negcache_fn.offload_features, state),

@@ -195,6 +195,7 @@ class Reference:
             cutoff=cutoff.to(queries.dtype if queries.dtype == torch.float64 else torch.float32),
             max_score=limit[:, None].to(queries.dtype),
             exclude_ids=banned,
+            noise=torch.stack([state["seed"], state["step"]])[None],
         )
 
     def _of_batch(

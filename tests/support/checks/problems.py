@@ -232,6 +232,7 @@ class Problem:
                 -1, len(self.parts)
             ),
             exclude_ids=torch.tensor(exclude, dtype=torch.int64),
+            noise=torch.zeros(len(self.parts), 2, dtype=torch.int64),
         )
 
     def _cutoff(self) -> Tensor:
