@@ -357,6 +357,46 @@ def test_columns_whose_names_begin_alike(folder: Path) -> None:
     assert set(loss.state["items", "features"].keys()) == {"input_ids", "token_type_ids", "attention_mask"}
 
 
+def test_features_as_wide_as_the_texts_by_chance(folder: Path) -> None:
+    model = tiny.transformer(folder / "chance").eval()
+    loss = NegativeCacheLoss(model, 32)
+    for words in (4, 3, 5):  # 3 words and 2 special tokens are 5 tokens
+        texts = [" ".join(tiny.WORDS[start : start + words]) for start in range(4)]
+        batch = [dict(model.preprocess(texts)) for _ in range(2)]
+        batch[1]["entities"] = torch.arange(20).view(4, 5) + 20 * words
+        loss(batch)
+    assert loss.state is not None
+    assert loss.state["items", "features", "entities"].shape == (32, 5)
+    assert int((loss.state["items", "id"] >= 0).sum()) == 12
+
+
+def test_the_side_of_padding_is_seen(folder: Path) -> None:
+    """Where a call of the tokenizer was asked for it, and its attribute says otherwise."""
+    model = tiny.transformer(folder / "side", left=True).eval()
+    batch = [dict(model.preprocess(tiny.texts(4, seed))) for seed in (1, 2)]
+    model.tokenizer.padding_side = "right"
+    loss = NegativeCacheLoss(model, 32)
+    loss(copied(batch))
+    assert loss.state is not None
+    rows = loss.state["items", "features", "attention_mask"][:4]
+    assert bool(rows[:, -1].all())
+    assert_cached_as_embedded(model, loss, batch[1:])
+
+
+def test_last_batches_of_an_epoch(folder: Path) -> None:
+    """Of any size, whatever is drawn."""
+    model = tiny.static()
+    for options in (
+        {"options": negcache_fn.StepOptions(num_draws=24)},
+        {"options": negcache_fn.StepOptions(draws_per_query=3), "mini_batch_size": 4},
+        {"options": negcache_fn.StepOptions(num_draws=3), "directions": ("query_to_doc", "doc_to_query")},
+    ):
+        loss = NegativeCacheLoss(model, 32, **options)
+        for rows in (8, 8, 5, 1):
+            batch = [dict(model.preprocess(tiny.texts(rows, 10 * rows + seed))) for seed in (1, 2, 3)]
+            loss(batch).backward()
+
+
 def test_what_cannot_be_kept_is_an_error_at_the_first_batch(folder: Path) -> None:
     model = tiny.transformer(folder / "refused").eval()
     batch = [dict(model.preprocess(tiny.texts(4, seed))) for seed in (1, 2)]
@@ -380,6 +420,8 @@ def test_what_cannot_be_kept_is_an_error_at_the_first_batch(folder: Path) -> Non
     loss([batch[0], batch[1] | {"pixel_values": torch.zeros(4, 3, 8, 8)}])
     with pytest.raises(ValueError, match=r"pixel_values is \[rows, 3, 9, 9\] .*; expected \[rows, 3, 8, 8\]"):
         loss([batch[0], batch[1] | {"pixel_values": torch.zeros(4, 3, 9, 9)}])
+    with pytest.raises(ValueError, match=r"the columns have \[4, 3\] rows; expected as many in each"):
+        loss([batch[0], dict(model.preprocess(tiny.texts(3, 1)))])
     with pytest.raises(ValueError, match="a batch has 6 documents; expected at most cache_size=4"):
         NegativeCacheLoss(model, 4)([dict(model.preprocess(tiny.texts(3, seed))) for seed in (1, 2, 3)])
     long = NegativeCacheLoss(SentenceTransformer(modules=[Seeing("image")], device="cpu"), 8, max_length=3)

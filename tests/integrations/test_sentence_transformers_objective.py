@@ -366,11 +366,12 @@ def test_attributes_work_or_are_refused() -> None:
     for changes in ({"scale": 5.0}, {"similarity_fct": dot_score}, {"directions": ("query_to_doc", "doc_to_query")}):
         theirs = MultipleNegativesRankingLoss(model)
         for name, value in changes.items():
+            loss.reset()  # what is cached is normalised or not
             setattr(loss, name, value)
             setattr(theirs, name, value)
             assert getattr(loss, name) == value
-        loss.reset()
         torch.testing.assert_close(loss(copied(batch)), theirs(copied(batch), torch.empty(0)))
+        loss.reset()
         loss.scale, loss.similarity_fct = 20.0, NegativeCacheLoss(model).similarity_fct
         loss.directions = ("query_to_doc",)
     assert loss.temperature == pytest.approx(0.05)
@@ -384,6 +385,7 @@ def test_attributes_work_or_are_refused() -> None:
         ("scale", 0, ValueError),
         ("scale", "x", TypeError),
         ("similarity_fct", max, ValueError),
+        ("similarity_fct", dot_score, ValueError),
         ("cache_size", 128, ValueError),
         ("seed", 3, ValueError),
         ("embedding_dtype", torch.bfloat16, ValueError),

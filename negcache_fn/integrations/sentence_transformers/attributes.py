@@ -7,7 +7,13 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from negcache_fn.integrations.sentence_transformers.settings import FIXED_WITH_THE_CACHE, Settings, check_scale
+from negcache_fn._cache.state import live
+from negcache_fn.integrations.sentence_transformers.settings import (
+    FIXED_WITH_DOCUMENTS,
+    FIXED_WITH_THE_CACHE,
+    Settings,
+    check_scale,
+)
 from negcache_fn.nn import Cache, Scale
 
 __all__ = ["SETTINGS", "Attributes"]
@@ -41,8 +47,12 @@ class Attributes(nn.Module):
             return
         old, new = self._settings, replace(self._settings, **{name: value})
         guides = [settings.false_negatives and settings.false_negatives.guide for settings in (old, new)]
-        fixed = name in FIXED_WITH_THE_CACHE and value != getattr(old, name)
-        if self.state is not None and (fixed or guides[0] is not guides[1]):
+        changed = value != getattr(old, name)
+        state = self.state
+        fixed = state is not None and (name in FIXED_WITH_THE_CACHE or guides[0] is not guides[1])
+        if state is not None and name in FIXED_WITH_DOCUMENTS:
+            fixed = bool(live(state).any())
+        if changed and fixed:
             raise ValueError(
                 f"{name} is set to {value!r} when there is a cache already; expected {getattr(old, name)!r}, with "
                 f"which it was made (resize changes its size, reset empties it)"

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from negcache_fn.integrations.sentence_transformers.pieces import counts_of_pieces, row_count
+from negcache_fn.integrations.sentence_transformers.pieces import counts_of_pieces, is_flat, row_count
 
 __all__ = ["ALONG_A_TEXT", "IDS", "MASK", "PROMPT", "Leaf", "constants_of", "leaves_of", "own_features"]
 
@@ -65,7 +65,9 @@ def leaves_of(column: Mapping[str, Any]) -> dict[str, Leaf]:
     width = mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
     leaves: dict[str, Leaf] = {}
     for key, value in column.items():
-        if not isinstance(value, Tensor) or value.ndim == 0 or key in (PROMPT, "offsets"):
+        if not isinstance(value, Tensor) or value.ndim == 0 or key == PROMPT:
+            continue
+        if key == "offsets" and is_flat(column):
             continue
         if value.layout != torch.strided or value.requires_grad:
             kind = "sparse" if value.layout != torch.strided else "an output of the model"

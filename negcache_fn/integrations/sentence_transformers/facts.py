@@ -10,6 +10,7 @@ from torch import Tensor
 
 from negcache_fn._scores.exclude import NO_FALSE_NEGATIVES
 from negcache_fn.integrations.sentence_transformers.filters import guided, guided_negatives
+from negcache_fn.integrations.sentence_transformers.pieces import is_flat
 from negcache_fn.integrations.sentence_transformers.settings import OfDocuments, Settings
 from negcache_fn.integrations.sentence_transformers.terms import BatchFacts
 
@@ -64,7 +65,7 @@ def guided_columns(
     """[N, G] the guide's embeddings of the documents of some columns."""
     tokenizer, other = model.tokenizer, guide.tokenizer
     same = _vocabulary(tokenizer) == _vocabulary(other) and not _shorter(guide, model)
-    if not same and any("input_ids" not in column or "offsets" in column for column in columns):
+    if not same and any("input_ids" not in column or is_flat(column) for column in columns):
         raise ValueError(
             "the guide has another tokenizer than the model; expected documents in rows of input_ids then, from which "
             "the texts can be read for the guide"

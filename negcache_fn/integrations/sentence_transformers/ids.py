@@ -13,6 +13,7 @@ __all__ = ["content_ids"]
 # Constants of splitmix64 (Steele, Lea, Flood, OOPSLA 2014), as signed integers.
 _FACTORS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 _GOLDEN = -0x61C8864680B583EB
+_AT_A_TIME = 16_384  # numbers of each document
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -25,21 +26,36 @@ def content_ids(layout: Layout, rows: Mapping[str, Tensor]) -> Tensor:
     for number, (key, leaf) in enumerate(sorted(layout.leaves.items())):
         if key == MASK:
             continue
-        bits = _bits(rows[key])
-        if leaf.kind == "tokens":
-            there = rows[MASK]
-        elif leaf.kind == "pieces":
-            there = torch.arange(bits.shape[1], device=bits.device) < rows[count_name(key)][:, None]
+        values = rows[key]
+        if leaf.kind == "rows":
+            values = values.reshape(values.shape[0], -1)
+            there = torch.ones((), dtype=torch.bool, device=values.device).expand(values.shape)
+            place = torch.arange(values.shape[1], device=values.device).expand(values.shape)
         else:
-            bits = bits.flatten(1) if bits.ndim > 1 else bits[:, None]
-            there = torch.ones_like(bits, dtype=torch.bool)
-        bits = bits.flatten(2) if bits.ndim > 2 else bits[:, :, None]
-        place = there.long().cumsum(1)[:, :, None] * bits.shape[2] + torch.arange(bits.shape[2], device=bits.device)
-        mixed = _mixed(bits * _GOLDEN + place * _FACTORS[0]) * there.long()[:, :, None]
-        of_key = _mixed(mixed.sum((1, 2)) + there.sum(1) + number)
+            there = rows[MASK] if leaf.kind == "tokens" else _pieces(values, rows[count_name(key)])
+            place = there.long().cumsum(1)
+        of_key = _mixed(_sums(values.flatten(2) if values.ndim > 2 else values[..., None], there, place) + number)
         total = of_key if total is None else _mixed(total * _GOLDEN + of_key)
     assert total is not None  # a layout has a feature besides a mask
     return total & torch.iinfo(torch.int64).max
+
+
+def _pieces(values: Tensor, counts: Tensor) -> Tensor:
+    """[N, most] bool: which of the pieces exist."""
+    return torch.arange(values.shape[1], device=values.device) < counts[:, None]
+
+
+def _sums(values: Tensor, there: Tensor, place: Tensor) -> Tensor:
+    """[N] int64: of values [N, W, k] that are there [N, W], each mixed with its place [N, W]; some at a time."""
+    total = there.sum(1)
+    within = torch.arange(values.shape[2], device=values.device)
+    size = max(_AT_A_TIME // max(values.shape[2], 1), 1)
+    for start in range(0, values.shape[1], size):
+        part = slice(start, start + size)
+        places = place[:, part, None] * values.shape[2] + within
+        mixed = _mixed(_bits(values[:, part]) * _GOLDEN + places * _FACTORS[0])
+        total = total + (mixed * there[:, part, None].long()).sum((1, 2))
+    return total
 
 
 def _bits(values: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ class Layout(NamedTuple):
     def of(cls, column: Mapping[str, Any], tokenizing: Tokenizing) -> "Layout":
         """As in this column, with texts of any length; ValueError for a feature that a cache cannot keep."""
         leaves, constants = leaves_of(column), constants_of(column)
+        if MASK in leaves and leaves[MASK].kind == "tokens" and bool((used(column[MASK])[0] > 0).any()):
+            tokenizing = tokenizing._replace(left=True)
         cuts = constants.get("modality") in (None, "text") and all(
             leaf.kind == "tokens" or key in (IDS, _LENGTHS) for key, leaf in leaves.items()
         )
@@ -148,12 +150,13 @@ class Layout(NamedTuple):
                 result[key] = column[some].new_zeros(shape, dtype=leaf.dtype)
                 result[count_name(key)] = column[some].new_zeros(rows, dtype=torch.int32)
                 continue
-            if found[key] != leaf:
+            values = column[key]
+            as_rows = leaf.kind == "rows" and (leaf.dtype, leaf.shape) == (values.dtype, tuple(values.shape[1:]))
+            if found[key] != leaf and not as_rows:  # it may be as wide as the texts by chance
                 raise ValueError(
                     f"{key} is {_described(found[key])} in a column of documents; expected {_described(leaf)}, as in "
                     f"all that are cached: bring them to one shape before they are batched"
                 )
-            values = column[key]
             if leaf.kind == "pieces":
                 many = counts[key].clamp(max=self._limit(key, int(counts[key].max())))
                 result[key], result[count_name(key)] = split(values, counts[key], many), many.int()

@@ -29,6 +29,7 @@ from negcache_fn.integrations.sentence_transformers.matryoshka import (
     train_step,
 )
 from negcache_fn.integrations.sentence_transformers.model import refuse_layers, sentence_transformer
+from negcache_fn.integrations.sentence_transformers.pieces import row_count
 from negcache_fn.integrations.sentence_transformers.reader import Column, Documents, Reader
 from negcache_fn.integrations.sentence_transformers.settings import OfDocuments, Settings
 from negcache_fn.integrations.sentence_transformers.slots import all_ranks, empty_cache, fill_cache, widened
@@ -136,6 +137,9 @@ class NegativeCacheLoss(Attributes):
         anchors, *columns = own_features(list(sentence_features))
         if not columns:
             raise ValueError("sentence_features has 1 column; expected at least 2, an anchor and its positive")
+        counts = [row_count(column) for column in (anchors, *columns)]
+        if len(set(counts)) > 1:
+            raise ValueError(f"the columns have {counts} rows; expected as many in each")
         refuse_layers(sentence_transformer(self.model))
         if torch.is_grad_enabled():
             return self._trained(anchors, columns, labels)

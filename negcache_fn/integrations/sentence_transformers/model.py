@@ -58,10 +58,12 @@ def tokenizing(model: SentenceTransformer, task: Any, modality: Any) -> Tokenizi
         first = first.sub_modules[first._resolve_route(task=task, modality=modality)][0]
     longest = getattr(first, "max_seq_length", None)
     tokenizer = getattr(first, "tokenizer", None)
-    head, tail = _special_tokens(tokenizer)
+    of_calls: Any = getattr(first, "processing_kwargs", None) or {}
+    asked: Any = of_calls.get("text", {})
+    head, tail = _special_tokens(tokenizer) if modality in (None, "text") else (0, 0)
     return Tokenizing(
         float("inf") if longest is None else longest,
-        getattr(tokenizer, "padding_side", "right") == "left",
+        asked.get("padding_side", getattr(tokenizer, "padding_side", "right")) == "left",
         getattr(tokenizer, "pad_token_id", None) or 0,
         head,
         tail,

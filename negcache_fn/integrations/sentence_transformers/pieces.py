@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["NUMBERS", "counts_of_pieces", "joined", "row_count", "split"]
+__all__ = ["NUMBERS", "counts_of_pieces", "is_flat", "joined", "row_count", "split"]
 
 # Grids of patches, what the patches are in, and how many grids each document has.
 _GRIDS = (
@@ -21,9 +21,14 @@ _OF_IMAGES = ("pixel_values", "image_position_ids", "image_sizes")
 _PADDED_BY_DOCUMENT = ("pixel_attention_mask", "aspect_ratio_ids")
 
 
+def is_flat(column: Mapping[str, Any]) -> bool:
+    """Whether all tokens are in one row, with the offset of each document."""
+    return "offsets" in column and column["input_ids"].ndim == 1
+
+
 def row_count(column: Mapping[str, Any]) -> int:
     """How many documents a column has."""
-    if "offsets" in column:
+    if is_flat(column):
         return column["offsets"].shape[0]
     for key in ("input_ids", "attention_mask", "num_images_per_sample", "num_videos_per_sample"):
         if isinstance(column.get(key), Tensor) and column[key].ndim > 0:
@@ -37,7 +42,7 @@ def row_count(column: Mapping[str, Any]) -> int:
 
 def counts_of_pieces(column: Mapping[str, Any]) -> dict[str, Tensor]:
     """[rows] how many entries each document has, of every feature that is in pieces."""
-    if "offsets" in column:
+    if is_flat(column):
         offsets, total = column["offsets"], column["input_ids"].shape[0]
         return {"input_ids": torch.diff(offsets, append=offsets.new_full((1,), total))}
     rows, counts = row_count(column), dict[str, Tensor]()

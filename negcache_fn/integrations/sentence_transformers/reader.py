@@ -70,7 +70,10 @@ class Reader(NamedTuple):
         if group is None and ids.shape[0] > settings.cache_size:
             raise ValueError(f"a batch has {ids.shape[0]} documents; expected at most cache_size={settings.cache_size}")
         if group is not None and state is None and (found := widths(layout, rows)):
-            rows = layout.rows(columns, widest_of_ranks(found, group, ids.device))
+            widest = widest_of_ranks(found, group, ids.device)
+            least = int(min(layout.tokenizing.longest, _MOST_TOKENS))  # these slots cannot be widened
+            tokens = {key for key in widest if layout.leaves[key].kind == "tokens"}
+            rows = layout.rows(columns, {key: max(w, least if key in tokens else 0) for key, w in widest.items()})
         if settings.document_ids == "labels":
             ids = label_ids(labels, ids.shape[0], len(columns))
         if self.guide is not None:

@@ -14,7 +14,15 @@ from negcache_fn._options import StepOptions
 from negcache_fn._step import check_options
 from negcache_fn.integrations.sentence_transformers.filters import FalseNegativeFilter
 
-__all__ = ["FIXED_WITH_THE_CACHE", "DocumentIds", "Negatives", "OfDocuments", "Settings", "check_scale"]
+__all__ = [
+    "FIXED_WITH_DOCUMENTS",
+    "FIXED_WITH_THE_CACHE",
+    "DocumentIds",
+    "Negatives",
+    "OfDocuments",
+    "Settings",
+    "check_scale",
+]
 
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 DocumentIds = Literal["tokens", "labels"]
@@ -23,7 +31,9 @@ PartitionMode = Literal["joint", "per_direction"]
 OfDocuments = Callable[[Tensor], Tensor]
 
 # What the state of the cache was made with.
-FIXED_WITH_THE_CACHE = ("cache_size", "gather_across_devices", "max_length", "document_ids", "embedding_dtype", "seed")
+FIXED_WITH_THE_CACHE = ("cache_size", "gather_across_devices", "max_length", "embedding_dtype", "seed")
+# What the documents in it were embedded and named with.
+FIXED_WITH_DOCUMENTS = ("similarity_fct", "document_ids")
 
 
 @dataclass(frozen=True, kw_only=True)
