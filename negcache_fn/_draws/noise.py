@@ -76,4 +76,4 @@ def _gumbel_op(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int
 
 @_gumbel_op.register_fake
 def _(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor:
-    return torch.empty(*row.shape, 4, device=row.device)
+    return torch.empty(*row.shape, 4, dtype=torch.float32, device=row.device)

@@ -309,3 +309,21 @@ def test_noise_has_the_bits_of_plain_torch(rows: int, quads: int, seed: int) -> 
     assert torch.equal(cpu.gumbel(*key, *places, 2), expected)
     assert torch.equal(noise._gumbel_op(*key, *places, 2), expected)
     torch.library.opcheck(torch.ops.negcache_fn.gumbel.default, (*key, *places, 2))
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "plain"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_noise_is_float32_whatever_the_default(
+    default: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr(cpu, "gumbel", lambda *_: None)
+    key, places = (torch.tensor(0), torch.tensor(1)), (torch.arange(50), torch.arange(50))
+    expected = negcache_fn.random.gumbel(*key, *places, level=0)
+    torch.set_default_dtype(default)
+    try:
+        found = noise._gumbel_op(*key, *places, 0)
+        torch.library.opcheck(torch.ops.negcache_fn.gumbel.default, (*key, *places, 0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)

@@ -107,7 +107,7 @@ def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) ->
     """[..., 4] the variates of `negcache_fn.random.gumbel`, bit for bit; None where there is no kernel."""
     if row.device.type != "cpu" or library() is None:
         return None
-    out = torch.empty(*row.shape, 4)
+    out = torch.empty(*row.shape, 4, dtype=torch.float32)
     row, quad = row.contiguous(), quad.contiguous()
     pointers = (row.data_ptr(), quad.data_ptr(), row.numel(), level, out.data_ptr())
     _function("negcache_uniform")(int(seed), int(step), *pointers)

@@ -133,7 +133,7 @@ def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) ->
     """[..., 4] the variates of `negcache_fn.random.gumbel`; None where there is no kernel."""
     if row.device.type != "cuda" or kernel() is None:
         return None
-    out = torch.empty(*row.shape, 4, device=row.device)
+    out = torch.empty(*row.shape, 4, dtype=torch.float32, device=row.device)
     if out.numel() > 0:
         module = importlib.import_module("negcache_fn._kernels.triton.gumbel")
         with torch.cuda.device_of(row):
