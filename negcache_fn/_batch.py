@@ -64,6 +64,7 @@ def agree_on_batch(
 ) -> tuple[Tensor, Shards]:
     """`check_ranks_agree` on everything that a step is given."""
     known, device = batch.false_negatives, queries.device.type
+    autocast = torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return check_ranks_agree(
         ranks,
         queries,
@@ -85,7 +86,7 @@ def agree_on_batch(
             "max_score": "a function" if needs_positives(known) else known.max_score is not None,
             "priorities": None if batch.priorities is None else batch.priorities.dtype,
             "gradients": torch.is_grad_enabled(),
-            "autocast": torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+            "autocast": torch.get_autocast_dtype(device) if autocast else None,
         },
     )
 

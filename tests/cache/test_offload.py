@@ -162,7 +162,7 @@ def test_two_devices_compile_whole(name: str) -> None:
 @pytest.mark.usefixtures("two_devices")
 def test_a_third_device_is_an_error() -> None:
     state, embeddings = offloaded(), torch.zeros(3, 6, device="meta")
-    with pytest.raises(ValueError, match=r"features\['words'\] is on cuda:0; expected meta, or cpu, as its features"):
+    with pytest.raises(ValueError, match=r"features.* is on cuda:0; expected meta, or cpu, as its features"):
         negcache_fn.update(state, batch_on("cuda"), embeddings)
     with pytest.raises(ValueError, match="embeddings is on cpu; expected meta"):
         negcache_fn.update(state, batch_on("cpu"), embeddings.to("cpu"))
@@ -207,8 +207,8 @@ def test_mapped_features_give_the_same_bits(grown: bool, tmp_path: Path) -> None
     assert places == [leaf.data_ptr() for leaf in after["items", "features"].values(True, True)]
     assert same_snapshot(before, snapshot(start))
     files = sorted(tmp_path.iterdir())
-    assert [file.name for file in files] == ["0-features-words.bin", "1-features-extra-price.bin"]
-    words = torch.from_file(str(files[0]), size=(20 if grown else 9) * 4, dtype=torch.int64)
+    assert [file.name for file in files] == ["0-features-extra-price.bin", "1-features-words.bin"]
+    words = torch.from_file(str(files[1]), size=(20 if grown else 9) * 4, dtype=torch.int64)
     assert torch.equal(words.view(-1, 4), expected["items", "features", "words"])
 
 
