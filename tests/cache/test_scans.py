@@ -122,6 +122,9 @@ def test_what_overflows_as_stored_does_not_refresh(native: bool) -> None:
     assert after["items", "embedded_at"].tolist() == [0, 0, 4]
     assert torch.equal(after["items", "embedding"][:2], state["items", "embedding"][:2])
     assert after["items", "embedding"][2].tolist() == [0.5, 0.25]
+    after = negcache_fn.reembed(state, lambda _: torch.tensor([[0.5, 0.25], [1e6, 0.0], [0.0, 1.0]]))
+    assert after["items", "embedded_at"].tolist() == [4, 0, 4]
+    assert torch.equal(after["items", "embedding"][1], state["items", "embedding"][1])
 
 
 @pytest.mark.parametrize("reason", ["mask", "embedding", "log-weight"])
