@@ -215,3 +215,18 @@ def test_equal_priorities_leave_by_slot(dtype: torch.dtype) -> None:
         state, features = make_state(unit(4, 2, 0)), {"x": torch.tensor([[10, 0], [11, 0]])}
         after = negcache_fn.update(state, features, unit(2, 2, 1), priorities=torch.tensor(order, dtype=dtype))
         assert after["items", "features", "x"][:, 0].tolist() == [10, 11, 2, 3]
+
+
+@pytest.mark.parametrize(("evict", "left"), [("fifo", 2), ("lru", 1)])
+def test_prefill_evicts_as_its_options_say(evict: Any, left: int) -> None:
+    """Where the oldest insertion is not the oldest embedding; and the encoder makes no graph."""
+    ages = {"embedded_at": torch.tensor([5, 2, 4]), "inserted_at": torch.tensor([1, 2, 0])}
+    state = make_state(unit(3, 2, 0), step=6, **ages)
+
+    def encode(features: Any) -> torch.Tensor:
+        assert not torch.is_grad_enabled()
+        return unit(len(features["x"]), 2, 1)
+
+    features = {"x": torch.full((1, 2), 9)}
+    after = negcache_fn.prefill(state, [features], encode, options=negcache_fn.StepOptions(evict=evict))
+    assert (after["items", "features", "x"][:, 0] == 9).nonzero().tolist() == [[left]]
