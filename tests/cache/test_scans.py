@@ -111,6 +111,35 @@ def test_log_weights_that_overflow_as_stored_stay_outside(native: bool) -> None:
     assert state["items", "log_weight"].tolist() == [-math.inf, 2.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_what_overflows_as_stored_does_not_refresh(native: bool) -> None:
+    """Finite in float32, infinite in float16: the document keeps embedding and age."""
+    state = make_state(unit(3, 2, 0, torch.float16), step=4)
+    refresh = (torch.tensor([1, 2]), torch.tensor([[1e6, 0.0], [0.5, 0.25]]))
+    with by_native_code(native):
+        features = {"x": torch.ones(1, 2, dtype=torch.int64)}
+        after = negcache_fn.update(state, features, unit(1, 2, 1), refresh=refresh, cacheable=torch.zeros(1) > 0)
+    assert after["items", "embedded_at"].tolist() == [0, 0, 4]
+    assert torch.equal(after["items", "embedding"][:2], state["items", "embedding"][:2])
+    assert after["items", "embedding"][2].tolist() == [0.5, 0.25]
+    after = negcache_fn.reembed(state, lambda _: torch.tensor([[0.5, 0.25], [1e6, 0.0], [0.0, 1.0]]))
+    assert after["items", "embedded_at"].tolist() == [4, 0, 4]
+    assert torch.equal(after["items", "embedding"][1], state["items", "embedding"][1])
+
+
+@pytest.mark.parametrize("reason", ["mask", "embedding", "log-weight"])
+def test_rows_left_out_do_not_stand_for_their_id(reason: str) -> None:
+    """Of two rows with one id the second counts, unless it does not come in."""
+    state, embeddings, weights = make_state(unit(3, 2, 0)), unit(2, 2, 1), torch.zeros(2)
+    mask = torch.tensor([True, reason != "mask"])
+    embeddings[1] = math.nan if reason == "embedding" else embeddings[1]
+    weights[1] = math.inf if reason == "log-weight" else 0.0
+    features, ids = {"x": torch.tensor([[10, 0], [11, 0]])}, torch.tensor([5, 5])
+    after = negcache_fn.update(state, features, embeddings, ids=ids, log_weights=weights, cacheable=mask)
+    assert after["items", "id"].tolist() == [5, -1, -1]
+    assert after["items", "features", "x"][:, 0].tolist() == [10, 1, 2]
+
+
 MADE: dict[str, Any] = {
     "resize, smaller": lambda state: negcache_fn.resize(state, 5),
     "resize, as large": lambda state: negcache_fn.resize(state, 12),
@@ -140,12 +169,10 @@ def test_what_a_step_and_reembed_leave_is_valid() -> None:
     state = negcache_fn.reembed(warm(Tower(), 12), Tower(seed=1))
     assert int(state["items", "embedded_at"].max()) == int(state["step"])
     negcache_fn.validate(state)
-    state["items", "embedded_at"][0] += 1
-    with pytest.raises(ValueError, match="embedded_at"):
-        negcache_fn.validate(state)
-    state["items", "embedded_at"][0] = -2
-    with pytest.raises(ValueError, match="embedded_at"):
-        negcache_fn.validate(state)
+    for wrong in (int(state["step"]) + 1, -2):
+        state["items", "embedded_at"][0] = wrong
+        with pytest.raises(ValueError, match=rf"'embedded_at'\] is {wrong} at slot 0"):
+            negcache_fn.validate(state)
 
 
 def kept(state: TensorDictBase) -> list[int]:
@@ -188,3 +215,18 @@ def test_equal_priorities_leave_by_slot(dtype: torch.dtype) -> None:
         state, features = make_state(unit(4, 2, 0)), {"x": torch.tensor([[10, 0], [11, 0]])}
         after = negcache_fn.update(state, features, unit(2, 2, 1), priorities=torch.tensor(order, dtype=dtype))
         assert after["items", "features", "x"][:, 0].tolist() == [10, 11, 2, 3]
+
+
+@pytest.mark.parametrize(("evict", "left"), [("fifo", 2), ("lru", 1)])
+def test_prefill_evicts_as_its_options_say(evict: Any, left: int) -> None:
+    """Where the oldest insertion is not the oldest embedding; and the encoder makes no graph."""
+    ages = {"embedded_at": torch.tensor([5, 2, 4]), "inserted_at": torch.tensor([1, 2, 0])}
+    state = make_state(unit(3, 2, 0), step=6, **ages)
+
+    def encode(features: Any) -> torch.Tensor:
+        assert not torch.is_grad_enabled()
+        return unit(len(features["x"]), 2, 1)
+
+    features = {"x": torch.full((1, 2), 9)}
+    after = negcache_fn.prefill(state, [features], encode, options=negcache_fn.StepOptions(evict=evict))
+    assert (after["items", "features", "x"][:, 0] == 9).nonzero().tolist() == [[left]]

@@ -11,7 +11,7 @@ import torch
 import negcache_fn
 from tests.draws.test_sample import varied
 from tests.support import oracles
-from tests.support.builders import is_close, make_state, unit
+from tests.support.builders import at_step, is_close, make_state, unit
 from tests.support.checks.draws import exact_scores
 
 sample, merge = negcache_fn.sample_gumbel, negcache_fn.merge_draws
@@ -59,6 +59,23 @@ def test_fields_of_merged_draws(options: dict[str, int]) -> None:
         assert int(merged.id.flatten()[m]) == int(items["id"][slot])
         assert float(merged.log_weight.flatten()[m]) == float(items["log_weight"][slot])
         assert torch.equal(merged.embedding.flatten(0, 1)[m], items["embedding"][slot])
+
+
+def test_the_threshold_is_the_next_largest_of_all() -> None:
+    """Also where all winners are of one cache, whose own next one is above all of the other's."""
+    states, queries, hidden = [varied(60, seed=seed) for seed in (1, 2)], unit(3, 8, 9), 0
+    for shift in (-3.0, 0.0, 3.0):
+        for step in range(6):
+            longest, draws = (
+                [sample(at_step(state, step), queries, num_draws=num_draws) for state in states] for num_draws in (8, 3)
+            )
+            draws[1] = draws[1]._replace(perturbed=draws[1].perturbed + shift, threshold=draws[1].threshold + shift)
+            ranked = torch.cat([longest[0].perturbed, longest[1].perturbed + shift], 1).sort(descending=True).values
+            merged = merge(*draws)
+            assert torch.equal(merged.perturbed, ranked[:, :3])
+            assert torch.equal(merged.threshold, ranked[:, 3:4])
+            hidden += float(ranked[0, 3]) in [float(draw.threshold) for draw in draws]
+    assert hidden > 3, "the draws show nothing"
 
 
 def missing(options: dict[str, Any]) -> negcache_fn.Draw:

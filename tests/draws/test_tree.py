@@ -118,3 +118,13 @@ def test_any_two_draws_are_independent(top_k: int | None) -> None:
 def test_draws_for_the_batch_from_like_places() -> None:
     """Documents at one place of several blocks and groups: ordered draws have the chances of Plackett-Luce."""
     for_batch.ordered_law(sample, twins(), torch.zeros(1, 2), num_draws=2, steps=1000)
+
+
+@pytest.mark.parametrize("options", [{"draws_per_query": 2}, {"num_draws": 3}], ids=str)
+def test_the_cutoff_is_clear_of_both_sides(options: dict[str, int]) -> None:
+    """Midway between the last score inside and the first outside: rounding moves neither across."""
+    state, queries = varied(300, torch.float64), unit(4, 8, 9, torch.float64)
+    for top_k in (1, 7, 64):
+        cutoff = sample(state, queries, top_k=top_k, scale=3.0, **options).cutoff
+        ordered = draws.exact_scores(state, queries, scale=3.0).sort(dim=1, descending=True).values
+        assert is_close(cutoff, ordered[:, top_k - 1 : top_k + 1].mean(1, keepdim=True), 1e-12)

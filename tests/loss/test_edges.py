@@ -11,7 +11,9 @@ from torch import Tensor
 
 import negcache_fn
 from negcache_fn import FalseNegatives
-from negcache_fn._loss.cache_class import inverse_inclusion
+from negcache_fn._loss.cache_class import estimate_cache_logit, gather_draws, inverse_inclusion
+from negcache_fn._ranks.group import ALONE
+from negcache_fn._scores.definition import Similarity
 from tests.support import oracles
 from tests.support.builders import is_close, make_state, unit
 
@@ -111,6 +113,10 @@ def test_own_draws_are_used_whatever_rounding_says(limit: str, correction: str) 
     for given in (draw, draw._replace(**{limit: beyond.view(1, 1)})):
         value = loss(queries, documents, fresh, given, scale=4.0, staleness_correction=correction)
         found.append([value, *torch.autograd.grad(value, [queries, fresh])])
+        options = negcache_fn.StepOptions(draws_per_query=5, staleness_correction=correction)
+        similarity = Similarity.of(options, 4.0, torch.float32)
+        shared = gather_draws(fresh, given, ALONE)
+        assert not bool(estimate_cache_logit(similarity, queries, fresh, given, shared, options).masked.any())
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
     assert bool(found[1][2].any())
@@ -141,44 +147,40 @@ def test_what_is_encoded_in_place_of_a_draw_has_no_part(
 
 
 @pytest.mark.parametrize("in_batch", [True, False])
-@pytest.mark.parametrize("options", [{"num_draws": 2}, {"draws_per_query": 2}], ids=str)
-def test_merged_draws_are_told_apart_by_their_cache(options: dict[str, int], in_batch: bool) -> None:
-    """Equal slots of two caches, of which one is shut to a query: what it drew itself is the other's."""
+@pytest.mark.parametrize("places", [(0, 0), (1, 0), (0, 1)], ids=str)
+@pytest.mark.parametrize("options", [{"num_draws": 1}, {"draws_per_query": 2}], ids=str)
+def test_merged_draws_are_told_apart_by_their_cache(
+    options: dict[str, int], places: tuple[int, int], in_batch: bool
+) -> None:
+    """One document in each of two caches, each for one query: what a query drew itself is not the other's."""
     embeddings, queries = [unit(2, 4, n, torch.float64) for n in (1, 2)], unit(2, 4, 3, torch.float64)
     documents = unit(2, 4, 4, torch.float64)
-    limits = [torch.tensor([math.inf, -math.inf]), torch.tensor([-math.inf, math.inf])]
-    parts = [
-        sample(
-            make_state(embedding, seed=n),
-            queries,
-            false_negatives=FalseNegatives(max_score=limits[n]),
-            scale=3.0,
-            **options,
-        )
-        for n, embedding in enumerate(embeddings)
-    ]
+    parts = []
+    for n, (embedding, place) in enumerate(zip(embeddings, places, strict=True)):
+        known = FalseNegatives(max_score=torch.where(torch.arange(2) == n, math.inf, -math.inf))
+        state = make_state(embedding, live=torch.arange(2) == place, seed=n)
+        parts.append(sample(state, queries, false_negatives=known, scale=3.0, **options))
     draw = negcache_fn.merge_draws(*parts)
-    if draw.for_batch:
-        draw = parts[0]._replace(
-            **{
-                name: torch.cat([getattr(part, name) for part in parts], 1)
-                for name in ("slot", "score", "perturbed", "embedding", "id", "log_weight", "cutoff", "max_score")
-            },
-            source=torch.tensor([[0, 0, 1, 1]]),
-            log_normalizer=draw.log_normalizer,
-        )
-    fresh_vectors = draw.embedding.flatten(0, 1) + 0.3 * unit(4, 4, 5, torch.float64)
-    given = loss(queries, documents, fresh_vectors, draw, scale=3.0, in_batch=in_batch, reduction="none")
-    for i, part in enumerate(parts):
-        usable = draw.source.flatten() == i
-        fresh, stale = (
-            3.0 * rows @ queries[i] for rows in (fresh_vectors[usable], draw.embedding.flatten(0, 1)[usable])
-        )
-        logit = part.log_normalizer[i] + fresh.logsumexp(0) - stale.logsumexp(0)
-        if not draw.for_batch:  # weights 1/k of own draws, whose ratios are averaged
-            logit = part.log_normalizer[i] + (fresh - stale).logsumexp(0) - math.log(2)
+    if draw.for_batch:  # both documents, drawn with certainty
+        names = ("slot", "score", "perturbed", "embedding", "id", "log_weight")
+        both = {name: torch.cat([getattr(part, name) for part in parts], 1) for name in names}
+        draw = draw._replace(**both, source=torch.tensor([[0, 1]]), threshold=torch.full((1, 1), -math.inf).double())
+    source = draw.source.flatten()
+    drift = 0.3 * unit(2, 4, 5, torch.float64)
+    given = loss(
+        queries,
+        documents,
+        draw.embedding.flatten(0, 1) + drift[source],
+        draw,
+        scale=3.0,
+        in_batch=in_batch,
+        reduction="none",
+    )
+    for i, place in enumerate(places):
+        cached = embeddings[i][place] + drift[i]
         logits = [3.0 * queries[i] @ documents[j] for j in ([i, 1 - i] if in_batch else [i])]
-        assert is_close(given[i], torch.stack([*logits, logit]).logsumexp(0) - logits[0], 1e-9)
+        expected = torch.stack([*logits, 3.0 * queries[i] @ cached]).logsumexp(0) - logits[0]
+        assert is_close(given[i], expected, 1e-9)
 
 
 def test_values_of_own_draws_from_log_weights() -> None:

@@ -30,11 +30,11 @@ def documents(rows: int, seed: int) -> dict[str, Tensor]:
 
 
 def holed(live: Tensor, storage: torch.dtype) -> TensorDictBase:
-    """A few drifted documents, embedded again since they came in; empty slots hold what would score high."""
+    """A few drifted documents, embedded again since they came in; empty slots hold what scores high."""
     features = documents(9, 2)
     embedding = 1.3 * encode(features) + 0.3 * unit(9, 4, 3)
     return make_state(
-        torch.where(live[:, None], embedding, 50.0).to(storage),
+        torch.where(live[:, None], embedding, 50.0 * unit(4, 4, 4)[2]).to(storage),
         live=live,
         ids=torch.tensor([-1, -1, 4, -1, -1, 8, -1, -1, 6]),
         log_weight=torch.linspace(-0.5, 0.5, 9),
