@@ -21,6 +21,7 @@ from negcache_fn._ranks.group import SHARD_MULTIPLE
 from negcache_fn._step import check_options, step_
 from negcache_fn.distributed import local_capacity
 from negcache_fn.integrations.sentence_transformers.matryoshka import Truncated, dimensions, is_decorated, normalized
+from negcache_fn.integrations.sentence_transformers.same_loss import check_same_loss, next_number
 from negcache_fn.integrations.sentence_transformers.texts import Rows, Texts, content_ids
 from negcache_fn.nn import Cache, Scale
 
@@ -107,6 +108,7 @@ class NegativeCacheLoss(nn.Module):
         self.seed = seed
         self.options = options
         self.metrics: dict[str, Tensor] = {}  # of the last forward pass, see `negcache_fn.step`
+        self._number = next_number()
         self._width = _width(model, max_length)
         self._padding = _padding(model)
         self._cache: Cache | None = None
@@ -170,6 +172,7 @@ class NegativeCacheLoss(nn.Module):
 """
 
     def _step(self, queries: Tensor, documents: Rows, ids: Tensor) -> Tensor:
+        check_same_loss(self._number, self.scaling, sharing=self.group, everyone=all_ranks())
         state, rows = cast(TensorDictBase, self.state), documents["input_ids"].shape[0]
         scale = self.scaling(all_ranks())
         options = self.options if self.group is None else self.options.with_batch_of_all_ranks()
