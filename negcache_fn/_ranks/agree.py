@@ -205,6 +205,11 @@ def _raise_if_different(of_ranks: list[dict[str, str]]) -> None:
 
 
 def _remedy(name: str, different: list[str]) -> str:
+    if name == "loss":
+        return (
+            " (numbers in the order in which losses were made; the batches of the ranks are of data sets with other "
+            "losses: give these one loss, or losses without gather_across_devices and learnable_scale)"
+        )
     if name == "queries":
         return " (drop_last=True, or pad the last batch)"
     if name == "documents" and "queries" not in different:

@@ -311,3 +311,39 @@ def test_other_functions_tell_every_rank(tmp_path: Path) -> None:
         for text, seconds in of_ranks:
             assert re.search(FUNCTIONS[name.split("-")[0]][2], text), (name, text)
             assert seconds < LONGEST_SECONDS
+
+
+def test_a_batch_larger_than_the_cache(group_of_one: dist.ProcessGroup) -> None:
+    """The capacity is per rank only where there are ranks, and too many queries are not told to bring documents."""
+    for group, whose in ((None, "the cache"), (group_of_one, "the cache per rank")):
+        state = negcache_fn.init_cache(1024, DIM, torch.zeros(1, 3))
+        queries, features = torch.zeros(4, DIM), torch.zeros(1025, 3)
+        encoder = torch.nn.Linear(3, DIM)
+        with pytest.raises(ValueError, match=f"features has 1025 rows; .* at most 1024, the capacity of {whose}$"):
+            negcache_fn.step(state, queries, features, encoder, group=group)
+        with pytest.raises(ValueError, match=f"queries has 1025 rows; expected at most 1024, the capacity of {whose}$"):
+            negcache_fn.step(state, torch.zeros(1025, DIM), features, encoder, group=group)
+        with pytest.raises(ValueError, match=f"embeddings has 1025 rows; .* at most 1024, the capacity of {whose}$"):
+            negcache_fn.update(state, features, torch.zeros(1025, DIM), group=group)
+
+
+def test_remedies_fit_what_differs(tmp_path: Path) -> None:
+    """Fewer queries are those of a last batch; other numbers of documents alone are not."""
+    cases: dict[str, Any] = {"queries": (fewer, {"queries": 3}), "documents": (fewer, {"queries": 4})}
+    results = run_ranks(2, cases, tmp_path)
+    for text in results["queries"]:
+        assert r"queries differs between the ranks of the group: [4, 3] (drop_last=True" in text
+    for text in results["documents"]:
+        assert "documents differs between the ranks of the group: [6, 5] (the batch of each rank needs equally" in text
+        assert "drop_last" not in text
+
+
+def fewer(rank: int, world: int, *, queries: int) -> str:
+    """Rank 0 has 4 queries and 6 documents, rank 1 fewer."""
+    given = arguments(rank, world)
+    count = 6 - rank
+    given |= {"features": documents(torch.arange(count)), "ids": torch.arange(count)}
+    given["queries"] = given["queries"][: queries if rank else 4]
+    with pytest.raises(ValueError, match="expected the same") as caught:
+        negcache_fn.step_(**step_keywords(**given))
+    return str(caught.value)

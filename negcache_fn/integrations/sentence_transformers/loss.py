@@ -31,6 +31,7 @@ from negcache_fn.integrations.sentence_transformers.matryoshka import (
 from negcache_fn.integrations.sentence_transformers.model import refuse_layers, sentence_transformer
 from negcache_fn.integrations.sentence_transformers.pieces import row_count
 from negcache_fn.integrations.sentence_transformers.reader import Column, Documents, Reader
+from negcache_fn.integrations.sentence_transformers.same_loss import check_same_loss, next_number
 from negcache_fn.integrations.sentence_transformers.settings import OfDocuments, Settings
 from negcache_fn.integrations.sentence_transformers.slots import all_ranks, empty_cache, fill_cache, widened
 
@@ -125,6 +126,7 @@ class NegativeCacheLoss(Attributes):
         super().__init__(Settings(**given), scale, learnable_scale=learnable_scale)
         self.model = model
         self.metrics = {}
+        self._number = next_number()
         self._layout: Layout | None = None
 
     @property
@@ -233,6 +235,7 @@ class NegativeCacheLoss(Attributes):
 """
 
     def _trained(self, anchors: Column, columns: Sequence[Column], labels: Tensor | None) -> Tensor:
+        check_same_loss(self._number, self.scaling, sharing=self.group, everyone=all_ranks())
         reader, group = Reader(self.model, self._settings), self.group
         read = reader.documents(columns, labels, self._layout, self.state, group)
         queries = reader.embedded(anchors)
