@@ -157,6 +157,26 @@ def test_images_are_kept(kind: str) -> None:
     assert int((loss.state["items", "id"] >= 0).sum()) == 10 + (10 if kind == "image" else 6)
 
 
+def test_texts_with_images_have_the_room_that_they_need() -> None:
+    """Padded on the left, as decoders are; a slot widens on that side."""
+    model = SentenceTransformer(modules=[Seeing("image")], device="cpu")
+
+    def column(longest: int, seed: int) -> dict[str, Any]:
+        place, start = torch.arange(longest), torch.arange(3)[:, None]
+        mask = (place >= start).long()
+        return seen("image", 3, seed) | {"input_ids": mask * (place + start + 5), "attention_mask": mask}
+
+    loss, cached = NegativeCacheLoss(model, 32), []
+    for longest in (5, 8, 4):
+        cached.append(column(longest, longest))
+        loss(copied([column(6, 1), cached[-1]]))
+    assert loss.state is not None
+    mask = loss.state["items", "features", "attention_mask"]
+    assert mask.shape == (32, 8)
+    assert bool(mask[:9, -1].all())
+    assert_cached_as_embedded(model, loss, cached)
+
+
 def test_images_without_texts() -> None:
     class Pixels(Seeing):
         def forward(self, features: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +253,8 @@ def routed(folder: Path, query: str, document: str) -> SentenceTransformer:
     def modules(kind: str, name: str) -> list[nn.Module]:
         return list(tiny.static() if kind == "static" else tiny.transformer(folder / name))
 
-    router = Router.for_query_document(modules(query, "query"), modules(document, "document"))
+    # By default what has no task is a query, so that documents need theirs.
+    router = Router.for_query_document(modules(query, "query"), modules(document, "document"), default_route="query")
     return SentenceTransformer(modules=[router], device="cpu")
 
 

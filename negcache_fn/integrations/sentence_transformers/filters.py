@@ -99,12 +99,13 @@ def guided(guide: SentenceTransformer, features: Mapping[str, Any], decode: Any 
         features: of documents, as the trained model takes them.
         decode: the tokenizer of the trained model, if the guide has another one.
     """
+    device = next(value.device for value in features.values() if isinstance(value, Tensor))
     if decode is not None:
         texts = decode.batch_decode(features["input_ids"].tolist(), skip_special_tokens=True)
         features = guide.preprocess(texts)
     on_device = {key: value.to(guide.device) if isinstance(value, Tensor) else value for key, value in features.items()}
     with torch.no_grad():  # a guide is not trained
-        return normalize(guide(on_device)["sentence_embedding"].float(), dim=-1)
+        return normalize(guide(on_device)["sentence_embedding"].float(), dim=-1).to(device)
 
 
 def guided_negatives(
