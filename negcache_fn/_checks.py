@@ -21,6 +21,7 @@ __all__ = [
     "check_size",
     "check_slots",
     "check_transforms",
+    "device_named",
     "transforms_around",
 ]
 
@@ -110,6 +111,14 @@ def check_scale(scale: Any, device: torch.device, *, name: str = "scale") -> Non
         _check_device(name, scale, device)
     elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} is a {type(scale).__name__}; expected a number or a 0-d tensor")
+
+
+def device_named(name: str, value: Any) -> torch.device:
+    """The device that `value` names."""
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{name} is {value!r}; expected a torch.device, or its name such as 'cuda:0'") from error
 
 
 def check_transforms(function: str, *differentiated: Any, vmap: bool = False) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "ScoreTransform",
     "StalenessCorrection",
     "StepOptions",
+    "check_options",
 ]
 
 ScoreTransform: TypeAlias = Callable[[Tensor], Tensor]
@@ -224,6 +225,12 @@ class StepOptions:
             "evict": self.evict,
             "placement": self.placement,
         }
+
+
+def check_options(options: Any) -> None:
+    """Raises unless they are options of a step."""
+    if not isinstance(options, StepOptions):
+        raise TypeError(f"options is a {type(options).__name__}; expected negcache_fn.StepOptions(...)")
 
 
 def _some(options: StepOptions, *names: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The assembly: one training step made of the pure functions."""
 
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from tensordict import TensorDictBase
@@ -29,7 +29,7 @@ from negcache_fn._loss.batch_classes import batch_scores, known_ids, positive_sc
 from negcache_fn._loss.cache_class import SharedDraws, estimate_cache_logit, gather_draws
 from negcache_fn._loss.cross_entropy import Terms, cross_entropy, reduced
 from negcache_fn._monitor.metrics import count_not_storable, draw_noise, step_metrics
-from negcache_fn._options import StepOptions
+from negcache_fn._options import StepOptions, check_options
 from negcache_fn._ranks.agree import checking_arguments
 from negcache_fn._ranks.attempts import Attempts
 from negcache_fn._ranks.group import Ranks, ranks_of
@@ -41,7 +41,7 @@ from negcache_fn._scores.exclude import (
     needs_positives,
 )
 
-__all__ = ["StepOutput", "check_options", "step", "step_"]
+__all__ = ["StepOutput", "step", "step_"]
 
 
 class StepOutput(NamedTuple):
@@ -233,12 +233,6 @@ def _stepped(
                 embeddings = torch.cat([embeddings, ranks.gather(fresh.stalest)])
             write_(state, known.arrivals, (slots, embeddings), shards, options, batch.priorities)
     return StepOutput(loss, state, metrics, draw._replace(log_normalizer=draw.log_normalizer.detach()))
-
-
-def check_options(options: Any) -> None:
-    """Raises unless they are options of a step."""
-    if not isinstance(options, StepOptions):
-        raise TypeError(f"options is a {type(options).__name__}; expected negcache_fn.StepOptions(...)")
 
 
 class _Classes(NamedTuple):

@@ -70,6 +70,8 @@ def hard_negatives(
     Reference: `mine_hard_negatives` of sentence-transformers, whose ranks too are those of what remains.
     """
     _check_mined(scores, ids)
+    if texts is not None:
+        _check_texts(texts)
     check_size("num_negatives", num_negatives)
     check_size("range_min", range_min, least=0)
     if min_score is not None:
@@ -127,6 +129,9 @@ def training_rows(
     Reference: docs/datasets.md of Tevatron, "Relevance-judged dataset".
     """
     check_choice("output_format", output_format, OUTPUT_FORMATS)
+    if not isinstance(queries, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not check types
+        raise TypeError(f"queries is a {type(queries).__name__}; expected a list of texts")
+    _check_texts(texts)
     _check_padded_ids("positives", positives, len(queries))
     _check_padded_ids("negatives", negatives, len(queries))
     rows: list[dict[str, Any]] = []
@@ -188,6 +193,11 @@ def _present(ids: Tensor) -> list[list[int]]:
     return [[document for document in row if document != -1] for row in _lists(ids)]
 
 
+def _check_texts(texts: Any) -> None:
+    if not hasattr(texts, "__getitem__"):
+        raise TypeError(f"texts is a {type(texts).__name__}; expected texts by id, such as a list or a dict")
+
+
 def _check_mined(scores: Any, ids: Any) -> None:
     if not isinstance(scores, Tensor):
         raise TypeError(f"scores is a {type(scores).__name__}; expected a tensor")
@@ -198,6 +208,8 @@ def _check_mined(scores: Any, ids: Any) -> None:
     _check_padded_ids("ids", ids, scores.shape[0])
     if ids.shape != scores.shape:
         raise ValueError(f"ids has shape {tuple(ids.shape)}; expected {list(scores.shape)}, as the scores")
+    if ids.device != scores.device:
+        raise ValueError(f"ids is on {ids.device}; expected {scores.device}, the device of the scores")
 
 
 def _check_padded_ids(name: str, value: Any, rows: int) -> None:

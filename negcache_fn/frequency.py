@@ -30,7 +30,7 @@ from torch import Tensor
 
 from negcache_fn._cache.ids import named
 from negcache_fn._cache.state import lock, scalar
-from negcache_fn._checks import check_rows, check_size, check_slots
+from negcache_fn._checks import check_rows, check_size, check_slots, device_named
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
 from negcache_fn._ranks.group import ranks_of
 from negcache_fn.random import philox
@@ -67,6 +67,7 @@ def init_frequency(buckets: int, *, hashes: int = 4, device: torch.device | str 
     """
     check_size("buckets", buckets)
     check_size("hashes", hashes)
+    device = None if device is None else device_named("device", device)
     none = torch.zeros(hashes, buckets, dtype=torch.int64, device=device)
     tables = {"interval": torch.zeros_like(none, dtype=torch.float32), "seen_at": none, "sightings": none.clone()}
     step = torch.zeros((), dtype=torch.int64, device=device)

@@ -10,9 +10,9 @@ from torch import Tensor
 from negcache_fn._cache.select import lowest_slots
 from negcache_fn._cache.state import COLUMNS, check_state, live, of_normal_tensors, stored, with_items
 from negcache_fn._cache.update import copy_state, update_
-from negcache_fn._checks import check_size
+from negcache_fn._checks import check_encoder, check_size
 from negcache_fn._features import Features, all_moved, copied, map_features, moved, rows_where
-from negcache_fn._options import StepOptions
+from negcache_fn._options import StepOptions, check_options
 from negcache_fn._ranks.agree import checking_arguments
 from negcache_fn._ranks.group import ranks_of, unsharded
 
@@ -54,6 +54,10 @@ def prefill(
         tensor(0.7500)
     """
     state, ranks = copy_state(state), ranks_of(group)
+    check_options(options)
+    check_encoder(encode)
+    if not isinstance(batches, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not check types
+        raise TypeError(f"batches is a {type(batches).__name__}; expected batches of features, to iterate over")
     with torch.no_grad():  # what is cached is a constant
         for batch in batches:
             features, ids = batch if isinstance(batch, tuple) else (batch, None)

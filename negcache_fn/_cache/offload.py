@@ -22,7 +22,7 @@ from torch import Tensor
 from negcache_fn._cache.fill import resize
 from negcache_fn._cache.state import check_state, live, of_normal_tensors, stored, stored_features, with_items
 from negcache_fn._cache.update import copy_state
-from negcache_fn._checks import check_size
+from negcache_fn._checks import check_size, device_named
 from negcache_fn._features import leaves, map_features, nested_as
 from negcache_fn._ranks.operators import row_bytes
 
@@ -52,7 +52,7 @@ def offload_features(state: TensorDictBase, *, device: torch.device | str = "cpu
         torch.Size([1024, 32])
     """
     check_state(state)
-    place = torch.device(device)
+    place = device_named("device", device)
 
     def put(leaf: Tensor) -> Tensor:
         return leaf.to(place, copy=True)
@@ -94,6 +94,8 @@ def memory_mapped(state: TensorDictBase, folder: str | Path, *, capacity: int | 
     rows, features = stored(state, "id").shape[0], stored_features(state)
     capacity = rows if capacity is None else capacity
     check_size("capacity", capacity, least=rows)
+    if not isinstance(folder, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not check types
+        raise TypeError(f"folder is a {type(folder).__name__}; expected a path")
     files = [(_path(Path(folder), number, name), leaf) for number, (name, leaf) in enumerate(leaves(features))]
     Path(folder).mkdir(parents=True, exist_ok=True)
     needed = capacity * sum(row_bytes(leaf) for _, leaf in files)

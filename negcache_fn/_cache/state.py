@@ -25,7 +25,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from negcache_fn._checks import check_size, check_slots
+from negcache_fn._checks import check_size, check_slots, device_named
 from negcache_fn._codec import check_storage
 from negcache_fn._features import Features, as_stored, check_example, leaves, map_features, nested_as
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
@@ -113,7 +113,7 @@ def init_cache(
     check_storage("embedding_dtype", embedding_dtype)
     check_size("seed", seed, least=-(2**63), most=2**63 - 1)
     example_device = check_example(features)
-    device = example_device if device is None else torch.device(device)
+    device = example_device if device is None else device_named("device", device)
 
     def empty(leaf: Tensor) -> Tensor:
         return torch.zeros((capacity, *leaf.shape[1:]), dtype=leaf.dtype, device=device)

@@ -103,6 +103,8 @@ def take_drawn(
     """
     check_draw("draw", draw)
     sources = draw.cutoff.shape[1]
+    if not isinstance(states, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not check types
+        raise TypeError(f"states is a {type(states).__name__}; expected a list of caches")
     if len(states) != sources:
         raise ValueError(f"states has {len(states)} caches; expected {sources}, as many as the draw was merged from")
     found = cast(Features, take(states[0], _slots_of(draw, 0), group=group))

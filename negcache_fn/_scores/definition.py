@@ -189,8 +189,9 @@ def score(
         torch.Size([2, 8])
     """
     check_search(state, queries, scale)
+    similarity = Similarity.of(StepOptions(score_transform=score_transform), scale, dtype_of_scores(state, queries))
     with full_precision(queries):
-        matrix = score_matrix(state, queries, Similarity(dtype_of_scores(state, queries), scale, score_transform))
+        matrix = score_matrix(state, queries, similarity)
         products = matrix.queries @ decode(matrix.embeddings, matrix.queries.dtype).T
         return matrix.similarities(products) + matrix.bias
 

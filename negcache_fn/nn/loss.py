@@ -9,11 +9,12 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from negcache_fn._cache.state import check_state, stored
+from negcache_fn._checks import check_flag
 from negcache_fn._features import Features
-from negcache_fn._options import StepOptions
+from negcache_fn._options import StepOptions, check_options
 from negcache_fn._ranks.group import ranks_of
 from negcache_fn._scores.exclude import NO_FALSE_NEGATIVES, FalseNegatives
-from negcache_fn._step import check_options, step_
+from negcache_fn._step import step_
 from negcache_fn.nn.cache import Cache
 from negcache_fn.nn.scale import Scale
 
@@ -63,6 +64,7 @@ class NegativeCacheLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_options(options)
+        check_flag("learnable_scale", learnable_scale)
         ranks_of(group)  # raises if it is not a group
         self.cache: Cache = Cache(state)
         self.scaling: Scale = Scale(scale, learnable=learnable_scale).to(stored(state, "embedding").device)
