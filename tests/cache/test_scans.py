@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from typing import Any
 from unittest.mock import patch
 
@@ -230,3 +231,13 @@ def test_prefill_evicts_as_its_options_say(evict: Any, left: int) -> None:
     features = {"x": torch.full((1, 2), 9)}
     after = negcache_fn.prefill(state, [features], encode, options=negcache_fn.StepOptions(evict=evict))
     assert (after["items", "features", "x"][:, 0] == 9).nonzero().tolist() == [[left]]
+
+
+def test_room_is_asked_for_the_new_capacity(tmp_path: Any) -> None:
+    """Enough for the slots that are there, not for those to come."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    with (
+        patch.object(shutil, "disk_usage", lambda _: usage),
+        pytest.raises(ValueError, match="1000 free bytes; expected 8000"),
+    ):
+        negcache_fn.memory_mapped(make_state(unit(3, 2, 0)), tmp_path, capacity=500)

@@ -128,3 +128,10 @@ def test_the_cutoff_is_clear_of_both_sides(options: dict[str, int]) -> None:
         cutoff = sample(state, queries, top_k=top_k, scale=3.0, **options).cutoff
         ordered = draws.exact_scores(state, queries, scale=3.0).sort(dim=1, descending=True).values
         assert is_close(cutoff, ordered[:, top_k - 1 : top_k + 1].mean(1, keepdim=True), 1e-12)
+
+
+def test_masses_among_the_best_are_sums_over_queries() -> None:
+    """With `top_k`: documents that several queries share, exactly."""
+    queries, importance = unit(6, 8, 9, torch.float64), torch.linspace(0.2, 1.0, 6)
+    options: dict[str, Any] = {"num_draws": 9, "top_k": 12, "importance": importance, "scale": 2.0}
+    for_batch.fields(sample, varied(30, torch.float64), queries, tolerance=1e-6, **options)

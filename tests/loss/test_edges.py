@@ -55,6 +55,21 @@ def test_documents_at_the_limit_are_negatives(dtype: torch.dtype, transform: Any
     assert is_close(draw.log_normalizer, logits, 1e-6)
 
 
+def test_a_limit_by_the_positive_goes_without_log_weights() -> None:
+    """A positive of large log-weight excludes no more and no fewer documents, in the batch and in the cache."""
+    embedding, queries = torch.tensor(EMBEDDING), torch.tensor(QUERIES)
+    documents = torch.tensor([[1.0, 0.0], [2.0, 1.0], [0.0, 1.0], [3.0, 1.0]])
+    weights = torch.tensor([5.0, -5.0, 3.0, 0.5])
+    known = FalseNegatives(max_score=lambda positive: positive + 0.5)
+    given = negcache_fn.exact_loss(
+        make_state(embedding), queries, documents, log_weights=weights, false_negatives=known, reduction="none"
+    )
+    limit = ((queries * documents[:3]).sum(1) + 0.5).tolist()
+    logits = oracles.log_normalizer(oracles.cache_scores(queries, embedding, max_score=limit))
+    expected = oracles.cross_entropy(queries, documents, logits, log_weights=weights, max_score=limit)
+    assert is_close(given, expected, 1e-6)
+
+
 @pytest.mark.parametrize("options", [{"num_draws": 7}, {"num_draws": 3}, {"draws_per_query": 4}], ids=str)
 def test_draws_at_the_limit_are_used(options: dict[str, int]) -> None:
     """Also by queries that have not drawn them."""
