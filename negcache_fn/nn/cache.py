@@ -59,6 +59,8 @@ class Cache(nn.Module):
             return leaf.to(like.device if leaf.device == embedding.device else leaf.device, dtype)
 
         if like.device != embedding.device or like.dtype != embedding.dtype:
+            if told := _not_finite(embedding, stored(self.state, "embedded_at"), like.dtype):
+                raise ValueError(f"the embeddings of the cache {told}; expected a dtype that holds them")
             self.state = lock(cast(TensorDict, cast(TensorDictBase, self.state.apply(apply)).clear_device_()))
         return super()._apply(fn, recurse)
 
@@ -84,17 +86,36 @@ class Cache(nn.Module):
         fitting: list[tuple[Tensor, Tensor]] = []
         for key, leaf in leaves.items():
             given = state_dict.get(key, leaf)
-            if given.shape == leaf.shape:
+            if given.dtype != leaf.dtype and not (given.is_floating_point() and leaf.is_floating_point()):
+                error_msgs.append(
+                    f"{key} has dtype {given.dtype}; expected {leaf.dtype}: a cache is not averaged or cast, so leave "
+                    f"it out"
+                )
+            elif given.shape == leaf.shape:
                 fitting.append((leaf, given))
             else:
                 error_msgs.append(
                     f"{key} has shape {tuple(given.shape)}; expected {tuple(leaf.shape)}, that of this cache: make it "
                     f"of the same capacity and features, and negcache_fn.resize it then"
                 )
+        embedded = {name: state_dict.get(f"{prefix}items/{name}") for name in ("embedding", "embedded_at")}
+        if len(fitting) == len(leaves) and None not in embedded.values():
+            dtype = stored(self.state, "embedding").dtype
+            if told := _not_finite(embedded["embedding"], embedded["embedded_at"], dtype):
+                error_msgs.append(f"{prefix}items/embedding {told}; expected finite numbers, as the slot is live")
+                return
         if len(fitting) == len(leaves):  # a cache is loaded as a whole or not at all
             with torch.no_grad():
                 for leaf, given in fitting:
                     leaf.copy_(given)
+
+
+def _not_finite(embedding: Any, embedded_at: Any, dtype: torch.dtype) -> str | None:
+    """The first live slot whose embedding is not finite in a dtype, in words."""
+    if embedding.is_meta or embedded_at.is_meta:
+        return None
+    wrong = ~embedding.to(dtype).isfinite().all(-1) & (embedded_at.to(embedding.device) >= 0)
+    return f"are not finite as {dtype} at slot {int(wrong.nonzero()[0])}" if bool(wrong.any()) else None
 
 
 def _named(state: TensorDictBase) -> Iterator[tuple[str, Tensor]]:
