@@ -7,21 +7,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from negcache_fn._checkpoints.folder import (
-    Save,
-    begin,
-    damage,
-    discard,
-    finish,
-    made_plain,
-    read_manifest,
-    saves_in,
-    sums,
-)
+from negcache_fn._checkpoints.folder import made_plain, saves_in
 from negcache_fn._checkpoints.tensors import read_tensors, write_tensors
+from negcache_fn._checkpoints.whole import examine, remove, write_whole
 from negcache_fn._checks import check_size
 from negcache_fn._ranks.group import ranks_of
-from negcache_fn._ranks.outcomes import check_equal, everywhere, of_all_ranks
+from negcache_fn._ranks.outcomes import check_equal, everywhere
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
@@ -59,7 +50,7 @@ def save_checkpoint(
         OSError: on every rank, if one of them cannot write. The older checkpoints are as they were.
     """
     task = "the checkpoint was not saved"
-    ranks_of(group)
+    ranks = ranks_of(group)
 
     def checked() -> dict[str, Any]:
         check_size("step", step, least=0)
@@ -68,23 +59,13 @@ def save_checkpoint(
 
     facts = everywhere(group, task, checked)
     check_equal(group, task, facts)
-    leads = group is None or group.rank() == 0
-    partial = of_all_ranks(group, task, lambda: begin(Path(folder), step) if leads else None)[0]
-    assert partial is not None
-    try:
-        names = write_tensors(partial, state_dict, group, task)
-        parts = of_all_ranks(group, task, lambda: sums(partial, names, sync=True))
-        files = {name: found for part in parts for name, found in part.items()}
-        about = {"step": int(step), "identity": facts["identity"]}
-        path = of_all_ranks(group, task, lambda: finish(partial, about, files) if leads else None)[0]
-    except Exception:
-        if leads and partial.exists():
-            _remove(partial)
-        raise
-    assert path is not None
-    if leads:
+    about = {"step": int(step), "identity": facts["identity"]}
+    path = write_whole(
+        Path(folder), step, lambda partial: write_tensors(partial, state_dict, group, task), about, group, task
+    )
+    if ranks.rank == 0:
         for old in saves_in(Path(folder))[:-keep]:
-            _remove(old.path)
+            remove(old.path)
     return path
 
 
@@ -135,7 +116,7 @@ def load_checkpoint(
     check_equal(group, task, {"identity": wanted, "what a rank finds in folder": [save.path.name for save in saves]})
     broken: list[str] = []
     for save in reversed(saves):
-        manifest, told = _examined(save, group, task)
+        manifest, told = examine(save, group, task)
         if not told:
             _check_identity(wanted, manifest["about"]["identity"], save.step)
             read_tensors(save.path, manifest["files"], state_dict, group, task)
@@ -151,22 +132,6 @@ def load_checkpoint(
     return None
 
 
-def _examined(save: Save, group: dist.ProcessGroup | None, task: str) -> tuple[dict[str, Any], list[str]]:
-    """The manifest of a checkpoint and what is wrong with it, the same on every rank; each reads some of its files."""
-    ranks = ranks_of(group)
-
-    def found() -> tuple[dict[str, Any], list[str]]:
-        try:
-            manifest = read_manifest(save.path)
-        except ValueError as error:
-            return {}, [str(error)]
-        names = sorted(manifest["files"])[ranks.rank :: ranks.size]
-        return manifest, damage(save.path, {name: manifest["files"][name] for name in names})
-
-    of_ranks = of_all_ranks(group, task, found)
-    return of_ranks[0][0], sorted({text for _, told in of_ranks for text in told})
-
-
 def _check_identity(given: Any, saved: Any, step: int) -> None:
     if given is None or given == saved:
         return
@@ -180,11 +145,3 @@ def _check_identity(given: Any, saved: Any, step: int) -> None:
         f"identity is another than in the checkpoint of step {step}: {'; '.join(told)}; expected that of the run that "
         f"saved it, or a folder of its own for each run"
     )
-
-
-def _remove(path: Path) -> None:
-    """What cannot be removed is no reason to stop a run whose checkpoint is there."""
-    try:
-        discard(path)
-    except OSError as error:
-        warnings.warn(f"{path} could not be removed: {error}", stacklevel=3)

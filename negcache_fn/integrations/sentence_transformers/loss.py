@@ -22,6 +22,7 @@ from negcache_fn._step import check_options, step_
 from negcache_fn.distributed import local_capacity
 from negcache_fn.integrations.sentence_transformers.matryoshka import Truncated, dimensions, is_decorated, normalized
 from negcache_fn.integrations.sentence_transformers.texts import Rows, Texts, content_ids
+from negcache_fn.integrations.sentence_transformers.wrapping import unwrapped
 from negcache_fn.nn import Cache, Scale
 
 __all__ = ["NegativeCacheLoss", "all_ranks"]
@@ -36,7 +37,8 @@ class NegativeCacheLoss(nn.Module):
     column is the anchor, the second its positive, further ones are hard negatives; documents of all columns but the
     first enter the cache. With an empty cache the loss is that of `MultipleNegativesRankingLoss`.
 
-    The cache is not in the trainer's checkpoints: `NegativeCacheCallback` puts it there.
+    The cache is not in the trainer's checkpoints: `NegativeCacheCallback` keeps it beside them. It belongs to the
+    model: with another one, as `model_init` makes for each trial, the loss begins anew.
 
     Args:
         model: whose columns of documents are tokenised alike.
@@ -111,6 +113,7 @@ class NegativeCacheLoss(nn.Module):
         self._padding = _padding(model)
         self._cache: Cache | None = None
         self._documents: Texts | None = None
+        self._made_by = (model,)  # a tuple: not a child
 
     @property
     def state(self) -> TensorDictBase | None:
@@ -120,6 +123,7 @@ class NegativeCacheLoss(nn.Module):
     @state.setter
     def state(self, state: TensorDictBase) -> None:
         self._cache = Cache(state)
+        self._made_by = (unwrapped(self.model),)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -128,6 +132,7 @@ class NegativeCacheLoss(nn.Module):
 
     def forward(self, sentence_features: Iterable[Mapping[str, Any]], labels: Tensor | None = None) -> Tensor:
         """The loss, []. Where gradients are off, nothing is written."""
+        self._forget_other_models()
         anchors, *columns = sentence_features
         if not columns:
             raise ValueError("sentence_features has 1 column; expected at least 2, an anchor and its positive")
@@ -168,6 +173,16 @@ class NegativeCacheLoss(nn.Module):
     year={2021}
 }
 """
+
+    def _forget_other_models(self) -> None:
+        """Begins anew, scale included, where the trainer has made another model: by `model_init`, in each trial."""
+        model = unwrapped(self.model)
+        if model is not self._made_by[0]:
+            self._made_by = (model,)
+            self._cache = self._documents = None
+            if self.scaling.logarithm is not None:
+                fresh = Scale(self.scaling.fixed, learnable=True)
+                self.scaling.load_state_dict(fresh.state_dict())
 
     def _step(self, queries: Tensor, documents: Rows, ids: Tensor) -> Tensor:
         state, rows = cast(TensorDictBase, self.state), documents["input_ids"].shape[0]
