@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,7 @@ import torch
 from negcache_fn import distributed
 from tests.support.file_operations import before_each_operation
 
+KILLS = int(os.environ.get("NEGCACHE_FN_KILLS", "20"))
 SIZE = 3000
 STEPS = (4, 5, 5, 2)  # the same again, and a lower one
 
@@ -144,3 +148,13 @@ def test_a_write_may_fail_in_the_middle(size: int, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-1-save-1"]
     distributed.save_checkpoint(tmp_path, 2, values(2))
     assert loaded(tmp_path) == (2, 2)
+
+
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """A training run that is killed again and again is the undisturbed one, bit for bit."""
+    command = [sys.executable, "-m", "tests.support.killed_training", str(tmp_path / "checkpoints"), str(KILLS)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=600)
+    assert done.returncode == 0, done.stderr
+    steps, while_saving = (int(number) for number in re.findall(r"\d+", done.stdout))
+    assert steps >= 1
+    assert while_saving >= 1
