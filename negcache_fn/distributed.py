@@ -7,29 +7,22 @@ Each rank but the last has the same whole number of groups of 1024 slots, the la
 of the hierarchical draw, whose noise goes by their number. So the number of ranks does not change what is drawn.
 """
 
-import os
-import re
-import shutil
-import warnings
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict_loader import load  # pyright: ignore[reportUnknownVariableType] - untyped in torch
-from torch.distributed.checkpoint.state_dict_saver import save  # pyright: ignore[reportUnknownVariableType] - untyped in torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from negcache_fn._cache.state import check_state, rows_of_cache, scalar, stored, with_items
+from negcache_fn._checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from negcache_fn._checks import check_size
 from negcache_fn._features import map_features
-from negcache_fn._ranks.agree import check_ranks_agree, device_of
-from negcache_fn._ranks.group import SHARD_MULTIPLE, Ranks, ranks_of
+from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments, device_of
+from negcache_fn._ranks.group import SHARD_MULTIPLE, Ranks, Shards, ranks_of
 
 __all__ = [
     "average_gradients",
@@ -40,8 +33,6 @@ __all__ = [
     "shard",
     "unshard",
 ]
-
-_FOLDER = re.compile(r"step-(\d+)")
 
 
 def local_capacity(capacity: int, group: dist.ProcessGroup | None = None) -> int:
@@ -111,17 +102,8 @@ def unshard(state: TensorDictBase, group: dist.ProcessGroup) -> TensorDictBase:
     Raises:
         ValueError: on every rank, if the parts are not those of one cache.
     """
-    check_state(state)
-    ranks, rows = ranks_of(group), stored(state, "embedding").shape[0]
-    embedding, shards = check_ranks_agree(
-        ranks,
-        stored(state, "embedding"),
-        rows,
-        function="unshard",
-        name="state['items', 'embedding']",
-        seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
-        rows=rows_of_cache(state),
-    )
+    ranks = ranks_of(group)
+    rows, shards = _shards(state, ranks, "unshard")
     chunk, capacity = int(shards.chunk), int(shards.capacity)
 
     def whole(leaf: Tensor) -> Tensor:
@@ -129,7 +111,6 @@ def unshard(state: TensorDictBase, group: dist.ProcessGroup) -> TensorDictBase:
         filled[:rows] = leaf
         return ranks.gather(filled)[:capacity].clone()
 
-    assert embedding.shape[0] == rows
     return with_items(state, map_features(whole, cast(TensorDict, state["items"])))
 
 
@@ -154,9 +135,7 @@ def checkpointable(state: TensorDictBase, group: dist.ProcessGroup | None = None
         >>> checkpointable(state)["items"]["embedding"].shape
         torch.Size([1, 1024, 4])
     """
-    check_state(state)
-    ranks, rows = ranks_of(group), stored(state, "embedding").shape[0]
-    _, shards = check_ranks_agree(ranks, stored(state, "embedding"), rows, function="checkpointable", name="state")
+    _, shards = _shards(state, ranks_of(group), "checkpointable")
     capacity = int(shards.capacity)
     if capacity % SHARD_MULTIPLE:
         raise ValueError(
@@ -175,69 +154,6 @@ def checkpointable(state: TensorDictBase, group: dist.ProcessGroup | None = None
     items = cast(TensorDictBase, state["items"])
     nested = {name: _nested(items[name], spread) for name in cast("Iterable[str]", items.keys())}
     return {"items": nested, "step": state["step"], "seed": state["seed"]}
-
-
-def save_checkpoint(
-    folder: str | Path, step: int, state_dict: dict[str, Any], *, group: dist.ProcessGroup | None = None, keep: int = 2
-) -> Path:
-    """Saves what all ranks hold, so that a run killed at any moment leaves the last whole checkpoint.
-
-    The files are written under another name, and get theirs when every rank is done.
-
-    Args:
-        folder: where checkpoints are; each gets a folder of its own.
-        step: its number.
-        state_dict: what `torch.distributed.checkpoint` saves: models, optimisers, `checkpointable(...)`, numbers.
-        group: the ranks; None: this process alone.
-        keep: how many checkpoints to leave there.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        ValueError: a `step` below 0, a `keep` below 1.
-    """
-    check_size("step", step, least=0)
-    check_size("keep", keep)
-    ranks, path = ranks_of(group), Path(folder) / f"step-{step}"
-    partial = path.with_name(path.name + ".partial")
-    if ranks.rank == 0:
-        for left in Path(folder).glob("*.partial"):
-            shutil.rmtree(left)
-        partial.mkdir(parents=True)
-    _wait(group)
-    with _in_one_process_if(group is None):
-        save(state_dict, checkpoint_id=partial, process_group=group, no_dist=group is None)
-    _wait(group)
-    if ranks.rank == 0:
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-        for old in _checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    _wait(group)
-    return path
-
-
-def load_checkpoint(
-    folder: str | Path, state_dict: dict[str, Any], *, group: dist.ProcessGroup | None = None
-) -> int | None:
-    """Loads the newest whole checkpoint into `state_dict`, in place, on any number of ranks.
-
-    Args:
-        folder: as in `save_checkpoint`.
-        state_dict: as there, of this run: tensors are filled, other values replaced.
-        group: the ranks; None: this process alone.
-
-    Returns:
-        The number of its step; None, and nothing is loaded, where there is none.
-    """
-    found = _checkpoints(folder)
-    if not found:
-        return None
-    with _in_one_process_if(group is None):
-        load(state_dict, checkpoint_id=found[-1], process_group=group, no_dist=group is None)
-    return _step_of(found[-1])
 
 
 def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup) -> None:
@@ -265,33 +181,24 @@ def _chunk(capacity: int, ranks: Ranks) -> int:
     return -(-capacity // SHARD_MULTIPLE // ranks.size) * SHARD_MULTIPLE
 
 
+def _shards(state: TensorDictBase, ranks: Ranks, function: str) -> tuple[int, Shards]:
+    """The slots here, and where all of them are, if the states of all ranks are parts of one."""
+    with checking_arguments(ranks):
+        check_state(state)
+    rows = stored(state, "embedding").shape[0]
+    _, shards = check_ranks_agree(
+        ranks,
+        stored(state, "embedding"),
+        rows,
+        function=function,
+        name="state['items', 'embedding']",
+        seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
+        rows=rows_of_cache(state),
+    )
+    return rows, shards
+
+
 def _nested(value: Any, function: Any) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     return {key: _nested(child, function) for key, child in value.items()}
-
-
-def _wait(group: dist.ProcessGroup | None) -> None:
-    if group is not None:
-        dist.barrier(group)
-
-
-@contextmanager
-def _in_one_process_if(alone: bool) -> Generator[None]:
-    """Without torch's warning that this is one process, where it is meant to be."""
-    with warnings.catch_warnings():
-        if alone:
-            warnings.filterwarnings(
-                "ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning
-            )
-        yield
-
-
-def _checkpoints(folder: str | Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [path for path in Path(folder).glob("step-*") if _FOLDER.fullmatch(path.name)]
-    return sorted(found, key=_step_of)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))

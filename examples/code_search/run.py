@@ -73,13 +73,7 @@ class Run:
         self.step_options = StepOptions(
             draws_per_query=options.draws_per_query, in_batch=True if workers.group is None else "global"
         )
-        self.cache: TensorDictBase | None = None
-        if method.cached:
-            example = rows_of(data.documents, slice(0, 1))
-            slots = options.cache_size
-            if workers.group is not None:
-                slots = distributed.local_capacity(slots, workers.group)
-            self.cache = negcache_fn.init_cache(slots, options.embedding_dim, example, seed=options.seed)
+        self.cache = self._empty_cache() if method.cached else None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -174,28 +168,45 @@ class Run:
         # What is the same everywhere goes as it is, what is here alone by its part.
         buffer = io.BytesIO()
         torch.save(saved, buffer)
-        state = {"run": buffer.getvalue(), "cache": self._checkpointable()}
-        distributed.save_checkpoint(self.folder / "checkpoints", self.step, state, group=self.workers.group)
+        state = {"run": buffer.getvalue(), "cache": self._parts(self.cache)}
+        distributed.save_checkpoint(
+            self.folder / "checkpoints", self.step, state, group=self.workers.group, identity=self.identity
+        )
 
     def _load(self) -> Any:
         if self.workers.group is None:
             return checkpoint.load(self.folder / "checkpoint.pt")
-        state = {"run": b"", "cache": self._checkpointable()}
-        found = distributed.load_checkpoint(self.folder / "checkpoints", state, group=self.workers.group)
-        return (
-            None if found is None else torch.load(io.BytesIO(state["run"]), weights_only=True) | {"cache": self.cache}
-        )
+        cache = self._empty_cache()  # this run's, if what is found is of another
+        state = {"run": b"", "cache": self._parts(cache)}
+        try:
+            found = distributed.load_checkpoint(
+                self.folder / "checkpoints", state, group=self.workers.group, identity=self.identity
+            )
+        except ValueError as error:
+            self._start_over(f": {error}")
+            return None
+        return None if found is None else torch.load(io.BytesIO(state["run"]), weights_only=True) | {"cache": cache}
 
-    def _checkpointable(self) -> dict[str, Any]:
-        assert self.cache is not None, "only the run with a cache is distributed"
-        return distributed.checkpointable(self.cache, self.workers.group)
+    def _empty_cache(self) -> TensorDictBase:
+        example, slots = rows_of(self.data.documents, slice(0, 1)), self.options.cache_size
+        if self.workers.group is not None:
+            slots = distributed.local_capacity(slots, self.workers.group)
+        return negcache_fn.init_cache(slots, self.options.embedding_dim, example, seed=self.options.seed)
+
+    def _parts(self, cache: TensorDictBase | None) -> dict[str, Any]:
+        assert cache is not None, "only the run with a cache is distributed"
+        return distributed.checkpointable(cache, self.workers.group)
+
+    def _start_over(self, reason: str = "") -> None:
+        if self.workers.leads:
+            print(f"{self.method.label}: what is in {self.folder} is of other data or options{reason}; starting over")
 
     def _resume(self, steps: int) -> None:
         saved = self._load()
         if saved is None:
             return
         if saved["identity"] != self.identity or saved["step"] > steps:
-            print(f"{self.method.label}: what is in {self.folder} is of other data or options; starting over")
+            self._start_over()
             return
         self.step = saved["step"]
         self.seconds = saved["seconds"]

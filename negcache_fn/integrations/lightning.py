@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -39,7 +40,8 @@ class NegativeCacheCallback(Callback):
     group they are those of all ranks, without one those of rank 0.
 
     A resumed run equals the uninterrupted one, on the same number of ranks bit for bit. Rank 0 holds all caches in CPU
-    memory while it saves, and every rank reads the whole file.
+    memory while it saves, and every rank reads the whole file. Beside a `WeightAveraging`, as `EMAWeightAveraging` is,
+    weights are averaged, and the cache is that of the training.
 
     Args:
         prefix: of the names under which metrics are logged.
@@ -48,7 +50,8 @@ class NegativeCacheCallback(Callback):
 
     Raises:
         ValueError: at the start of `fit`, with `save` and several ranks: a strategy whose checkpoints are not rank 0's
-            (FSDP, DeepSpeed), a group of some ranks only, or caches of each rank that differ in capacity.
+            (FSDP, DeepSpeed), a group of some ranks only, caches of each rank that differ in capacity, or a
+            `WeightAveraging` beside caches that are not replicated.
 
     Examples:
         >>> trainer = Trainer(accelerator="cpu", callbacks=[NegativeCacheCallback()], logger=False)
@@ -69,6 +72,7 @@ class NegativeCacheCallback(Callback):
         A callback's own hooks for loading come after it. The losses may not exist yet.
         """
         self._unhook()
+        self._check_averages(trainer, _losses(pl_module))
         if self.save:
             self._hook = pl_module.register_load_state_dict_pre_hook(_take_parts)
 
@@ -82,6 +86,7 @@ class NegativeCacheCallback(Callback):
         self._losses = _losses(pl_module)
         if not self.save or trainer.world_size == 1:
             return
+        self._check_averages(trainer, self._losses)
         for path, loss in self._losses.items():
             group = loss.group
             if group is None and len(set(capacities := _capacities(stored(loss.state, "embedding"), _all_ranks()))) > 1:
@@ -102,6 +107,8 @@ class NegativeCacheCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remembers which metrics are not of this batch: of one before, or of a validation."""
+        for average in _averages(trainer):
+            _share_caches(average, self._losses)
         self._seen = {path: loss.metrics for path, loss in self._losses.items()}
 
     def on_train_batch_end(
@@ -138,6 +145,15 @@ class NegativeCacheCallback(Callback):
             if self.save and 0 < trainer.global_rank <= len(others):
                 loss.cache.load_state_dict(others[trainer.global_rank - 1])
 
+    def _check_averages(self, trainer: Trainer, losses: dict[str, NegativeCacheLoss]) -> None:
+        parts = [path for path, loss in losses.items() if not loss.options.replicated]
+        if self.save and trainer.world_size > 1 and parts and _averages(trainer):
+            raise ValueError(
+                f"callbacks have a {type(_averages(trainer)[0]).__name__}, whose checkpoints have the model twice, and "
+                f"the cache of {parts[0]} is not the same on all ranks; expected no average on several ranks, a "
+                f"replicated cache, or save=False"
+            )
+
     def _unhook(self) -> None:
         if self._hook is not None:
             self._hook.remove()
@@ -148,6 +164,23 @@ def _losses(module: nn.Module) -> dict[str, NegativeCacheLoss]:
     """By path."""
     named = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
     return {path: child for path, child in named if isinstance(child, NegativeCacheLoss)}
+
+
+def _averages(trainer: Trainer) -> list[WeightAveraging]:
+    found = cast("list[Callback]", trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue] - made by a connector
+    return [callback for callback in found if isinstance(callback, WeightAveraging)]
+
+
+def _share_caches(average: WeightAveraging, losses: dict[str, NegativeCacheLoss]) -> None:
+    """Gives the averaged copy of the model, which checkpoints have as `state_dict`, the cache of the training.
+
+    Its own is empty, and nobody fills it.
+    """
+    model = average._average_model  # pyright: ignore[reportPrivateUsage] - it is nowhere else
+    if model is not None:
+        for path, copied in _losses(model.module).items():
+            if path in losses and copied.state is not losses[path].state:
+                copied.state = losses[path].state
 
 
 def _take_parts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -112,6 +112,11 @@ class Cache(nn.Module):
             for key, leaf in leaves.items()
             if given[key].shape != leaf.shape
         ]
+        errors += [
+            f"{key} has dtype {given[key].dtype}; expected {leaf.dtype}: a cache is not averaged or cast: leave it out"
+            for key, leaf in leaves.items()
+            if given[key].dtype != leaf.dtype and not (given[key].is_floating_point() and leaf.is_floating_point())
+        ]
         if not errors and not assign:
             errors = self._losses(given, prefix)
         error_msgs.extend(errors)

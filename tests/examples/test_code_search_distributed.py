@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import negcache_fn
 from examples.code_search.corpus import load_or_harvest
@@ -21,6 +22,7 @@ from examples.code_search.data import Data
 from examples.code_search.features import rows_of
 from examples.code_search.methods import METHODS
 from examples.code_search.run import Options, Run
+from examples.code_search.workers import Workers
 from negcache_fn import distributed
 
 STEPS, SLOTS, DIM, BATCH = 24, 3072, 32, 4
@@ -79,7 +81,7 @@ def test_two_processes_train_what_one_trains(installation: Path, undisturbed: Pa
 def test_a_killed_process_costs_nothing_but_time(installation: Path, undisturbed: Path, tmp_path: Path) -> None:
     process = start(installation, tmp_path)
     deadline = time.monotonic() + SECONDS
-    while not (tmp_path / "cache" / "checkpoints" / "step-8").exists():
+    while not list((tmp_path / "cache" / "checkpoints").glob("step-8-save-*[0-9]")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -94,3 +96,30 @@ def test_a_killed_process_costs_nothing_but_time(installation: Path, undisturbed
     rows = [json.loads(line) for line in (tmp_path / "cache" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert [row["loss"] for row in rows] == [row["loss"] for row in expected["history"]]
+
+
+def test_a_folder_of_another_run_is_started_over(
+    installation: Path, tmp_path: Path, group_of_one: dist.ProcessGroup, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fewer steps than are there, another seed, another size: nothing of it is taken, and what is saved is found."""
+    data = Data(load_or_harvest([installation], tmp_path / "corpus.npz", mask_names=False))
+    method = next(method for method in METHODS if method.cached)
+
+    def trained(folder: str, steps: int, **changed: int) -> Run:
+        given = {"embedding_dim": 8, "batch_size": 2, "cache_size": 1024, "draws_per_query": 1, "evaluate_every": 2}
+        run = Run(method, Options(**given | changed), data, tmp_path / folder, Workers(group_of_one, 0, 1))
+        run.train(steps)
+        return run
+
+    trained("shared", 6)
+    for name, steps, changed in (("fewer", 4, {}), ("seed", 2, {"seed": 1}), ("size", 2, {"cache_size": 2048})):
+        again, alone = trained("shared", steps, **changed), trained(name, steps, **changed)
+        assert "starting over" in capsys.readouterr().out, name
+        assert again.cache is not None
+        assert alone.cache is not None
+        assert bool((again.cache == alone.cache).all()), name
+        assert [row["loss"] for row in again.history] == [row["loss"] for row in alone.history]
+        resumed = trained("shared", steps, **changed)
+        assert resumed.step == steps
+        assert resumed.cache is not None
+        assert bool((resumed.cache == alone.cache).all()), name

@@ -16,7 +16,7 @@ pytest.importorskip("lightning", reason="the extra lightning is not installed")
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
@@ -125,7 +125,7 @@ def fit(
     **options: Any,
 ) -> DualEncoder:
     """Trains, with a checkpoint after each epoch where there is a folder for it."""
-    callbacks: list[Callback] = [NegativeCacheCallback()]
+    callbacks: list[Callback] = options.pop("callbacks", None) or [NegativeCacheCallback()]
     if folder is not None:
         callbacks.append(ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1))
     defaults = {"max_epochs": 2, "log_every_n_steps": 5, "logger": False}
@@ -310,6 +310,45 @@ def uneven(rank: int, world: int, folder: Path) -> str:
     return str(told.value)
 
 
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides:UserWarning")
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_beside_averaged_weights(tmp_path: Path, ours_first: bool) -> None:
+    """Weights are averaged, the cache is not; a resumed run is the uninterrupted one, whatever comes first."""
+
+    def beside() -> list[Callback]:
+        both: list[Callback] = [NegativeCacheCallback(), EMAWeightAveraging(decay=0.9)]
+        return both if ours_first else both[::-1]
+
+    plain = fit(DualEncoder(capacity=64))
+    averaged = fit(DualEncoder(capacity=64), tmp_path, callbacks=beside())
+    resumed = fit(DualEncoder(capacity=64, seed=5), tmp_path, start=tmp_path / "epoch=0.ckpt", callbacks=beside())
+    assert_equal(everything(resumed), everything(averaged))
+    saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
+    for name, value in everything(plain).items():
+        assert torch.equal(saved["current_model_state"][name], value), name
+        assert torch.equal(saved["state_dict"][name], value) == (".cache." in name), name
+        assert torch.equal(averaged.state_dict()[name], saved["state_dict"][name]), name
+    loaded = DualEncoder.load_from_checkpoint(tmp_path / "epoch=1.ckpt", weights_only=True, capacity=64)
+    assert_equal(everything(loaded), everything(averaged))
+
+
+def test_averages_of_parts_are_refused(group_of_one: dist.ProcessGroup) -> None:
+    model = DualEncoder(capacity=64)
+    trainer: Any = SimpleNamespace(world_size=2, strategy=None, callbacks=[EMAWeightAveraging()])
+    callback = NegativeCacheCallback()
+    callback.setup(trainer, model, "fit")  # the loss is made later
+    model.configure_model()
+    for check in (lambda: callback.setup(trainer, model, "fit"), lambda: callback.on_fit_start(trainer, model)):
+        with pytest.raises(
+            ValueError, match=r"have a EMAWeightAveraging, .* cache of criterion is not the same on all"
+        ):
+            check()
+    NegativeCacheCallback(save=False).setup(trainer, model, "fit")
+    replicated = DualEncoder(capacity=64, placement="replicated", group=group_of_one)
+    replicated.configure_model()
+    callback.setup(trainer, replicated, "fit")
+
+
 class Writing:
     """A strategy that writes checkpoints by itself."""
 
@@ -319,7 +358,7 @@ class Writing:
 def test_what_cannot_be_saved_is_said(group_of_one: dist.ProcessGroup) -> None:
     model = DualEncoder(capacity=64)
     model.configure_model()
-    trainer: Any = SimpleNamespace(world_size=2, strategy=Writing())
+    trainer: Any = SimpleNamespace(world_size=2, strategy=Writing(), callbacks=[])
     with pytest.raises(
         ValueError, match="strategy is Writing, and the cache of criterion is not the same on all ranks"
     ):

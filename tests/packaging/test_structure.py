@@ -18,8 +18,21 @@ from negcache_fn.nn import NegativeCacheLoss
 PACKAGE = Path(negcache_fn.__file__).parent
 # Lowest first. A module imports from its own part and from those before it.
 PARTS = (
-    *("random", "_checks", "_features", "_options", "_codec", "_kernels", "_ranks", "_cache", "_encoders", "_scores"),
-    *("_draws", "_loss", "_monitor", "_batch", "_step", "dataset_rows", "distributed", "frequency", "plots", "nn"),
+    *("random", "_checks", "_features", "_options", "_codec", "_kernels", "_ranks", "_checkpoints", "_cache"),
+    *(
+        "_encoders",
+        "_scores",
+        "_draws",
+        "_loss",
+        "_monitor",
+        "_batch",
+        "_step",
+        "dataset_rows",
+        "distributed",
+        "frequency",
+        "plots",
+        "nn",
+    ),
     *("integrations", "__init__"),
 )
 FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

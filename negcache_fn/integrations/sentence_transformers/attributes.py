@@ -8,6 +8,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from negcache_fn._cache.state import live
+from negcache_fn.integrations.sentence_transformers.model import sentence_transformer
 from negcache_fn.integrations.sentence_transformers.settings import (
     FIXED_WITH_DOCUMENTS,
     FIXED_WITH_THE_CACHE,
@@ -25,13 +26,16 @@ class Attributes(nn.Module):
     """A module with the attributes of `Settings`, a scale and, from its first batch on, a cache.
 
     Args:
+        model: whose texts are embedded.
         settings: the arguments.
         scale: of the similarities.
         learnable_scale: whether it is trained.
     """
 
-    def __init__(self, settings: Settings, scale: float, *, learnable_scale: bool) -> None:
+    def __init__(self, model: Any, settings: Settings, scale: float, *, learnable_scale: bool) -> None:
         super().__init__()
+        self._made_by = (sentence_transformer(model),)  # a tuple: not a child
+        self.model: nn.Module = model  # the trainer replaces it by what wraps it
         self._settings = settings
         self.scaling: Scale = Scale(check_scale(scale), learnable=learnable_scale)
         self._cache: Cache | None = None
@@ -86,3 +90,16 @@ class Attributes(nn.Module):
     @state.setter
     def state(self, state: TensorDictBase) -> None:
         self._cache = Cache(state)
+        self._made_by = (sentence_transformer(self.model),)
+
+    @property
+    def made_by(self) -> nn.Module:
+        """The model whose embeddings are cached, or will be."""
+        return self._made_by[0]
+
+    def begin_anew(self) -> None:
+        """Without a cache and, if it is learnable, with the first scale, for the model that there is now."""
+        self._made_by = (sentence_transformer(self.model),)
+        self._cache = None
+        if self.scaling.logarithm is not None:
+            self.scaling.load_state_dict(Scale(self.scaling.fixed, learnable=True).state_dict())

@@ -1,62 +1,52 @@
 """What the trainer does not do for a loss with a state: save it, restore it, show its metrics."""
 
-import re
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
-from warnings import warn
 
-import torch
 from sentence_transformers import SentenceTransformerTrainer
-from tensordict import TensorDictBase
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint  # pyright: ignore[reportUnknownVariableType] - untyped there
 
-from negcache_fn._cache.state import lock
-from negcache_fn._ranks.group import ranks_of
-from negcache_fn.distributed import shard
-from negcache_fn.integrations.sentence_transformers.loss import NegativeCacheLoss, all_ranks
+from negcache_fn.integrations.sentence_transformers.checkpoints import restore_caches, save_caches
+from negcache_fn.integrations.sentence_transformers.loss import NegativeCacheLoss
 
 __all__ = ["NegativeCacheCallback"]
 
-_FILE = "negative_cache-{rank}-of-{size}.pt"
+_FOLDER = "_negative_cache"  # the trainer uploads nothing that begins with an underscore
 
 
 class NegativeCacheCallback(TrainerCallback):
     """Saves caches with the trainer's checkpoints, restores them, and logs their metrics.
 
-    `NegativeCacheCallback.attach(trainer)` finds the losses. A resumed run equals the uninterrupted one. Each rank has
-    a file in the checkpoint; on another number of ranks a shared cache is spread anew, and of separate ones each rank
-    takes the one of its number, if there is one.
+    `NegativeCacheCallback.attach(trainer)` finds the losses. A resumed run equals the uninterrupted one. The cache of
+    `<output_dir>/checkpoint-<step>` is in `<output_dir>/_negative_cache`: it holds training data, and what is in a
+    checkpoint's own folder is uploaded by `push_to_hub`. It goes when the checkpoint goes, and is not written with
+    `save_only_model`. On another number of ranks a shared cache is spread anew, and of separate ones each rank takes
+    the one of its number, if there is one.
 
     Args:
-        loss: of the trainer: a module, or modules by the names of their data sets.
-        resume_from: the checkpoint that is resumed from, where the path was given to `train()` and is not in the
-            trainer's output folder.
+        trainer: with a `NegativeCacheLoss`, made already.
 
     Raises:
-        ValueError: a `loss` without a `NegativeCacheLoss`.
+        ValueError: a trainer without one. In `train`: a checkpoint whose cache was made with other settings.
     """
 
-    def __init__(self, loss: nn.Module | Mapping[str, nn.Module], *, resume_from: str | Path | None = None) -> None:
-        named = {"": loss} if isinstance(loss, nn.Module) else dict(loss)
-        self.losses: dict[str, NegativeCacheLoss] = {}
-        for name, module in named.items():
-            children = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
-            for path, child in children:
-                if isinstance(child, NegativeCacheLoss) and child not in self.losses.values():
-                    self.losses[".".join(part for part in (name, path) if part)] = child
+    def __init__(self, trainer: SentenceTransformerTrainer) -> None:
+        self.losses: dict[str, NegativeCacheLoss] = _losses(cast(Any, trainer.loss))
         if not self.losses:
-            raise ValueError("loss has no NegativeCacheLoss in it; expected the loss of the trainer, made already")
-        self.resume_from = resume_from
+            raise ValueError("loss has no NegativeCacheLoss in it; expected a trainer with the loss, made already")
+        self._trainer = trainer
+        self._resumed_from: str | None = None
 
     @classmethod
-    def attach(
-        cls, trainer: SentenceTransformerTrainer, *, resume_from: str | Path | None = None
-    ) -> "NegativeCacheCallback":
+    def attach(cls, trainer: SentenceTransformerTrainer) -> "NegativeCacheCallback":
         """Gives a trainer the callback, before those that report what is logged."""
-        callback = cls(cast(Any, trainer.loss), resume_from=resume_from)
+        callback = cls(trainer)
         trainer.callback_handler.callbacks.insert(0, callback)
+        trainer.train = functools.partial(callback._train, trainer.train)  # which alone knows what is resumed from
         return callback
 
     def on_log(
@@ -77,72 +67,60 @@ class NegativeCacheCallback(TrainerCallback):
             state.log_history[-1].update(metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Puts this rank's caches into the checkpoint."""
-        folder = _checkpoint(args, state)
-        folder.mkdir(parents=True, exist_ok=True)
-        ranks = ranks_of(all_ranks())
-        saved = {
-            name: {"state": loss.state, "scaling": loss.scaling.state_dict()} for name, loss in self.losses.items()
-        }
-        partial = folder / (_FILE.format(rank=ranks.rank, size=ranks.size) + ".partial")
-        torch.save(saved, partial)
-        partial.replace(partial.with_suffix(""))
+        """Saves all caches beside the checkpoint."""
+        if args.save_only_model:
+            return
+        output, run = Path(str(args.output_dir)), self._run_folder()
+        folder = output / _FOLDER / run.relative_to(output)
+        save_caches(folder, run, state.global_step, self.losses, self._model())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes the caches from the checkpoint that is resumed from."""
+        """Takes the caches of the checkpoint that is resumed from."""
         if state.global_step == 0:
             return
-        given = self.resume_from or args.resume_from_checkpoint
-        folder = _checkpoint(args, state) if given is None or given == "True" else Path(given)
-        found = {
-            int(match[1]): path
-            for path in folder.glob(_FILE.format(rank="*", size="*"))
-            if (match := re.search(r"-(\d+)-of-\d+\.pt$", path.name))
-        }
-        if not found:
-            warn(
-                f"the run goes on at step {state.global_step} with an empty cache: {folder} has none; expected a "
-                f"checkpoint saved with this callback, or its folder as resume_from",
-                stacklevel=2,
-            )
-            return
-        self._restore(found, args.device)
+        given = self._resumed_from or args.resume_from_checkpoint
+        checkpoint = self._run_folder() / f"checkpoint-{state.global_step}" if given in (None, "True") else Path(given)
+        checkpoint = checkpoint.absolute()
+        folders = [
+            above / _FOLDER / checkpoint.parent.relative_to(above)
+            for above in (checkpoint.parent, checkpoint.parent.parent)
+        ]
+        restore_caches(folders, checkpoint, state.global_step, self.losses, self._model(), args.device)
 
-    def _restore(self, found: dict[int, Path], device: torch.device) -> None:
-        ranks = ranks_of(all_ranks())
-        for name, loss in self.losses.items():
-            group = loss.group
-            if group is not None and len(found) != ranks.size:
-                parts = [_load(found[rank])[name] for rank in sorted(found)]
-                whole: TensorDictBase | None = _joined([part["state"] for part in parts])
-                saved: dict[str, Any] = {
-                    "state": None if whole is None else shard(whole, group),
-                    "scaling": parts[0]["scaling"],
-                }
-            elif ranks.rank in found:
-                saved = _load(found[ranks.rank])[name]
-            else:
-                continue
-            if (part := saved["state"]) is not None:
-                loss.state = lock(part.to(device))
-            loss.scaling.load_state_dict(saved["scaling"])
+    def _train(
+        self, train: Callable[..., Any], resume_from_checkpoint: str | bool | None = None, *rest: Any, **options: Any
+    ) -> Any:
+        """The trainer's `train`, which does not tell its callbacks what it resumes from."""
+        given: Any = resume_from_checkpoint
+        if isinstance(given, bool):
+            given = cast(Any, get_last_checkpoint)(str(self._trainer.args.output_dir)) if given else None
+        self._resumed_from = given
+        try:
+            return train(resume_from_checkpoint, *rest, **options)
+        finally:
+            self._resumed_from = None
+
+    def _run_folder(self) -> Path:
+        """Where the checkpoints are: in a search for hyper-parameters, that of the trial."""
+        trainer = cast(Any, self._trainer)  # transformers says it in private names alone
+        return Path(trainer._get_output_dir(getattr(trainer, "_trial", None)))
+
+    def _model(self) -> nn.Module | None:
+        """What is trained, if its weights are all here."""
+        trainer = cast(Any, self._trainer)
+        return None if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else trainer.model
 
 
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-
-
-def _load(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _joined(parts: list[TensorDictBase | None]) -> TensorDictBase | None:
-    """A whole cache from its parts."""
-    present = [part for part in parts if part is not None]
-    if len(present) < len(parts):
-        return None
-    whole = present[0].clone()
-    whole["items"] = torch.cat([part["items"] for part in present])
-    return lock(whole)
+def _losses(loss: nn.Module | Mapping[str, nn.Module]) -> dict[str, NegativeCacheLoss]:
+    """By the name of the data set, and by path where that has several."""
+    found: dict[str, NegativeCacheLoss] = {}
+    for name, module in ({"": loss} if isinstance(loss, nn.Module) else loss).items():
+        children = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
+        inside = {path: child for path, child in children if isinstance(child, NegativeCacheLoss)}
+        for path, child in inside.items():
+            if child not in found.values():
+                parts = (name, path) if len(inside) > 1 else (name,)
+                found[".".join(part for part in parts if part)] = child
+    return found

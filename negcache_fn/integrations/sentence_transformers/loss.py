@@ -54,7 +54,8 @@ class NegativeCacheLoss(Attributes):
     All arguments are attributes, too. Those that say what the cache is made of are fixed by the first batch; the others
     can be set during training, the scale in every step.
 
-    The cache is not in the trainer's checkpoints: `NegativeCacheCallback` puts it there.
+    The cache is not in the trainer's checkpoints: `NegativeCacheCallback` keeps it beside them. It belongs to the
+    model: with another one, as `model_init` makes for each trial, the loss begins anew.
 
     Args:
         model: whose columns of documents are preprocessed alike.
@@ -122,9 +123,7 @@ class NegativeCacheLoss(Attributes):
         options: StepOptions = StepOptions(),
     ) -> None:
         given = {name: value for name, value in locals().items() if name in SETTINGS}
-        sentence_transformer(model)
-        super().__init__(Settings(**given), scale, learnable_scale=learnable_scale)
-        self.model = model
+        super().__init__(model, Settings(**given), scale, learnable_scale=learnable_scale)
         self.metrics = {}
         self._number = next_number()
         self._layout: Layout | None = None
@@ -136,6 +135,7 @@ class NegativeCacheLoss(Attributes):
 
     def forward(self, sentence_features: Iterable[Mapping[str, Any]], labels: Tensor | None = None) -> Tensor:
         """The loss, []. Where gradients are off, it is that of the batch alone, and nothing is written."""
+        self._forget_other_models()
         anchors, *columns = own_features(list(sentence_features))
         if not columns:
             raise ValueError("sentence_features has 1 column; expected at least 2, an anchor and its positive")
@@ -233,6 +233,12 @@ class NegativeCacheLoss(Attributes):
     year={2021}
 }
 """
+
+    def _forget_other_models(self) -> None:
+        """Begins anew, scale included, where the trainer has made another model: by `model_init`, in each trial."""
+        if sentence_transformer(self.model) is not self.made_by:
+            self.begin_anew()
+            self._layout = None
 
     def _trained(self, anchors: Column, columns: Sequence[Column], labels: Tensor | None) -> Tensor:
         check_same_loss(self._number, self.scaling, sharing=self.group, everyone=all_ranks())

@@ -1,0 +1,147 @@
+"""Checkpoints of a run on any number of ranks."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from negcache_fn._checkpoints.folder import made_plain, saves_in
+from negcache_fn._checkpoints.tensors import read_tensors, write_tensors
+from negcache_fn._checkpoints.whole import examine, remove, write_whole
+from negcache_fn._checks import check_size
+from negcache_fn._ranks.group import ranks_of
+from negcache_fn._ranks.outcomes import check_equal, everywhere
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+
+def save_checkpoint(
+    folder: str | Path,
+    step: int,
+    state_dict: dict[str, Any],
+    *,
+    group: dist.ProcessGroup | None = None,
+    keep: int = 2,
+    identity: Mapping[str, Any] | None = None,
+) -> Path:
+    """Saves what all ranks hold, so that a run killed at any moment leaves the last whole checkpoint.
+
+    A checkpoint is a folder of its own, with a manifest of the sizes and checksums of its files. It appears there when
+    all of them are on the disk, and replaces none: saving a step again, or a lower one, makes a further checkpoint, and
+    the newest is the one that was saved last.
+
+    Args:
+        folder: where the checkpoints of this run are, which all ranks share.
+        step: its number.
+        state_dict: what `torch.distributed.checkpoint` saves: models, optimisers, `checkpointable(...)`, numbers. What
+            is not a part must be the same on every rank. The features of a cache are training data: so is the file.
+        group: the ranks; None: this process alone.
+        keep: how many checkpoints to leave there, the newest.
+        identity: of the run, such as its data and options, of numbers and strings: `load_checkpoint` compares it.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        ValueError: a `step` below 0, a `keep` below 1; arguments that differ between the ranks.
+        TypeError: a value of `state_dict` that could not be loaded: neither tensor nor plain value.
+        OSError: on every rank, if one of them cannot write. The older checkpoints are as they were.
+    """
+    task = "the checkpoint was not saved"
+    ranks = ranks_of(group)
+
+    def checked() -> dict[str, Any]:
+        check_size("step", step, least=0)
+        check_size("keep", keep)
+        return {"step": int(step), "keep": int(keep), "identity": made_plain("identity", identity)}
+
+    facts = everywhere(group, task, checked)
+    check_equal(group, task, facts)
+    about = {"step": int(step), "identity": facts["identity"]}
+    path = write_whole(
+        Path(folder), step, lambda partial: write_tensors(partial, state_dict, group, task), about, group, task
+    )
+    if ranks.rank == 0:
+        for old in saves_in(Path(folder))[:-keep]:
+            remove(old.path)
+    return path
+
+
+def load_checkpoint(
+    folder: str | Path,
+    state_dict: dict[str, Any],
+    *,
+    group: dist.ProcessGroup | None = None,
+    identity: Mapping[str, Any] | None = None,
+) -> int | None:
+    """Loads the newest whole checkpoint into `state_dict`, in place, on any number of ranks.
+
+    All of it is read and checked before anything is written: files against their checksums, entries, shapes and dtypes
+    against those of `state_dict`. If the newest one is damaged, the one before is taken, with a warning. What is read
+    waits in CPU memory, this rank's part of it. No code in the files is run.
+
+    Args:
+        folder: as in `save_checkpoint`.
+        state_dict: as there, of this run: tensors are filled, other values replaced. It may leave out whole entries of
+            the outermost dict. A floating tensor may have another floating dtype, if no number becomes infinite.
+        group: the ranks; None: this process alone.
+        identity: of this run; None: that of any run will do.
+
+    Returns:
+        The number of its step; None, and nothing is loaded, where there is none.
+
+    Raises:
+        ValueError: on every rank, and `state_dict` is as it was: a checkpoint with another identity, or of something
+            else than `state_dict`; none that is whole; files that not all ranks see.
+        OSError: on every rank, if one of them cannot read.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> path = save_checkpoint(folder, 7, {"weights": torch.ones(2)}, identity={"data": "a"})
+        >>> state_dict = {"weights": torch.zeros(2)}
+        >>> load_checkpoint(folder, state_dict, identity={"data": "a"}), state_dict["weights"]
+        (7, tensor([1., 1.]))
+        >>> load_checkpoint(folder, state_dict, identity={"data": "b"})
+        Traceback (most recent call last):
+        ...
+        ValueError: identity is another than in the checkpoint of step 7: data is 'b', and 'a' there; expected ...
+    """
+    task = "the checkpoint was not loaded"
+    ranks_of(group)
+    wanted = everywhere(group, task, lambda: made_plain("identity", identity))
+    saves = everywhere(group, task, lambda: saves_in(Path(folder)))
+    check_equal(group, task, {"identity": wanted, "what a rank finds in folder": [save.path.name for save in saves]})
+    broken: list[str] = []
+    for save in reversed(saves):
+        manifest, told = examine(save, group, task)
+        if not told:
+            _check_identity(wanted, manifest["about"]["identity"], save.step)
+            read_tensors(save.path, manifest["files"], state_dict, group, task)
+            if broken:
+                warnings.warn(
+                    f"step {save.step} was loaded, as newer checkpoints in {folder} are damaged: {'; '.join(broken)}",
+                    stacklevel=2,
+                )
+            return save.step
+        broken.append(f"{save.path.name}: {', '.join(told)}")
+    if broken:
+        raise ValueError(f"no checkpoint in {folder} is whole: {'; '.join(broken)}")
+    return None
+
+
+def _check_identity(given: Any, saved: Any, step: int) -> None:
+    if given is None or given == saved:
+        return
+    saved = saved or {}
+    told = [
+        f"{name} is {given.get(name)!r}, and {saved.get(name)!r} there"
+        for name in dict.fromkeys([*given, *saved])
+        if given.get(name) != saved.get(name)
+    ]
+    raise ValueError(
+        f"identity is another than in the checkpoint of step {step}: {'; '.join(told)}; expected that of the run that "
+        f"saved it, or a folder of its own for each run"
+    )
