@@ -151,7 +151,7 @@ def test_arguments_may_be_views_of_the_state() -> None:
             "embeddings": items["embedding"][:3],
             "refresh": refresh,
             "priorities": items["embedded_at"],
-            "ids": items["inserted_at"][:3],
+            "ids": items["id"][:3],
             "log_weights": items["log_weight"][:3],
         }
 
