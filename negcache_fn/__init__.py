@@ -5,7 +5,8 @@ from negcache_fn._cache.offload import memory_mapped, offload_features
 from negcache_fn._cache.pad import pad_features
 from negcache_fn._cache.reembed import reembed, reembed_
 from negcache_fn._cache.select import stalest
-from negcache_fn._cache.state import init_cache, occupancy, take
+from negcache_fn._cache.state import init_cache, occupancy
+from negcache_fn._cache.take import take
 from negcache_fn._cache.update import update, update_
 from negcache_fn._cache.validate import validate
 from negcache_fn._draws.draw import Draw

@@ -14,7 +14,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn._cache.state import check_state, check_writable, live, scalar, stored, take
+from negcache_fn._cache.state import check_state, check_writable, live, scalar, stored
+from negcache_fn._cache.take import take
 from negcache_fn._cache.update import copy_state
 from negcache_fn._checks import check_embeddings, check_encoder, check_size
 from negcache_fn._codec import encode as encode_rows

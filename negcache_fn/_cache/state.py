@@ -25,11 +25,9 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from negcache_fn._checks import check_size, check_slots, device_named
+from negcache_fn._checks import check_size, device_named
 from negcache_fn._codec import check_storage
 from negcache_fn._features import Features, as_stored, check_example, leaves, map_features, nested_as
-from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
-from negcache_fn._ranks.group import fetch_rows, ranks_of, unsharded
 
 __all__ = [
     "COLUMNS",
@@ -48,7 +46,6 @@ __all__ = [
     "scalar",
     "stored",
     "stored_features",
-    "take",
     "with_items",
 ]
 
@@ -177,48 +174,6 @@ def of_normal_tensors() -> AbstractContextManager[Any]:
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return nullcontext()
     return torch.inference_mode(False)
-
-
-def take(
-    state: TensorDictBase, slots: Tensor, *, group: torch.distributed.ProcessGroup | None = None
-) -> Tensor | TensorDictBase:
-    """The features at `slots`.
-
-    Args:
-        state: the cache.
-        slots: int64 of any shape. Negative slots ("nothing drawn") read slot 0.
-        group: of the ranks over which the cache is sharded; slots are then numbers of all its slots.
-
-    Returns:
-        The features, nested as in the state, each leaf [*slots.shape, ...].
-
-    Raises:
-        TypeError: slots that are not int64.
-
-    Examples:
-        >>> state = init_cache(8, 4, {"input_ids": torch.zeros(1, 3, dtype=torch.int64)})
-        >>> take(state, torch.tensor([[0, 5]]))["input_ids"].shape
-        torch.Size([1, 2, 3])
-    """
-    ranks = ranks_of(group)
-    with checking_arguments(ranks):
-        check_state(state)
-        check_slots("slots", slots, stored(state, "embedding").device)
-    shards = unsharded(stored(state, "embedding").shape[0])
-    if group is not None:
-        flat, shards = check_ranks_agree(
-            ranks,
-            slots.reshape(-1, 1),
-            stored(state, "id").shape[0],
-            function="take",
-            name="slots",
-            seed_and_step=(scalar(state, "seed"), scalar(state, "step")),
-            rows=rows_of_cache(state),
-            numbers={"slots": slots.numel()},
-        )
-        slots = flat.view(slots.shape)
-    rows = fetch_rows(feature_leaves(state), slots.flatten(), shards)
-    return as_features(state, [leaf.view(slots.shape + leaf.shape[1:]) for leaf in rows])
 
 
 def feature_leaves(state: TensorDictBase) -> list[Tensor]:

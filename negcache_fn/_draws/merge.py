@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn._cache.state import take
+from negcache_fn._cache.take import take
 from negcache_fn._checks import check_embeddings
 from negcache_fn._draws.draw import Draw, check_draw
 from negcache_fn._features import Features, leaves, map_features, rows_where

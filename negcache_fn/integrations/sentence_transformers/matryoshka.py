@@ -15,7 +15,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from negcache_fn._cache.state import take, with_items
+from negcache_fn._cache.state import with_items
+from negcache_fn._cache.take import take
 from negcache_fn._draws.draw import Draw
 from negcache_fn._draws.sample import sample_gumbel
 from negcache_fn._loss.batch_classes import known_ids
