@@ -178,7 +178,7 @@ def _share_caches(average: WeightAveraging, losses: dict[str, NegativeCacheLoss]
     """
     model = average._average_model  # pyright: ignore[reportPrivateUsage] - it is nowhere else
     if model is not None:
-        for path, copied in _losses(cast(nn.Module, model.module)).items():
+        for path, copied in _losses(model.module).items():
             if path in losses and copied.state is not losses[path].state:
                 copied.state = losses[path].state
 

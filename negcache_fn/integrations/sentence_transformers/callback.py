@@ -95,7 +95,7 @@ class NegativeCacheCallback(TrainerCallback):
         """The trainer's `train`, which does not tell its callbacks what it resumes from."""
         given: Any = resume_from_checkpoint
         if isinstance(given, bool):
-            given = get_last_checkpoint(str(self._trainer.args.output_dir)) if given else None
+            given = cast(Any, get_last_checkpoint)(str(self._trainer.args.output_dir)) if given else None
         self._resumed_from = given
         try:
             return train(resume_from_checkpoint, *rest, **options)
