@@ -49,7 +49,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument("--steps", type=positive, help="training steps (default: 600, on a GPU 4000)")
     train.add_argument("--batch-size", type=positive, help="queries in a step (default: 64, on a GPU 256)")
     train.add_argument("--cache-size", type=positive, default=65_536, help="documents in the cache")
-    train.add_argument("--draws-per-query", type=positive, default=1, help="negatives each query draws from the cache")
+    train.add_argument("--num-draws", type=positive, help="documents of the cache a step encodes (default: as queries)")
     train.add_argument("--learning-rate", type=float, default=2e-4, help="the highest one")
     train.add_argument("--evaluate-every", type=positive, help="steps between evaluations (default: a third of all)")
     train.add_argument("--float32", action="store_true", help="no bfloat16, which a GPU and some CPUs compute faster")
@@ -103,7 +103,7 @@ def _train(options: argparse.Namespace) -> None:
             steps=steps,
             batch_size=options.batch_size or {"cpu": 64, "cuda": 256}[device],
             cache_size=options.cache_size,
-            draws_per_query=options.draws_per_query,
+            num_draws=options.num_draws,
             learning_rate=options.learning_rate,
             evaluate_every=options.evaluate_every or -(-steps // 3),
             bf16=not options.float32 and fast_in_bfloat16(device),

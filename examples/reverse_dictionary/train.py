@@ -42,7 +42,7 @@ class Options:
     steps: int
     batch_size: int
     cache_size: int
-    draws_per_query: int
+    num_draws: int | None
     learning_rate: float
     evaluate_every: int
     bf16: bool
@@ -111,7 +111,7 @@ def _fit(
 ) -> list[dict[str, Any]]:
     """Trains the model; returns the trainer's log."""
     loss = NegativeCacheLoss(
-        model, options.cache_size, seed=options.seed, options=StepOptions(draws_per_query=options.draws_per_query)
+        model, options.cache_size, seed=options.seed, options=StepOptions(num_draws=options.num_draws)
     )
     trainer = SentenceTransformerTrainer(
         model=model,
