@@ -70,7 +70,7 @@ class Arrivals(NamedTuple):
 
 def capacity_of(ranks: Ranks) -> str:
     """What bounds the documents of a batch, for messages."""
-    return "the capacity of the cache" if ranks.name is None else "the capacity of the cache for each rank"
+    return "the capacity of the cache" if ranks.name is None else "the capacity of the cache per rank"
 
 
 def check_facts(

@@ -3,17 +3,12 @@
 For files, which one rank may be unable to write or to see. Arguments of a step go through `agree`.
 """
 
-import zlib
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from negcache_fn._ranks.operators import gather_into
-
-__all__ = ["check_alike", "check_equal", "everywhere", "of_all_ranks", "raise_failures"]
+__all__ = ["check_equal", "everywhere", "of_all_ranks", "raise_failures"]
 
 Result = TypeVar("Result")
 
@@ -63,17 +58,6 @@ def check_equal(group: dist.ProcessGroup | None, task: str, facts: dict[str, Any
             raise ValueError(
                 f"{task}: {name} differs between the ranks of the group: {values}; expected the same on every rank"
             )
-
-
-def check_alike(group: dist.ProcessGroup, name: str, tensors: list[Tensor]) -> None:
-    """Raises ValueError on every rank unless all have equally many tensors, of the same shapes and dtypes."""
-    kinds = [f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors]
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
-    digest = torch.tensor([zlib.crc32(repr(kinds).encode())], device=device)
-    digests = digest.new_empty(group.size())
-    gather_into(digests, digest, group=group)  # in every step, so of numbers, and not of objects
-    if bool((digests != digest).any()):
-        check_equal(group, "the ranks do not agree", {name: kinds})
 
 
 def raise_failures(task: str, errors: dict[int, BaseException], alone: bool) -> NoReturn:

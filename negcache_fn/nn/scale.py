@@ -54,8 +54,8 @@ class Scale(nn.Module):
             raise ValueError(f"scale is {scale}; expected at most max_scale, which is {max_scale}")
         self.fixed = scale
         self.max_scale = max_scale
-        # float32 whatever the default dtype: see `_apply`.
-        value = torch.tensor(math.log(scale), dtype=torch.float32)
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # see `_apply`
+        value = torch.tensor(math.log(scale), dtype=dtype)
         self.log_scale_bias = nn.Parameter(value) if learnable else None
 
     @property

@@ -48,8 +48,9 @@ def test_sparse_features() -> None:
 
 def test_batches_that_are_too_large() -> None:
     state = filled(4, 4)
-    with pytest.raises(ValueError, match=r"^features has 5 rows; expected at most 4, the capacity of the cache$"):
-        negcache_fn.step(state, unit(5, 4, 0), unit(5, 3, 0), torch.nn.Linear(3, 4))
+    for queries, name in ((5, "queries"), (3, "features")):
+        with pytest.raises(ValueError, match=rf"^{name} has 5 rows; expected at most 4, the capacity of the cache$"):
+            negcache_fn.step(state, unit(queries, 4, 0), unit(5, 3, 0), torch.nn.Linear(3, 4))
     with pytest.raises(ValueError, match=r"^features has 2 rows; expected at least 3, the number of queries$"):
         negcache_fn.step(state, unit(3, 4, 0), unit(2, 3, 0), torch.nn.Linear(3, 4))
     with pytest.raises(ValueError, match=r"^embeddings has 5 rows; expected at most 4, the capacity of the cache$"):

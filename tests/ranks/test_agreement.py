@@ -206,7 +206,9 @@ def function_calls(given: dict[str, Any], draw: negcache_fn.Draw) -> dict[str, C
     def prefill(encode: Callable[[Any], Tensor] = encode) -> TensorDictBase:
         return negcache_fn.prefill(state, [given["features"]], encode, group=group)
 
-    def merge(a: negcache_fn.Draw = draw, b: negcache_fn.Draw = draw) -> negcache_fn.Draw:
+    other = draw._replace(noise=draw.noise + 1)  # as from a cache with another seed
+
+    def merge(a: negcache_fn.Draw = draw, b: negcache_fn.Draw = other) -> negcache_fn.Draw:
         return negcache_fn.merge_draws(a, b, group=group)
 
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import signal
 import time
@@ -131,8 +132,8 @@ def test_not_loaded(tmp_path: Path) -> None:
     expected = {
         "no folder": "what a rank finds in folder differs between the ranks of the group: [['step-1-save-1'], []]",
         "infinite": "the checkpoint was not loaded: rank 1: ValueError: cache.items.embedding has numbers in",
-        "features": "features['c'] differs between the ranks of the group",
-        "whole": "features['c'] differs between the ranks of the group",
+        "features": "features['c'].dtype differs between the ranks of the group",
+        "whole": "features['c'].dtype differs between the ranks of the group",
         "no state": "state has keys",
         "misfit": "rank 1: ValueError: state_dict is not what",
     }
@@ -171,7 +172,9 @@ def test_gradients_of_other_parameters(tmp_path: Path) -> None:
         assert found.pop("right") == [0.5, 0.5]
         for kind, text in found.values():
             assert kind == "ValueError"
-            assert "parameters differs between the ranks of the group: [['torch.float32 [2]']" in text
+            assert re.search(
+                r"parameters\[[01]\]\.(shape\[1\]|dtype) differs between the ranks of the group: \[", text
+            ), text
 
 
 def _made(folder: Path) -> Path:

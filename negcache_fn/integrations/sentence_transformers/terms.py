@@ -74,14 +74,17 @@ class Terms:
         ranks: Ranks,
     ) -> None:
         dtype = torch.promote_types(queries.dtype, torch.float32)
-        self.queries, self.documents, self.facts = queries.to(dtype), documents.to(dtype), facts
-        self.settings, self.ranks = settings, ranks
-        self.similarity = Similarity.of(options, scale, dtype)
+        self.queries: Tensor = queries.to(dtype)
+        self.documents: Tensor = documents.to(dtype)
+        self.facts = facts
+        self.settings = settings
+        self.ranks = ranks
+        self.similarity: Similarity = Similarity.of(options, scale, dtype)
         classes = batch_classes(queries.shape[0], self.documents, facts.ids, facts.log_weights, options, ranks)
         with full_precision(queries):
-            self.logits, self.positive = batch_scores(
-                self.similarity, self.queries, classes, options, facts.false_negatives
-            )
+            scores = batch_scores(self.similarity, self.queries, classes, options, facts.false_negatives)
+        self.logits: Tensor = scores[0]
+        self.positive: Tensor = scores[1]
 
     def without_cache(self) -> Tensor:
         """[B]: the cross entropy without a cache."""
