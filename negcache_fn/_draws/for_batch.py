@@ -31,7 +31,7 @@ from negcache_fn._kernels.blocks import BLOCK, GROUP
 from negcache_fn._ranks.group import Ranks
 from negcache_fn._ranks.order import sequenced_after
 from negcache_fn._scores.definition import ScoreMatrix
-from negcache_fn._scores.stream import Summary, logsumexp, reduce_blocks, summarize
+from negcache_fn._scores.stream import Summary, logsumexp, reduce_blocks, slot_masses, sum_of_rows, summarize
 from negcache_fn._scores.transformed import summarize_transformed
 
 __all__ = [
@@ -66,8 +66,13 @@ class Importance(NamedTuple):
 
     def log_mass(self, values: Tensor) -> Tensor:
         """[B, n] -> [n]: logarithm of the masses, from scores or their log-sum-exp."""
-        counts = self.log_weight > -_INFINITY
-        mass = torch.where(counts[:, None], values + self.log_weight[:, None], -_INFINITY).logsumexp(0)
+        return self._of_all_ranks(sum_of_rows(values, self.log_weight))
+
+    def log_mass_of_slots(self, matrix: ScoreMatrix) -> Tensor:
+        """[C, rounded up to whole blocks]: the same of every slot of a small matrix."""
+        return self._of_all_ranks(slot_masses(matrix, self.log_weight))
+
+    def _of_all_ranks(self, mass: Tensor) -> Tensor:
         return self.ranks.by_rank(self.ranks.gather(mass)).logsumexp(0)
 
 
@@ -164,8 +169,11 @@ def _scored_again(matrix: ScoreMatrix, number: Tensor, length: int, importance: 
     parts: list[Tensor] = []
     for some in torch.split(number, _SLAB // length):
         chosen = matrix.of_stretches(some, length)
-        scores = chosen.scores() if length == BLOCK else reduce_blocks(chosen, "logsumexp")
-        parts.append(importance.log_mass(scores).view(some.shape[0], -1))
+        if length == BLOCK:
+            mass = importance.log_mass_of_slots(chosen)
+        else:
+            mass = importance.log_mass(reduce_blocks(chosen, "logsumexp"))
+        parts.append(mass.view(some.shape[0], -1))
     return torch.cat(parts)
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "hardest",
     "lowest_slots",
     "score_blocks",
+    "slot_masses",
 ]
 
 
@@ -44,6 +45,16 @@ def score_blocks(problem: Problem, blocks: Tensor) -> Tensor | None:
     """[B, m, BLOCK]: the scores in the blocks [B, m], see `ScoreMatrix.scores_at`."""
     if cpu.supports(problem):
         return cpu.score_blocks(problem, blocks)
+    return None
+
+
+def slot_masses(problem: Problem, log_weight: Tensor) -> Tensor | None:
+    """[C rounded up to whole blocks]: the log-sum-exp over the rows of the scores and a weight [B] of each row.
+
+    A row whose weight is -inf does not count, whatever its scores are.
+    """
+    if cpu.supports(problem) and log_weight.dtype == problem.queries.dtype:
+        return cpu.slot_masses(problem, log_weight)
     return None
 
 

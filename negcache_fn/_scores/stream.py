@@ -22,7 +22,17 @@ from negcache_fn._kernels import dispatch
 from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._scores.definition import ScoreMatrix
 
-__all__ = ["Summary", "blocks_and_mean", "in_stretches", "logsumexp", "reduce_blocks", "score_blocks", "summarize"]
+__all__ = [
+    "Summary",
+    "blocks_and_mean",
+    "in_stretches",
+    "logsumexp",
+    "reduce_blocks",
+    "score_blocks",
+    "slot_masses",
+    "sum_of_rows",
+    "summarize",
+]
 
 _CHUNK = 2048  # slots scored at a time; a multiple of BLOCK
 _GATHER_BYTES = 2**23
@@ -41,6 +51,19 @@ def score_blocks(matrix: ScoreMatrix, blocks: Tensor) -> Tensor:
     if matrix.transform is not None:
         return _score_blocks(matrix, blocks)
     return cast(Tensor, _score_blocks_op(*matrix.problem, blocks))
+
+
+def slot_masses(matrix: ScoreMatrix, log_weight: Tensor) -> Tensor:
+    """[C, rounded up to whole blocks]: `sum_of_rows` of the scores, of a matrix with few columns."""
+    if matrix.transform is not None:
+        return sum_of_rows(matrix.scores(), log_weight)
+    return cast(Tensor, _slot_masses_op(*matrix.problem, log_weight))
+
+
+def sum_of_rows(values: Tensor, log_weight: Tensor) -> Tensor:
+    """[B, n] -> [n]: `(values + log_weight[:, None]).logsumexp(0)`, over the rows whose weight is not -inf."""
+    counts = log_weight > -_INFINITY
+    return torch.where(counts[:, None], values + log_weight[:, None], -_INFINITY).logsumexp(0)
 
 
 class Summary(NamedTuple):
@@ -190,6 +213,32 @@ def _(
     queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, blocks: Tensor
 ) -> Tensor:
     return queries.new_empty(*blocks.shape, BLOCK)
+
+
+@torch.library.custom_op("negcache_fn::slot_masses", mutates_args=())
+def _slot_masses_op(
+    queries: Tensor,
+    embeddings: Tensor,
+    bias: Tensor,
+    excluded: Tensor,
+    max_score: Tensor | None,
+    log_weight: Tensor,
+) -> Tensor:
+    problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score)
+    found = dispatch.slot_masses(problem, log_weight)
+    return sum_of_rows(ScoreMatrix(*problem, None).scores(), log_weight) if found is None else found
+
+
+@_slot_masses_op.register_fake
+def _(
+    queries: Tensor,
+    embeddings: Tensor,
+    bias: Tensor,
+    excluded: Tensor,
+    max_score: Tensor | None,
+    log_weight: Tensor,
+) -> Tensor:
+    return queries.new_empty(-(-embeddings.shape[0] // BLOCK) * BLOCK)
 
 
 @torch.library.custom_op("negcache_fn::summarize", mutates_args=())

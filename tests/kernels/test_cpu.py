@@ -297,6 +297,33 @@ def test_lowest_and_find_slots_equal_a_list(data: st.DataObject, capacity: int) 
 
 
 @needs_kernels
+@pytest.mark.parametrize("limited", [False, True], ids=["unlimited", "limited"])
+@pytest.mark.parametrize(
+    ("rows", "capacity", "storage"),
+    [(1, 1, torch.float32), (5, 64, torch.float32), (70, 200, torch.bfloat16), (1500, 130, torch.float16)],
+)
+def test_masses_of_slots(rows: int, capacity: int, storage: torch.dtype, limited: bool) -> None:
+    """Of 1500 rows, more than a panel has; rows that do not count may be NaN; small masses stay finite."""
+    generator = torch.Generator().manual_seed(0)
+    queries, limit, weight = (torch.randn(*size, generator=generator) for size in ((rows, 16), (rows,), (rows,)))
+    embeddings = torch.randn(capacity, 16, generator=generator).to(storage)
+    bias, excluded = torch.zeros(capacity), torch.randint(-1, capacity, (rows, 2), generator=generator)
+    bias[3::7] = -math.inf
+    weight = 30 * weight - 200
+    weight[4::5] = -math.inf
+    exact = ScoreMatrix(
+        queries.double(), embeddings.double(), bias.double(), excluded, limit.double() if limited else None, None
+    )
+    expected = stream.sum_of_rows(exact.scores(), weight.double())
+    queries[4::5] = math.nan
+    problem = Problem(queries, embeddings, bias, excluded, limit if limited else None)
+    found = cpu.slot_masses(problem, weight)
+    assert torch.equal(found > -math.inf, expected > -math.inf)
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=0)
+    torch.library.opcheck(torch.ops.negcache_fn.slot_masses.default, (*problem, weight))
+
+
+@needs_kernels
 @pytest.mark.parametrize(("rows", "quads"), [(1, 1), (3, 5), (40, 700), (0, 4)])  # 28,000 counters: on all threads
 @pytest.mark.parametrize("seed", [0, -5, 2**40 + 3, -(2**63)])
 def test_noise_has_the_bits_of_plain_torch(rows: int, quads: int, seed: int) -> None:

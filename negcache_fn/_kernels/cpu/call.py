@@ -20,6 +20,7 @@ __all__ = [
     "hardest",
     "lowest_slots",
     "score_blocks",
+    "slot_masses",
     "supports",
     "supports_hardest",
     "supports_scans",
@@ -75,6 +76,15 @@ def score_blocks(problem: Problem, blocks: Tensor) -> Tensor:
     out = problem.queries.new_empty(*blocks.shape, BLOCK)
     blocks = blocks.contiguous()
     _score("negcache_score_blocks", problem, blocks.data_ptr(), blocks.shape[1], out.data_ptr())
+    return out
+
+
+def slot_masses(problem: Problem, log_weight: Tensor) -> Tensor:
+    """[ceil(C / BLOCK) * BLOCK]: `(scores + log_weight[:, None]).logsumexp(0)`, over rows whose weight is not -inf."""
+    out = problem.queries.new_empty(-(-problem.embeddings.shape[0] // BLOCK) * BLOCK)
+    log_weight = log_weight.contiguous()
+    tiles, _ = _arithmetic(problem)  # in full precision: few slots are scored again
+    _score("negcache_slot_masses", problem, tiles, _PARTS["highest"], log_weight.data_ptr(), out.data_ptr())
     return out
 
 
@@ -138,6 +148,7 @@ _ARGUMENTS = {
     "negcache_score_blocks": (_IN, _TENSOR, _SIZE, _TENSOR),
     "negcache_block_logsumexp": (_IN, _INT, _INT, _TENSOR),
     "negcache_blocks_and_sums": (_IN, _INT, _INT, _TENSOR, _TENSOR, _TENSOR),
+    "negcache_slot_masses": (_IN, _INT, _INT, _TENSOR, _TENSOR),
     "negcache_hardest": (_IN, _INT, _INT, _SIZE, _TENSOR, _TENSOR),
     "negcache_lowest": (_TENSOR, _TENSOR, _SIZE, _SIZE, _TENSOR),
     "negcache_find_slots": (_TENSOR, _SIZE, _TENSOR, _TENSOR, _SIZE, _TENSOR),

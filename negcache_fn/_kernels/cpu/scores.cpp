@@ -10,6 +10,7 @@
 
 #include "candidates.h"
 #include "failure.h"
+#include "masses.h"
 #include "mean.h"
 #include "problem.h"
 #include "stream.h"
@@ -183,8 +184,17 @@ int negcache_block_logsumexp(const Problem* problem, int tiles, int parts, float
   });
 }
 
-// The same, and total[row, :] = the sum of exp(score - log_scale[row]) times the embedding, over all slots. A row
-// without a finite score has the log-scale -inf and the total 0.
+// out[slot] = logsumexp over the rows of score + weight[row], of every slot of the blocks; -inf past the end.
+int negcache_slot_masses(const Problem* problem, int tiles, int parts, const float* weight, float* out) {
+  std::fill(out, out + problem->blocks() * kBlock, -kInfinity);
+  const auto make_consumer = [=] { return SlotMasses(weight, out); };
+  return guarded([&] {
+    return with_storage(*problem, [&](auto* typed) { stream(typed, *problem, {tiles, parts}, make_consumer); });
+  });
+}
+
+// The log-sum-exp of blocks, and total[row, :] = the sum of exp(score - log_scale[row]) times the embedding, over all
+// slots. A row without a finite score has the log-scale -inf and the total 0.
 int negcache_blocks_and_sums(const Problem* problem, int tiles, int parts, float* out, float* total, float* log_scale) {
   return guarded([&] {
     return with_storage(*problem,
