@@ -47,23 +47,30 @@ METHODS = (
     Method("in-batch, B=256", 256),
     Method("in-batch, B=1024", 1024),
     Method("in-batch, B=4096", 4096),
-    Method("stale embeddings as negatives, B=256", 256, cache_size=65_536, options=None),
-    Method("cache of 65,536, B=256", 256, cache_size=65_536),
-    Method("cache of 65,536, for the batch, B=256", 256, cache_size=65_536, options=StepOptions(num_draws=256)),
+    Method("memory of 65,536 stale embeddings, B=256", 256, cache_size=65_536, options=None),
+    Method("cache of 65,536, a draw per query, B=256", 256, cache_size=65_536),
     Method(
-        "cache of all, prefilled, for the batch, B=256",
+        "cache of 65,536, 256 draws for the batch, B=256", 256, cache_size=65_536, options=StepOptions(num_draws=256)
+    ),
+    Method(
+        "cache of all, prefilled, 256 draws for the batch, B=256",
         256,
         cache_size=ALL_DOCUMENTS,
         prefilled=True,
         options=StepOptions(num_draws=256),
     ),
-    Method("cache of 65,536, 64 for the batch, B=256", 256, cache_size=65_536, options=StepOptions(num_draws=64)),
-    Method("cache of 65,536, for the batch, B=1024", 1024, cache_size=65_536, options=StepOptions(num_draws=1024)),
+    Method("cache of 65,536, 64 draws for the batch, B=256", 256, cache_size=65_536, options=StepOptions(num_draws=64)),
+    Method(
+        "cache of 65,536, 1,024 draws for the batch, B=1024",
+        1024,
+        cache_size=65_536,
+        options=StepOptions(num_draws=1024),
+    ),
 )
 
 TINY_METHODS = (
     Method("in-batch, B=8", 8),
-    Method("stale embeddings as negatives, B=8", 8, cache_size=64, options=None),
+    Method("memory of 64 stale embeddings, B=8", 8, cache_size=64, options=None),
     Method("cache of 64, B=8", 8, cache_size=64),
     Method("cache of all, prefilled, B=8", 8, cache_size=ALL_DOCUMENTS, prefilled=True),
     Method("cache of 64, for the batch, B=8", 8, cache_size=64, options=StepOptions(num_draws=8)),
