@@ -35,6 +35,8 @@ class Scenario:
     top_k: int | None = None
     positives: tuple[tuple[int, ...], ...] | None = None
     margin: float | None = None
+    targets: tuple[tuple[int, ...], ...] | None = None
+    weigh_positives: bool = True
     split: int | None = None
     scale: float = 3.0
     drift: float = 0.0
@@ -70,7 +72,7 @@ class Problem:
         cached = it.cache_log_weight or (0.0,) * it.capacity
         self.cache_weight = torch.tensor(cached, dtype=torch.float32)
         self.names = it.cache_ids or (-1,) * it.capacity
-        self.exclude = oracles.excluded_ids(it.ids, it.rows, in_batch=it.in_batch)
+        self.exclude = oracles.excluded_ids(it.ids, it.rows, in_batch=it.in_batch, targets=it.targets)
         self.exclude_all = self.exclude
         if it.positives is not None:
             self.exclude_all = [[*(self.exclude[i] if self.exclude else []), *it.positives[i]] for i in range(it.rows)]
@@ -82,7 +84,10 @@ class Problem:
 
     def _positive_scores(self) -> Tensor:
         queries, documents, scale = (self.leaves[name].detach() for name in ("queries", "documents", "scale"))
-        return (self.scenario.transform or oracles.identity)(scale * (queries * documents[: len(queries)]).sum(-1))
+        first = (
+            list(range(len(queries))) if self.scenario.targets is None else [row[0] for row in self.scenario.targets]
+        )
+        return (self.scenario.transform or oracles.identity)(scale * (queries * documents[first]).sum(-1))
 
     @property
     def false_negatives(self) -> FalseNegatives:
@@ -133,7 +138,19 @@ class Problem:
             transform=it.transform,
             positives=it.positives,
             max_score=self.max_score,
+            targets=it.targets,
+            weigh_positives=it.weigh_positives,
         )
+
+    @property
+    def of_positives(self) -> dict[str, Any]:
+        """What is said of the positives, as a user says it."""
+        it, said = self.scenario, {}
+        if it.targets is not None:
+            said["positives"] = torch.tensor(it.targets)
+        if not it.weigh_positives:
+            said["weigh_positives"] = False
+        return said
 
     def by_formula(self, slots: Sequence[Sequence[int]], *, share_draws: bool, staleness_correction: str) -> Tensor:
         """`[B]` sampled losses of one joint draw, by the formulas of the design."""
@@ -194,7 +211,7 @@ class Problem:
         state = make_state(self.stale.detach(), live=it.live, ids=self.names, log_weight=self.cache_weight, step=step)
         exclude = None
         if self.ids is not None:
-            exclude = self.ids if it.in_batch else self.ids[: it.rows, None]
+            exclude = self.ids if it.in_batch else torch.tensor(self.exclude)
         limit = None if self.max_score is None else torch.tensor(self.max_score, dtype=torch.float64)
         return sample(
             state,
@@ -258,7 +275,7 @@ class Problem:
     def call_on(self, loss: Loss, flat: Tensor, draw: Draw, **options: Any) -> Tensor:
         """`loss` of a `Draw` of the documents `flat` [R * m]."""
         it = self.scenario
-        options = {"reduction": "none", **options}
+        options = {"reduction": "none", **self.of_positives, **options}
         if it.positives is not None or it.margin is not None:
             options["false_negatives"] = self.false_negatives
         return loss(
@@ -344,6 +361,41 @@ def scenarios() -> dict[str, Scenario]:
         "margin, top_k, merged": Scenario(capacity=6, split=3, top_k=2, margin=0.6, in_batch=False),
         "margin that leaves nothing": Scenario(capacity=3, margin=-40.0),
         "sharp": Scenario(scale=25.0),
+        "targets": Scenario(documents=5, capacity=5, targets=((0, 3), (4, -1))),
+        "targets, own only": Scenario(
+            documents=5,
+            capacity=5,
+            in_batch=False,
+            ids=(3, 5, 9, 6, -1),
+            cache_ids=(5, 6, 9, 3, -1),
+            targets=((3, 0, -1), (-1, 4, 1)),
+        ),
+        "targets, a query without": Scenario(rows=3, documents=5, capacity=3, targets=((0, 4), (-1, -1), (2, -1))),
+        "targets of nobody": Scenario(capacity=3, targets=((-1,), (-1,))),
+        "targets, all at once": Scenario(
+            documents=6,
+            capacity=6,
+            ids=(3, 5, 9, 5, -1, 3),
+            cache_ids=(8, -1, -1, 2, 7, -1),
+            log_weights=(0.5, -1.0, 0.25, 0.0, 1.0, -0.5),
+            cache_log_weight=(1.5, 0.0, -0.75, 0.5, 0.25, 0.0),
+            live=(True, True, False, True, True, True),
+            positives=((7, 9), (8, -1)),
+            targets=((0, 2), (4, 3)),
+            weigh_positives=False,
+            top_k=3,
+            **squash,
+        ),
+        "targets, margin": Scenario(capacity=5, documents=4, margin=0.3, targets=((3,), (1,))),
+        "positives without weights": Scenario(
+            log_weights=(0.5, -1.0, 0.25), cache_log_weight=(1.5, 0.0, -0.75, 0.5), weigh_positives=False
+        ),
+        "positives without weights, no in-batch": Scenario(
+            in_batch=False,
+            log_weights=(0.5, -1.0, 0.25),
+            cache_log_weight=(1.5, 0.0, -0.75, 0.5),
+            weigh_positives=False,
+        ),
     }
 
 
