@@ -36,7 +36,7 @@ class Batch(NamedTuple):
     cacheable: Tensor | None
     false_negatives: FalseNegatives
     priorities: Tensor | None
-    positives: Tensor | None
+    positive_rows: Tensor | None
 
 
 # The last fields of `Batch`.
@@ -47,14 +47,14 @@ def check_batch_of_step(
     state: TensorDictBase, queries: Tensor, features: Features, facts: Facts, options: StepOptions, ranks: Ranks
 ) -> Batch:
     """The batch, if features and facts fit the cache and the queries, and so many documents can be drawn."""
-    ids, log_weights, cacheable, false_negatives, priorities, positives = facts
+    ids, log_weights, cacheable, false_negatives, priorities, positive_rows = facts
     cached = stored(state, "embedding")
     most = cached.shape[0] // ranks.size if options.replicated else cached.shape[0]
     features, rows = _fit_features(state, queries, features, most, ranks)
     check_draws(state, options, ranks)
     check_facts(rows, cached, ids, log_weights, cacheable, priorities)
     check_false_negatives(false_negatives, queries, knows_positives=True)
-    check_targets(positives, queries, false_negatives)
+    check_targets(positive_rows, queries, false_negatives)
     to_store, fits = in_slots(stored_features(state), features)
     if log_weights is not None:
         weighted = log_weights.to(COLUMNS["log_weight"].dtype) < float("inf")  # not NaN either
@@ -80,7 +80,7 @@ def agree_on_batch(
         numbers={
             "queries": queries.shape[0],
             "documents": batch.rows,
-            "positives": 0 if batch.positives is None else batch.positives.shape[1],
+            "positive_rows": 0 if batch.positive_rows is None else batch.positive_rows.shape[1],
             "refresh_stalest": batch.to_refresh,
             "false_negatives.ids": 0 if known.ids is None else known.ids.shape[1],
         },
@@ -123,9 +123,9 @@ def classes_of(
 ) -> Classes:
     """The documents of this rank or of all ranks."""
     if options.all_ranks_in_batch:
-        targets = targets_among(batch.positives, queries, batch.rows, ranks)
+        targets = targets_among(batch.positive_rows, queries, batch.rows, ranks)
         return Classes(arrivals.embeddings, arrivals.ids, arrivals.log_weights, ranks.rank * queries, targets)
-    return Classes(documents, batch.ids, batch.log_weights, 0, batch.positives)
+    return Classes(documents, batch.ids, batch.log_weights, 0, batch.positive_rows)
 
 
 def _fit_features(

@@ -66,7 +66,7 @@ def step(
     cacheable: Tensor | None = None,
     false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
     priorities: Tensor | None = None,
-    positives: Tensor | None = None,
+    positive_rows: Tensor | None = None,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> StepOutput:
     """One training step: draw negatives, encode, loss, and the next state of the cache.
@@ -96,7 +96,7 @@ def step(
         false_negatives: further documents to exclude from a query's negatives, by id or by score. If its `max_score`
             is a function of the positives' scores, `encode` is called twice with `draws_per_query` as well.
         priorities: [C] instead of `options.evict`: the priority of every slot here, see `update`.
-        positives: [B, P] int64: the rows of `features` that are positives of each query, -1 where there are fewer;
+        positive_rows: [B, P] int64: the rows of `features` that are positives of each query, -1 where there are fewer;
             instead of row i for query i. The loss is the mean over them, each in a softmax without the others, see
             `loss`. A query without any (a masked one) has the loss 0, is not in the mean, and has no say in what is
             drawn for the batch.
@@ -137,7 +137,7 @@ def step(
 
     Reference: Lindgren et al., NeurIPS 2021, algorithm 1.
     """
-    facts = (ids, log_weights, cacheable, false_negatives, priorities, positives)
+    facts = (ids, log_weights, cacheable, false_negatives, priorities, positive_rows)
     state = copy_state(state) if torch.is_grad_enabled() else state
     return _stepped(state, queries, features, encode, options, scale, facts, ranks_of(group))
 
@@ -155,7 +155,7 @@ def step_(
     cacheable: Tensor | None = None,
     false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
     priorities: Tensor | None = None,
-    positives: Tensor | None = None,
+    positive_rows: Tensor | None = None,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> StepOutput:
     """`step` in place: writes the rows that change into `state`, which it returns, and copies nothing.
@@ -168,7 +168,7 @@ def step_(
         >>> step_(state, torch.randn(2, 4), torch.randn(2, 3), torch.nn.Linear(3, 4)).state is state
         True
     """
-    facts, ranks = (ids, log_weights, cacheable, false_negatives, priorities, positives), ranks_of(group)
+    facts, ranks = (ids, log_weights, cacheable, false_negatives, priorities, positive_rows), ranks_of(group)
     with checking_arguments(ranks):
         check_not_recomputed()
     return _stepped(state, queries, features, encode, options, scale, facts, ranks)
@@ -200,7 +200,7 @@ def _stepped(
     attempts = Attempts(ranks)
     encode, batch = told_to_all(encode, attempts, queries.detach()), limits_told_to_all(batch, attempts)
 
-    queries, scale = in_dtype(without_idle(queries, batch.positives), scale, dtype_of_scores(state, queries))
+    queries, scale = in_dtype(without_idle(queries, batch.positive_rows), scale, dtype_of_scores(state, queries))
     similarity = Similarity.of(options, scale, queries.dtype)
     first = _encoded_first(state, batch, encode, options)
     known = None if first is None else _classes(state, similarity, queries, first, batch, options, attempts)
@@ -280,8 +280,8 @@ def _exclusions(
     positives = None
     if documents is not None and needs_positives(batch.false_negatives):
         with torch.no_grad(), full_precision(queries):  # a limit is a constant
-            positives = positive_scores(similarity, queries, documents, batch.positives)
-    known = known_ids(batch.ids, queries.shape[0], options, batch.positives)
+            positives = positive_scores(similarity, queries, documents, batch.positive_rows)
+    known = known_ids(batch.ids, queries.shape[0], options, batch.positive_rows)
     return Exclusions.of(queries, known, batch.false_negatives, similarity.dtype, positives)
 
 

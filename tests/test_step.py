@@ -72,13 +72,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         ),
     },
     "share of the stalest": {"scale": 12.0, "refresh_stalest": 0.2},
-    "targets": {"scale": 12.0, "num_draws": 4, "positives": torch.tensor([[0, 3], [4, -1], [2, 1]])},
+    "targets": {"scale": 12.0, "num_draws": 4, "positive_rows": torch.tensor([[0, 3], [4, -1], [2, 1]])},
     "targets, own ids, one without": {
         "scale": 12.0,
         "in_batch": False,
         "draws_per_query": 2,
         "ids": torch.tensor([4, 90, 0, 7, 91]),
-        "positives": torch.tensor([[3, 0], [-1, -1], [4, 2]]),
+        "positive_rows": torch.tensor([[3, 0], [-1, -1], [4, 2]]),
     },
     "targets, one without": {
         "scale": 12.0,
@@ -86,7 +86,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "ids": torch.tensor([4, 90, 7, 8, 9]),
         "log_weights": torch.tensor([0.5, -1.0, 0.0, 2.0, 1.0]),
         "weigh_positives": False,
-        "positives": torch.tensor([[0], [-1], [3]]),
+        "positive_rows": torch.tensor([[0], [-1], [3]]),
         "false_negatives": negcache_fn.FalseNegatives(
             torch.tensor([[4, 0], [90, 5], [7, -1]]), lambda positive: positive + 6.0
         ),

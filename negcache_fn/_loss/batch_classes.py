@@ -3,8 +3,8 @@
 With in-batch classes every document is a class of every query, except for its false negatives: another document with
 the id of its positive, a second document of any id, and those that `FalseNegatives` excludes by id or by score.
 
-A query has one positive, the document in its own row, or those that `positives` names. Each of these has a softmax of
-its own, over itself and the negatives: the others are left out (the decoupled softmax of Gupta, Khatri, Rawat,
+A query has one positive, the document in its own row, or those that `positive_rows` names. Each of these has a softmax
+of its own, over itself and the negatives: the others are left out (the decoupled softmax of Gupta, Khatri, Rawat,
 Bhojanapalli, Jain, Dhillon, ICLR 2024, section 4).
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from negcache_fn._cache.ids import first_of_each, named
-from negcache_fn._checks import check_embeddings, check_positives, check_rows
+from negcache_fn._checks import check_embeddings, check_positive_rows, check_rows
 from negcache_fn._options import StepOptions
 from negcache_fn._ranks.group import Ranks, positives_first
 from negcache_fn._scores.definition import Similarity, full_precision
@@ -83,10 +83,10 @@ def check_targets(positives: Tensor | None, queries: Tensor, false_negatives: Fa
     """Raises unless they are rows of the batch for each query, and the limits know which score to go by."""
     if positives is None:
         return
-    check_positives(positives, queries)
+    check_positive_rows(positives, queries)
     if needs_positives(false_negatives) and positives.shape[1] > 1:
         raise ValueError(
-            f"false_negatives.max_score is a function of the positive's score, and positives has shape "
+            f"false_negatives.max_score is a function of the positive's score, and positive_rows has shape "
             f"{tuple(positives.shape)}; expected one positive for each query, or the limits [{queries.shape[0]}]"
         )
 
@@ -101,7 +101,9 @@ def targets_among(positives: Tensor | None, queries: int, documents: int, ranks:
     if positives is None or ranks.name is None:
         return positives
     own, others = ranks.rank * queries, ranks.size * queries + ranks.rank * (documents - queries) - queries
-    return torch.where(positives < 0, -1, positives + torch.where(positives < queries, own, others))
+    number = positives + torch.where(positives < queries, own, others)
+    # A row that this rank does not have stays an error, and is not one of the next rank.
+    return torch.where(positives < 0, -1, torch.where(positives < documents, number, ranks.size * documents))
 
 
 def try_limits(

@@ -63,7 +63,7 @@ def loss(
     ids: Tensor | None = None,
     log_weights: Tensor | None = None,
     false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
-    positives: Tensor | None = None,
+    positive_rows: Tensor | None = None,
     share_draws: bool = True,
     staleness_correction: StalenessCorrection = "self_normalized",
     weigh_positives: bool = True,
@@ -95,7 +95,7 @@ def loss(
         log_weights: [N] floating, added to the documents' scores (log-Q correction, importance).
         false_negatives: documents of the batch to exclude from a query's negatives; the draw has excluded those of
             the cache.
-        positives: [B, P] int64, the rows of `documents` that are positives of each query, -1 where there are fewer;
+        positive_rows: [B, P] int64, the rows of `documents` that are positives of each query, -1 where there are fewer;
             instead of row i for query i. With the set P_i of them and `Z_i` the sum of `exp(score)` over its negatives,
             the loss is the mean over p in P_i of `-log(exp(s_ip) / (exp(s_ip) + Z_i))`: each has a softmax of its own,
             without the others. A query that has none has the loss 0, and is not in the mean. Pass the ids of all its
@@ -146,12 +146,12 @@ def loss(
         check_embeddings("queries", queries, draw.embedding, rows=draw.log_normalizer.shape[0])
         check_embeddings("negatives", negatives, queries, rows=draw.slot.numel())
         check_scale(scale, queries.device)
-        check_batch(queries, documents, ids, log_weights, false_negatives, positives)
+        check_batch(queries, documents, ids, log_weights, false_negatives, positive_rows)
         if draw.for_batch and torch.is_grad_enabled() and queries.requires_grad:
             _check_gradient_of_draw(draw)
         if group is not None:
             similarity = Similarity.of(options, scale, draw.log_normalizer.dtype)
-            try_limits(similarity, queries, documents, false_negatives, positives)
+            try_limits(similarity, queries, documents, false_negatives, positive_rows)
     queries, _ = check_ranks_agree(
         ranks,
         queries,
@@ -170,11 +170,11 @@ def loss(
             "queries": queries.shape[0],
             "documents": documents.shape[0],
             "draws": draw.slot.numel(),
-            "positives": 0 if positives is None else positives.shape[1],
+            "positive_rows": 0 if positive_rows is None else positive_rows.shape[1],
         },
         choices={"ids": ids is not None, "log_weights": log_weights is not None},
     )
-    classes = batch_classes(queries.shape[0], documents, ids, log_weights, options, ranks, positives)
+    classes = batch_classes(queries.shape[0], documents, ids, log_weights, options, ranks, positive_rows)
     shared = gather_draws(negatives, draw, ranks) if share_draws else None
     queries, scale = in_dtype(queries, scale, draw.log_normalizer.dtype)
     similarity = Similarity.of(options, scale, draw.log_normalizer.dtype)

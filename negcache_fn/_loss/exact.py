@@ -49,7 +49,7 @@ def exact_loss(
     ids: Tensor | None = None,
     log_weights: Tensor | None = None,
     false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
-    positives: Tensor | None = None,
+    positive_rows: Tensor | None = None,
     top_k: int | None = None,
     weigh_positives: bool = True,
     reduction: Reduction = "mean",
@@ -75,7 +75,7 @@ def exact_loss(
         ids: [N] int64, as in `loss`.
         log_weights: [N] floating, as in `loss`.
         false_negatives: documents of the batch and of the cache to exclude from a query's negatives.
-        positives: [B, P] int64, as in `loss`.
+        positive_rows: [B, P] int64, as in `loss`.
         top_k: restricts the cache to each query's `top_k` highest scores.
         weigh_positives: as in `loss`.
         reduction: "mean", "sum" or "none".
@@ -107,13 +107,13 @@ def exact_loss(
         )
         options.check_group(ranks.name is None)
         check_search(state, queries, scale)
-        check_batch(queries, documents, ids, log_weights, false_negatives, positives)
+        check_batch(queries, documents, ids, log_weights, false_negatives, positive_rows)
         capacity = stored(state, "embedding").shape[0]
         if top_k is not None:
             check_size("top_k", top_k, most=capacity if group is None else None)
         if group is not None:
             similarity = Similarity.of(options, scale, dtype_of_scores(state, queries))
-            try_limits(similarity, queries, documents, false_negatives, positives)
+            try_limits(similarity, queries, documents, false_negatives, positive_rows)
     with full_precision(queries):
         rows = queries.shape[0]
         queries, shards = check_ranks_agree(
@@ -132,7 +132,7 @@ def exact_loss(
             numbers={
                 "queries": rows,
                 "documents": documents.shape[0],
-                "positives": 0 if positives is None else positives.shape[1],
+                "positive_rows": 0 if positive_rows is None else positive_rows.shape[1],
                 "false_negatives.ids": 0 if false_negatives.ids is None else false_negatives.ids.shape[1],
             },
             choices={
@@ -143,14 +143,14 @@ def exact_loss(
         )
         queries, scale = in_dtype(queries, scale, dtype_of_scores(state, queries))
         similarity = Similarity.of(options, scale, queries.dtype)
-        queries = without_idle(queries, positives)
-        classes = batch_classes(rows, documents, ids, log_weights, options, ranks, positives)
+        queries = without_idle(queries, positive_rows)
+        classes = batch_classes(rows, documents, ids, log_weights, options, ranks, positive_rows)
         batch = batch_scores(similarity, queries, classes, options, false_negatives)
         with torch.no_grad():  # a document is a negative or not
             scored = None
             if needs_positives(false_negatives):
-                scored = positive_scores(similarity, queries, documents, positives)
-            known = known_ids(ids, rows, options, positives)
+                scored = positive_scores(similarity, queries, documents, positive_rows)
+            known = known_ids(ids, rows, options, positive_rows)
             exclusions = Exclusions.of(queries, known, false_negatives, similarity.dtype, scored)
             _, of_all = exclusions.gathered(queries[:0], ranks)
         # Each shard's part of the sum is made where the shard is, for the queries of all ranks.

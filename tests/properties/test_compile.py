@@ -43,6 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch, ids, stalest": {"num_draws": 7, "ids": True, "false_negatives": True, "refresh_stalest": 3},
     "batch, top_k": {"num_draws": 4, "top_k": 9, "in_batch": False, "staleness_correction": "none"},
     "batch, transform": {"score_transform": strategies.soft_cap, "ids": True},
+    "positives": {"num_draws": 4, "ids": True, "positive_rows": True, "log_weights": True, "weigh_positives": False},
+    "positives of own": {"draws_per_query": 2, "ids": True, "positive_rows": True, "in_batch": False},
     "weights, mask": {"draws_per_query": 1, "log_weights": True, "cacheable": True},
 }
 
@@ -64,6 +66,7 @@ def options_at(n: int, variant: dict[str, Any]) -> dict[str, Any]:
         "ids": torch.arange(TOTAL) * 7 % 11 + 5 * n,
         "log_weights": torch.linspace(-1, 1, TOTAL) * n,
         "cacheable": torch.arange(TOTAL) != n,
+        "positive_rows": torch.tensor([[0, 3], [4, -1], [-1, -1 if n % 2 else 2]]),
         "priorities": torch.linspace(0, 1, CAPACITY) * n,
         "false_negatives": negcache_fn.FalseNegatives(
             torch.arange(2 * ROWS).view(ROWS, 2) + 5 * n - 9, lambda positive: positive + 4.0
@@ -108,6 +111,8 @@ CASES = [
     pytest.param("aot_eager", "batch, transform", False, id="aot_eager-step-batch-transform"),
     pytest.param("aot_eager", "shared, ids, stalest", True, id="aot_eager-step_"),
     pytest.param("aot_eager", "top_k, transform, own", False, id="aot_eager-step-top_k"),
+    pytest.param("inductor", "positives", True, id="inductor-step_-positives"),
+    pytest.param("aot_eager", "positives of own", False, id="aot_eager-step-positives"),
     pytest.param("aot_eager", "weights, mask", False, id="aot_eager-step-weights"),
 ]
 

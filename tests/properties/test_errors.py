@@ -173,6 +173,15 @@ def calls() -> dict[str, Call]:
         add("log_weights rows", name, "log_weights", torch.ones(2), ValueError, ("2", "3"))
         add("log_weights dtype", name, "log_weights", torch.ones(3, dtype=torch.int64), TypeError, ("int64",))
     for name in ("loss", "exact_loss", "step", "step_"):
+        add("positive_rows rows", name, "positive_rows", torch.zeros(3, 1).long(), ValueError, ("(3, 1)", "[2, P]"))
+        add("positive_rows 1-d", name, "positive_rows", torch.arange(2), ValueError, ("(2,)", "[2, P]"))
+        add("positive_rows none", name, "positive_rows", torch.zeros(2, 0).long(), ValueError, ("(2, 0)",))
+        add("positive_rows dtype", name, "positive_rows", torch.zeros(2, 1), TypeError, ("float32", "int64"))
+        add("positive_rows type", name, "positive_rows", [[0], [1]], TypeError, ("list",))
+        limited = {"false_negatives": negcache_fn.FalseNegatives(max_score=lambda positive: positive)}
+        rows = torch.zeros(2, 2).long()
+        add("limits by several", name, "positive_rows", rows, ValueError, ("max_score", "(2, 2)"), **limited)
+        add("weigh_positives", name, "weigh_positives", 1, TypeError, ("1", "True or False"))
         add("reduction", name, "reduction", "average", ValueError, ("'average'", "'mean'", "'sum'", "'none'"))
     wrong: list[tuple[str, Any, type[Exception], tuple[str, ...]]] = [
         ("type", torch.ones(2, 3), TypeError, ("Tensor", "FalseNegatives")),

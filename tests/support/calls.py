@@ -77,6 +77,10 @@ class World:
     def facts(self) -> Arguments:
         return self.maybe(ids=self.ids(self.rows), log_weights=self.normal(self.rows))
 
+    def targets(self) -> Arguments:
+        rows = torch.randint(-1, self.rows, (self.queries, 1), generator=self.generator)
+        return self.maybe(positive_rows=rows)
+
     def drawing(self) -> Arguments:
         number = self.choose({}, {"num_draws": self.choose(1, 5)}, {"draws_per_query": self.choose(1, 3)})
         return number | self.maybe(top_k=self.choose(1, 3))
@@ -124,6 +128,7 @@ def step(w: World) -> Arguments:
             "options": negcache_fn.StepOptions(**(w.drawing() | options)),
             "false_negatives": w.known(function=True),
         }
+        | w.targets()
     )
 
 
@@ -132,13 +137,13 @@ def loss(w: World) -> Arguments:
     more = w.maybe(scale=1.0, in_batch=w.choose(True, False), staleness_correction="none", reduction="none")
     negatives = w.normal(draw.slot.numel(), w.dim)
     given = {"queries": w.questions, "documents": w.normal(w.rows, w.dim), "negatives": negatives, "draw": draw}
-    return given | w.facts() | more | {"false_negatives": w.known(function=True)}
+    return given | w.facts() | w.targets() | more | {"false_negatives": w.known(function=True)}
 
 
 def exact_loss(w: World) -> Arguments:
-    more = w.maybe(in_batch=w.choose(True, False), reduction="sum", top_k=w.choose(1, 4))
+    more = w.maybe(in_batch=w.choose(True, False), reduction="sum", top_k=w.choose(1, 4), weigh_positives=False)
     given = {"state": w.state, "queries": w.asked(), "documents": w.normal(w.rows, w.dim)}
-    return given | w.scored() | w.facts() | more | {"false_negatives": w.known(function=True)}
+    return given | w.scored() | w.facts() | w.targets() | more | {"false_negatives": w.known(function=True)}
 
 
 def sample_gumbel(w: World) -> Arguments:

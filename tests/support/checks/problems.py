@@ -147,7 +147,7 @@ class Problem:
         """What is said of the positives, as a user says it."""
         it, said = self.scenario, {}
         if it.targets is not None:
-            said["positives"] = torch.tensor(it.targets)
+            said["positive_rows"] = torch.tensor(it.targets)
         if not it.weigh_positives:
             said["weigh_positives"] = False
         return said

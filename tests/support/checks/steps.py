@@ -89,7 +89,7 @@ def composed(
     shared = {"scale": options.get("scale", 1.0), "score_transform": options.get("score_transform")}
     known = options.get("false_negatives", negcache_fn.FalseNegatives())
     targets = targets_of(rows, options)
-    if "positives" in options:
+    if "positive_rows" in options:
         queries = torch.where((targets >= 0).any(1)[:, None], queries, 0.0)
     limit = max_score_of(known, queries.detach(), encode(batch).detach(), shared, options)
     exclude = None if ids is None else (ids if in_batch else torch.where(targets >= 0, ids[targets], -1))
@@ -107,7 +107,7 @@ def composed(
     everything = encode(joined(batch, negcache_fn.take(state, slots), negcache_fn.take(state, oldest)))
     own, negatives, refreshed = everything.split([count, len(slots), len(oldest)])
     pass_on = ("ids", "log_weights", "in_batch", "share_draws", "staleness_correction", "reduction", "false_negatives")
-    pass_on = (*pass_on, "positives", "weigh_positives")
+    pass_on = (*pass_on, "positive_rows", "weigh_positives")
     chosen = {key: options[key] for key in pass_on if key in options}
     value = negcache_fn.loss(queries, own, negatives, draw, **chosen, **shared)
     after = negcache_fn.update(
@@ -122,7 +122,7 @@ def composed(
 
 def targets_of(rows: int, options: dict[str, Any]) -> Tensor:
     """`[B, P]` the rows of each query's positives, -1: none."""
-    return options.get("positives", torch.arange(rows)[:, None])
+    return options.get("positive_rows", torch.arange(rows)[:, None])
 
 
 def each_positive(
