@@ -205,8 +205,10 @@ def losses_of_positives(batch: BatchScores, cache_logit: Tensor) -> Tensor:
     if batch.is_target is None:
         return cross_entropy(batch, cache_logit)[:, None]
     negatives = logsumexp(torch.cat([batch.logits, cache_logit[:, None]], dim=1))
-    relative = negatives[:, None] - batch.positive
-    return torch.where(batch.is_target, torch.logaddexp(relative, torch.zeros_like(relative)), 0.0)
+    has_any = negatives != -_INFINITY  # where there are none the loss is 0, with derivatives of every order
+    relative = torch.where(has_any, negatives, 0.0)[:, None] - batch.positive
+    losses = torch.logaddexp(relative, torch.zeros_like(relative))
+    return torch.where(batch.is_target & has_any[:, None], losses, 0.0)
 
 
 def mean_of_positives(values: Tensor, batch: BatchScores) -> Tensor:

@@ -169,6 +169,26 @@ def test_a_row_outside_the_batch_is_an_error() -> None:
     assert_same_state(before, state)
 
 
+@pytest.mark.parametrize("in_batch", [True, False])
+@pytest.mark.parametrize("empty", [True, False])
+def test_derivatives_of_every_kind(empty: bool, in_batch: bool) -> None:
+    """Forward mode and the second order, also of a query that has no positive, or no negative."""
+    state = make_state(unit(9, 6, 3, torch.float64), live=[not empty] * 9)
+    queries, own, tangent = (unit(rows, 6, rows, torch.float64) for rows in (3, 5, 3))
+    rows = torch.tensor([[0, 3], [-1, -1], [2, -1]])
+
+    def value(queries: Tensor) -> Tensor:
+        return negcache_fn.exact_loss(state, queries, own, scale=3.0, positive_rows=rows, in_batch=in_batch)
+
+    asked = queries.clone().requires_grad_()
+    gradient = torch.autograd.grad(value(asked), asked)[0]
+    assert is_close(torch.func.jvp(value, (queries,), (tangent,))[1], (gradient * tangent).sum(), 1e-12)
+    step = 1e-5
+    shifted = [torch.func.grad(value)(queries + sign * step * tangent) for sign in (1, -1)]
+    along = torch.einsum("ijkl,kl->ij", torch.func.hessian(value)(queries), tangent)
+    assert is_close(along, (shifted[0] - shifted[1]) / (2 * step), 1e-8)
+
+
 @pytest.mark.parametrize("draws", [{}, {"draws_per_query": 2}], ids=str)
 def test_the_positive_is_not_sampled(draws: dict[str, Any]) -> None:
     """Only negatives have log-weights, also in draws: the loss of a step is that of the formula, nothing being stale.
