@@ -169,6 +169,7 @@ def test_a_row_outside_the_batch_is_an_error() -> None:
     assert_same_state(before, state)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("in_batch", [True, False])
 @pytest.mark.parametrize("empty", [True, False])
 def test_derivatives_of_every_kind(empty: bool, in_batch: bool) -> None:
