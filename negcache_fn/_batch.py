@@ -13,7 +13,7 @@ from negcache_fn._checks import check_embeddings
 from negcache_fn._codec import encode
 from negcache_fn._draws.sample import check_draws
 from negcache_fn._features import Features, fit_to_slots, in_slots, leaves
-from negcache_fn._loss.batch_classes import Classes, check_targets, targets_among
+from negcache_fn._loss.batch_classes import Classes, check_targets, labels_of_classes, targets_among
 from negcache_fn._options import StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree
 from negcache_fn._ranks.attempts import Attempts
@@ -53,7 +53,9 @@ def check_batch_of_step(
     features, rows = _fit_features(state, queries, features, most, ranks)
     check_draws(state, options, ranks)
     check_facts(rows, cached, ids, log_weights, cacheable, priorities)
-    check_false_negatives(false_negatives, queries, knows_positives=True)
+    labelled = rows if options.batch_is_classes else None
+    slots = cached.shape[0]
+    check_false_negatives(false_negatives, queries, knows_positives=True, documents=labelled, slots=slots)
     check_targets(positive_rows, queries, false_negatives)
     to_store, fits = in_slots(stored_features(state), features)
     if log_weights is not None:
@@ -88,6 +90,7 @@ def agree_on_batch(
             "ids": batch.ids is not None,
             "log_weights": batch.log_weights is not None,
             "max_score": "a function" if needs_positives(known) else known.max_score is not None,
+            "labels": known.labels is not None,
             "priorities": None if batch.priorities is None else batch.priorities.dtype,
             "gradients": torch.is_grad_enabled(),
             "autocast": torch.get_autocast_dtype(device) if autocast else None,
@@ -122,10 +125,11 @@ def classes_of(
     batch: Batch, documents: Tensor, arrivals: Arrivals, queries: int, options: StepOptions, ranks: Ranks
 ) -> Classes:
     """The documents of this rank or of all ranks."""
+    labels = labels_of_classes(batch.false_negatives.labels, queries, options, ranks)
     if options.all_ranks_in_batch:
         targets = targets_among(batch.positive_rows, queries, batch.rows, ranks)
-        return Classes(arrivals.embeddings, arrivals.ids, arrivals.log_weights, ranks.rank * queries, targets)
-    return Classes(documents, batch.ids, batch.log_weights, 0, batch.positive_rows)
+        return Classes(arrivals.embeddings, arrivals.ids, arrivals.log_weights, ranks.rank * queries, targets, labels)
+    return Classes(documents, batch.ids, batch.log_weights, 0, batch.positive_rows, labels)
 
 
 def _fit_features(

@@ -10,7 +10,7 @@ __all__ = ["Problem"]
 class Problem(NamedTuple):
     """The fields of `ScoreMatrix` without its transform: `scores[i, j] = queries[i] . embeddings[j] + bias[j]`.
 
-    -inf where `j` is in `excluded[i]`, or the product is above `max_score[i]`.
+    -inf where `j` is in `excluded[i]`, the product is above `max_score[i]`, or `row_labels[i]` is `slot_labels[j]`.
     """
 
     queries: Tensor  # [B, D] float32 or float64
@@ -18,3 +18,5 @@ class Problem(NamedTuple):
     bias: Tensor  # [C], dtype of the queries
     excluded: Tensor  # [B, P] int64 slots, -1: none; P may be 0
     max_score: Tensor | None  # [B], dtype of the queries; None: no limit
+    row_labels: Tensor | None = None  # [B] int32; None: no labels
+    slot_labels: Tensor | None = None  # [C] int32, with them

@@ -19,7 +19,13 @@ from negcache_fn._checks import check_embeddings, check_positive_rows, check_row
 from negcache_fn._options import StepOptions
 from negcache_fn._ranks.group import Ranks, positives_first
 from negcache_fn._scores.definition import Similarity, full_precision
-from negcache_fn._scores.exclude import FalseNegatives, check_false_negatives, max_score_of, needs_positives
+from negcache_fn._scores.exclude import (
+    FalseNegatives,
+    Labels,
+    check_false_negatives,
+    max_score_of,
+    needs_positives,
+)
 
 __all__ = [
     "BatchScores",
@@ -29,6 +35,7 @@ __all__ = [
     "check_batch",
     "check_targets",
     "known_ids",
+    "labels_of_classes",
     "positive_scores",
     "targets_among",
     "try_limits",
@@ -46,6 +53,7 @@ class Classes(NamedTuple):
     log_weights: Tensor | None  # [N]
     first: int  # the positive of query i is document first + i
     targets: Tensor | None = None  # [B, P] or those of these numbers, -1: none
+    labels: Tensor | None = None  # [N]
 
 
 class BatchScores(NamedTuple):
@@ -68,10 +76,13 @@ def check_batch(
     log_weights: Tensor | None,
     false_negatives: FalseNegatives,
     positives: Tensor | None,
+    options: StepOptions,
+    slots: int | None = None,
 ) -> None:
-    """Raises unless the documents fit the queries, and what is said of the documents fits them."""
+    """Raises unless the documents fit the queries, and what is said of the documents, and of the slots, fits them."""
     check_embeddings("documents", documents, queries, at_least=queries.shape[0])
-    check_false_negatives(false_negatives, queries, knows_positives=True)
+    labelled = documents.shape[0] if options.batch_is_classes else None
+    check_false_negatives(false_negatives, queries, knows_positives=True, documents=labelled, slots=slots)
     check_targets(positives, queries, false_negatives)
     if ids is not None:
         check_rows("ids", ids, torch.int64, documents.shape[0], queries.device)
@@ -128,15 +139,26 @@ def batch_classes(
     options: StepOptions,
     ranks: Ranks,
     positives: Tensor | None = None,
+    labels: Labels | None = None,
 ) -> Classes:
     """The batch's own documents, or those of all ranks."""
+    labelled = labels_of_classes(labels, queries, options, ranks)
     if not options.all_ranks_in_batch:
-        return Classes(documents, ids, log_weights, 0, positives)
+        return Classes(documents, ids, log_weights, 0, positives, labelled)
     positives = targets_among(positives, queries, documents.shape[0], ranks)
     documents = positives_first(ranks.gather(documents), queries, ranks)
     ids = None if ids is None else positives_first(ranks.gather(ids), queries, ranks)
     log_weights = None if log_weights is None else positives_first(ranks.gather(log_weights), queries, ranks)
-    return Classes(documents, ids, log_weights, ranks.rank * queries, positives)
+    return Classes(documents, ids, log_weights, ranks.rank * queries, positives, labelled)
+
+
+def labels_of_classes(labels: Labels | None, queries: int, options: StepOptions, ranks: Ranks) -> Tensor | None:
+    """[N] those of the batch's documents, or of all ranks' in the order of `Classes`; None without labels."""
+    if labels is None or labels.documents is None or not options.batch_is_classes:
+        return None
+    if not options.all_ranks_in_batch:
+        return labels.documents
+    return positives_first(ranks.gather_all(labels.documents)[0], queries, ranks)
 
 
 def known_ids(ids: Tensor | None, queries: int, options: StepOptions, positives: Tensor | None = None) -> Tensor | None:
@@ -214,6 +236,8 @@ def _no_classes(products: Tensor, own: Tensor, classes: Classes, false_negatives
         none.append(~first_of_each(ids)[None])
         if false_negatives.ids is not None:
             none.append(_any_equal(ids, false_negatives.ids))
+    if classes.labels is not None and false_negatives.labels is not None:
+        none.append(_any_equal(classes.labels, false_negatives.labels.queries[:, None]))
     limit = max_score_of(false_negatives, products, products.dtype, products.gather(1, own[:, :1].clamp(min=0))[:, 0])
     if limit is not None:
         none.append(products > limit[:, None])

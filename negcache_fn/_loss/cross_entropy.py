@@ -146,7 +146,8 @@ def loss(
         check_embeddings("queries", queries, draw.embedding, rows=draw.log_normalizer.shape[0])
         check_embeddings("negatives", negatives, queries, rows=draw.slot.numel())
         check_scale(scale, queries.device)
-        check_batch(queries, documents, ids, log_weights, false_negatives, positive_rows)
+        check_batch(queries, documents, ids, log_weights, false_negatives, positive_rows, options)
+        _check_labels_of_draw(draw, false_negatives, options)
         if draw.for_batch and torch.is_grad_enabled() and queries.requires_grad:
             _check_gradient_of_draw(draw)
         if group is not None:
@@ -172,9 +173,15 @@ def loss(
             "draws": draw.slot.numel(),
             "positive_rows": 0 if positive_rows is None else positive_rows.shape[1],
         },
-        choices={"ids": ids is not None, "log_weights": log_weights is not None},
+        choices={
+            "ids": ids is not None,
+            "log_weights": log_weights is not None,
+            "labels": false_negatives.labels is not None,
+            "labels of the draw": draw.exclude_labels.shape[1] > 0,
+        },
     )
-    classes = batch_classes(queries.shape[0], documents, ids, log_weights, options, ranks, positive_rows)
+    labels = false_negatives.labels
+    classes = batch_classes(queries.shape[0], documents, ids, log_weights, options, ranks, positive_rows, labels)
     shared = gather_draws(negatives, draw, ranks) if share_draws else None
     queries, scale = in_dtype(queries, scale, draw.log_normalizer.dtype)
     similarity = Similarity.of(options, scale, draw.log_normalizer.dtype)
@@ -182,6 +189,17 @@ def loss(
         batch = batch_scores(similarity, queries, classes, options, false_negatives)
         cache = estimate_cache_logit(similarity, queries, negatives, draw, shared, options)
     return reduced(cross_entropy(batch, cache.logit), options, batch.trains)
+
+
+def _check_labels_of_draw(draw: Draw, false_negatives: FalseNegatives, options: StepOptions) -> None:
+    """Raises if batch and cache would exclude different labels."""
+    labelled, drawn_with = false_negatives.labels is not None, draw.exclude_labels.shape[1] > 0
+    if labelled and not drawn_with:
+        raise ValueError(
+            "false_negatives.labels is given and the draw has none; expected them in sample_gumbel as well"
+        )
+    if drawn_with and not labelled and options.batch_is_classes:
+        raise ValueError("false_negatives.labels is None and the draw has labels; expected those that it was made with")
 
 
 def _check_gradient_of_draw(draw: Draw) -> None:

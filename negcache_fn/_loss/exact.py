@@ -107,8 +107,8 @@ def exact_loss(
         )
         options.check_group(ranks.name is None)
         check_search(state, queries, scale)
-        check_batch(queries, documents, ids, log_weights, false_negatives, positive_rows)
         capacity = stored(state, "embedding").shape[0]
+        check_batch(queries, documents, ids, log_weights, false_negatives, positive_rows, options, capacity)
         if top_k is not None:
             check_size("top_k", top_k, most=capacity if group is None else None)
         if group is not None:
@@ -139,12 +139,14 @@ def exact_loss(
                 "ids": ids is not None,
                 "log_weights": log_weights is not None,
                 "max_score": false_negatives.max_score is not None,
+                "labels": false_negatives.labels is not None,
             },
         )
         queries, scale = in_dtype(queries, scale, dtype_of_scores(state, queries))
         similarity = Similarity.of(options, scale, queries.dtype)
         queries = without_idle(queries, positive_rows)
-        classes = batch_classes(rows, documents, ids, log_weights, options, ranks, positive_rows)
+        labels = false_negatives.labels
+        classes = batch_classes(rows, documents, ids, log_weights, options, ranks, positive_rows, labels)
         batch = batch_scores(similarity, queries, classes, options, false_negatives)
         with torch.no_grad():  # a document is a negative or not
             scored = None

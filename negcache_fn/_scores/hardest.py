@@ -74,7 +74,7 @@ def top_negatives(
         check_search(state, queries, scale, exclude_ids)
         capacity = stored(state, "embedding").shape[0]
         check_size("n", n, most=capacity if group is None else None)
-        check_false_negatives(false_negatives, queries, knows_positives=False)
+        check_false_negatives(false_negatives, queries, knows_positives=False, slots=capacity)
         similarity = Similarity.of(options, scale, dtype_of_scores(state, queries))
         exclusions = Exclusions.of(queries, exclude_ids, false_negatives, similarity.dtype)
     with torch.no_grad(), full_precision(queries):  # mining is a look-up
@@ -161,15 +161,29 @@ def _top(left: Tensor, right: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("negcache_fn::hardest", mutates_args=())
 def _hardest_op(
-    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, n: int
+    queries: Tensor,
+    embeddings: Tensor,
+    bias: Tensor,
+    excluded: Tensor,
+    max_score: Tensor | None,
+    row_labels: Tensor | None,
+    slot_labels: Tensor | None,
+    n: int,
 ) -> tuple[Tensor, Tensor]:
-    problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score)
+    problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score, row_labels, slot_labels)
     found = dispatch.hardest(problem, n)
-    return _hardest(ScoreMatrix(*problem, None), n) if found is None else found
+    return _hardest(ScoreMatrix.of(problem), n) if found is None else found
 
 
 @_hardest_op.register_fake
 def _(
-    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, n: int
+    queries: Tensor,
+    embeddings: Tensor,
+    bias: Tensor,
+    excluded: Tensor,
+    max_score: Tensor | None,
+    row_labels: Tensor | None,
+    slot_labels: Tensor | None,
+    n: int,
 ) -> tuple[Tensor, Tensor]:
     return queries.new_empty(queries.shape[0], n), excluded.new_empty(queries.shape[0], n)

@@ -34,11 +34,13 @@ def cache_scores(
     transform: Transform | None = None,
     top_k: int | None = None,
     max_score: Sequence[float] | None = None,
+    labels: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> Tensor:
     """`[B, C]` float64 scores, -inf where a slot is empty, excluded for that query, or below its `top_k` best.
 
     `exclude[i]` lists the ids that are no negatives of query i; -1 is anonymous and matches nothing. A document whose
-    score, without its log-weight, is above `max_score[i]` is none either.
+    score, without its log-weight, is above `max_score[i]` is none either, nor is one of the query's label, unless that
+    is -1; the labels are those of the queries and of the slots.
     """
     queries, embedding = queries.double(), embedding.double()
     rows, capacity = queries.shape[0], embedding.shape[0]
@@ -55,6 +57,8 @@ def cache_scores(
             if banned and ids is not None and int(ids[j]) in banned:
                 keep[i, j] = False
             if max_score is not None and bare[i][j] > max_score[i]:
+                keep[i, j] = False
+            if labels is not None and int(labels[0][i]) == int(labels[1][j]) != -1:
                 keep[i, j] = False
     if top_k is not None:
         values = scores.detach().numpy()
@@ -130,6 +134,7 @@ def cross_entropy(
     max_score: Sequence[float] | None = None,
     targets: Sequence[Sequence[int]] | None = None,
     weigh_positives: bool = True,
+    labels: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> Tensor:
     """`[B]` losses `logsumexp(s_pos, in-batch scores, c_i) - s_pos` with the cache as one class of logit `c_i`.
 
@@ -138,7 +143,7 @@ def cross_entropy(
 
     `targets[i]` are the rows of its positives, -1 for none, instead of row i: the loss is the mean over them, each
     without the others among its classes, and 0 if there are none. Without `weigh_positives` their scores have no
-    log-weight.
+    log-weight. With labels, of the queries and of the documents, other documents of the query's label are no classes.
     """
     queries, documents = queries.double(), documents.double()
     scores = (transform or identity)(scale * (queries @ documents.T))
@@ -156,6 +161,8 @@ def cross_entropy(
             mine = [j for j in mine if int(ids[j]) == -1 or int(ids[j]) not in positives[i]]
         if max_score is not None:
             mine = [j for j in mine if bare[i][j] <= max_score[i]]
+        if labels is not None:
+            mine = [j for j in mine if int(labels[0][i]) == -1 or int(labels[1][j]) != int(labels[0][i])]
         logits = [scores[i, j] for j in mine]
         if math.isfinite(float(cache_logit[i].detach())):
             logits.append(cache_logit[i])

@@ -29,7 +29,7 @@ def small(exact_loss: ExactLoss, scenario: Scenario) -> None:
         "top_k": scenario.top_k,
         **problem.of_positives,
     }
-    if scenario.positives is not None or scenario.margin is not None:
+    if scenario.positives is not None or scenario.margin is not None or scenario.labels is not None:
         options["false_negatives"] = problem.false_negatives
     given = exact_loss(state, leaves["queries"], leaves["documents"], **options, reduction="none")
     logits = oracles.log_normalizer(problem.scores(problem.stale))
@@ -46,6 +46,7 @@ def small(exact_loss: ExactLoss, scenario: Scenario) -> None:
         max_score=problem.max_score,
         targets=scenario.targets,
         weigh_positives=scenario.weigh_positives,
+        labels=None if scenario.labels is None else scenario.labels[:2],
     )
     assert is_close(given, expected, 1e-12)
     right, gradients = problem.gradients(expected), problem.gradients(given)

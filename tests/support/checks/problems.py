@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from negcache_fn import Draw, FalseNegatives
+from negcache_fn import Draw, FalseNegatives, Labels
 from tests.support import oracles
 from tests.support.builders import make_state
 
@@ -37,6 +37,7 @@ class Scenario:
     margin: float | None = None
     targets: tuple[tuple[int, ...], ...] | None = None
     weigh_positives: bool = True
+    labels: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None  # of queries, documents, slots
     split: int | None = None
     scale: float = 3.0
     drift: float = 0.0
@@ -94,7 +95,8 @@ class Problem:
         """As a user gives them."""
         it = self.scenario
         ids = None if it.positives is None else torch.tensor(it.positives)
-        return FalseNegatives(ids, None if it.margin is None else lambda positive: positive + it.margin)
+        labels = None if it.labels is None else Labels(*map(torch.tensor, it.labels))
+        return FalseNegatives(ids, None if it.margin is None else lambda positive: positive + it.margin, labels)
 
     def encode(self) -> Tensor:
         """Fresh embeddings of all cached documents."""
@@ -111,6 +113,7 @@ class Problem:
                 "exclude": self.exclude_all,
                 "scale": self.leaves["scale"],
                 "transform": it.transform,
+                "labels": None if it.labels is None else (it.labels[0], it.labels[2][start:stop]),
             }
             queries = self.leaves["queries"]
             scores = oracles.cache_scores(queries, embedding[start:stop], **options)
@@ -140,6 +143,7 @@ class Problem:
             max_score=self.max_score,
             targets=it.targets,
             weigh_positives=it.weigh_positives,
+            labels=None if it.labels is None else it.labels[:2],
         )
 
     @property
@@ -193,7 +197,7 @@ class Problem:
     def draw_of_batch(self, slots: Sequence[int], threshold: float | Tensor) -> Draw:
         """The `Draw` that a sampler would have given for documents drawn for the batch, in that order."""
         of_query = self.draw([list(slots)] * self.scenario.rows)
-        one = ("slot", "embedding", "id", "log_weight", "source")
+        one = ("slot", "embedding", "id", "log_weight", "source", "label")
         mass = torch.tensor([[math.log(self.mass[j]) if j >= 0 else -math.inf for j in slots]], dtype=torch.float64)
         return of_query._replace(
             **{name: getattr(of_query, name)[:1] for name in one},
@@ -249,6 +253,8 @@ class Problem:
                 -1, len(self.parts)
             ),
             exclude_ids=torch.tensor(exclude, dtype=torch.int64),
+            label=torch.full_like(slot, -1) if it.labels is None else torch.tensor(it.labels[2])[place],
+            exclude_labels=slot.new_empty(it.rows, 0) if it.labels is None else torch.tensor(it.labels[0])[:, None],
             noise=torch.zeros(len(self.parts), 2, dtype=torch.int64),
         )
 
@@ -276,7 +282,7 @@ class Problem:
         """`loss` of a `Draw` of the documents `flat` [R * m]."""
         it = self.scenario
         options = {"reduction": "none", **self.of_positives, **options}
-        if it.positives is not None or it.margin is not None:
+        if it.positives is not None or it.margin is not None or it.labels is not None:
             options["false_negatives"] = self.false_negatives
         return loss(
             self.leaves["queries"],
@@ -361,6 +367,24 @@ def scenarios() -> dict[str, Scenario]:
         "margin, top_k, merged": Scenario(capacity=6, split=3, top_k=2, margin=0.6, in_batch=False),
         "margin that leaves nothing": Scenario(capacity=3, margin=-40.0),
         "sharp": Scenario(scale=25.0),
+        "labels": Scenario(documents=4, capacity=5, labels=((4, -1), (4, -1, 4, 7), (4, -1, 7, 4, 9))),
+        "labels, own only": Scenario(capacity=4, in_batch=False, labels=((2, 5), (0, 0, 0), (5, 2, 5, -1))),
+        "labels that leave nothing": Scenario(capacity=3, labels=((2, 5), (2, 5, 5), (2, 2, 2))),
+        "labels, merged": Scenario(capacity=5, split=2, labels=((-3, 5), (1, -3, -3), (5, -3, -3, 5, 1))),
+        "labels, all at once": Scenario(
+            documents=6,
+            capacity=6,
+            ids=(3, 5, 9, 5, -1, 3),
+            cache_ids=(8, -1, -1, 2, 7, -1),
+            cache_log_weight=(1.5, 0.0, -0.75, 0.5, 0.25, 0.0),
+            positives=((7, 9), (8, -1)),
+            targets=((0, 2), (4, 3)),
+            labels=((4, 6), (4, 6, 4, 6, 6, 8), (4, 6, 8, 6, -1, 8)),
+            live=(True, True, False, True, True, True),
+            margin=None,
+            top_k=2,
+            **squash,
+        ),
         "targets": Scenario(documents=5, capacity=5, targets=((0, 3), (4, -1))),
         "targets, own only": Scenario(
             documents=5,
