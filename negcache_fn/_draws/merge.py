@@ -167,15 +167,20 @@ def _checked(a: Draw, b: Draw) -> Tensor:
     """The perturbed values of `a`, if the draws have different noise and the same exclusions."""
     # What is excluded for all queries is not among the draws, and no query needs to know of it.
     of_each = a.exclude_ids.shape[0] == a.log_normalizer.shape[0]
-    ids = (a.exclude_ids, b.exclude_ids) if of_each else (a.exclude_ids[:0], b.exclude_ids[:0])
-    excluded, other = (
-        torch.cat([known.flatten(), draw.exclude_labels.flatten()]) for known, draw in zip(ids, (a, b), strict=True)
-    )
-    return cast(Tensor, _checked_op(a.perturbed, a.noise, b.noise, excluded, other))
+    excluded = (a.exclude_ids, b.exclude_ids) if of_each else (a.exclude_ids[:0], b.exclude_ids[:0])
+    return cast(Tensor, _checked_op(a.perturbed, a.noise, b.noise, *excluded, a.exclude_labels, b.exclude_labels))
 
 
 @torch.library.custom_op("negcache_fn::check_merged", mutates_args=())
-def _checked_op(values: Tensor, noise: Tensor, other_noise: Tensor, excluded: Tensor, other_excluded: Tensor) -> Tensor:
+def _checked_op(
+    values: Tensor,
+    noise: Tensor,
+    other_noise: Tensor,
+    excluded: Tensor,
+    other_excluded: Tensor,
+    labels: Tensor,
+    other_labels: Tensor,
+) -> Tensor:
     """An operator, because it reads numbers."""
     keys, others = cast("list[list[int]]", noise.tolist()), cast("list[list[int]]", other_noise.tolist())
     for seed, step in keys:
@@ -184,13 +189,14 @@ def _checked_op(values: Tensor, noise: Tensor, other_noise: Tensor, excluded: Te
                 f"b has the noise of seed {seed} at step {step}, as a has, and would draw the same places; expected "
                 f"caches of different seeds: init_cache(..., seed=...)"
             )
-    if not torch.equal(excluded, other_excluded):
-        raise ValueError("b has other excluded ids or labels than a; expected the same exclusions for every cache")
+    for what, of_a, of_b in (("ids", excluded, other_excluded), ("labels", labels, other_labels)):
+        if not torch.equal(of_a, of_b):
+            raise ValueError(f"b has other excluded {what} than a; expected the same exclusions for every cache")
     return values.clone()
 
 
 @_checked_op.register_fake
-def _(values: Tensor, noise: Tensor, other_noise: Tensor, excluded: Tensor, other_excluded: Tensor) -> Tensor:
+def _(values: Tensor, *_: Tensor) -> Tensor:
     return torch.empty_like(values)
 
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Problem"]
+__all__ = ["SCHEMA", "Problem"]
 
 
 class Problem(NamedTuple):
@@ -20,3 +20,10 @@ class Problem(NamedTuple):
     max_score: Tensor | None  # [B], dtype of the queries; None: no limit
     row_labels: Tensor | None = None  # [B] int32; None: no labels
     slot_labels: Tensor | None = None  # [C] int32, with them
+
+
+SCHEMA = (
+    "Tensor queries, Tensor embeddings, Tensor bias, Tensor excluded, "
+    "Tensor? max_score, Tensor? row_labels, Tensor? slot_labels"
+)
+"""A problem's fields as the first arguments of an operator."""

@@ -45,6 +45,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch, transform": {"score_transform": strategies.soft_cap, "ids": True},
     "positives": {"num_draws": 4, "ids": True, "positive_rows": True, "log_weights": True, "weigh_positives": False},
     "positives of own": {"draws_per_query": 2, "ids": True, "positive_rows": True, "in_batch": False},
+    "labels": {"num_draws": 4, "false_negatives": "labels"},
+    "labels, each query": {"draws_per_query": 2, "top_k": 9, "false_negatives": "labels"},
     "weights, mask": {"draws_per_query": 1, "log_weights": True, "cacheable": True},
 }
 
@@ -72,7 +74,7 @@ def options_at(n: int, variant: dict[str, Any]) -> dict[str, Any]:
             torch.arange(2 * ROWS).view(ROWS, 2) + 5 * n - 9, lambda positive: positive + 4.0
         ),
     }
-    return {key: made.get(key, value) for key, value in variant.items()}
+    return {key: made.get(key, value) if value is True else value for key, value in variant.items()}
 
 
 def train(
@@ -86,10 +88,18 @@ def train(
     def forward(state: TensorDictBase, questions: Any, batch: Any, options: dict[str, Any]) -> Any:
         return function(state, queries_tower(questions), batch, tower, scale=scale, **options)
 
+    def labels_at(n: int, state: TensorDictBase) -> negcache_fn.FalseNegatives:
+        cached = state["items", "features", "words"][:, 0]  # a view of what the step may write
+        labels = documents(TOTAL, n)["words"][:, 0]
+        return negcache_fn.FalseNegatives(labels=negcache_fn.Labels(labels[:ROWS], labels, cached))
+
     forward = wrap(forward)
     losses, metrics = [], []
     for n in range(STEPS):
-        out = forward(state, documents(ROWS, 100 + n), documents(TOTAL, n), step_keywords(**options_at(n, variant)))
+        options = options_at(n, variant)
+        if options.get("false_negatives") == "labels":
+            options["false_negatives"] = labels_at(n, state)
+        out = forward(state, documents(ROWS, 100 + n), documents(TOTAL, n), step_keywords(**options))
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -111,6 +121,8 @@ CASES = [
     pytest.param("aot_eager", "batch, transform", False, id="aot_eager-step-batch-transform"),
     pytest.param("aot_eager", "shared, ids, stalest", True, id="aot_eager-step_"),
     pytest.param("aot_eager", "top_k, transform, own", False, id="aot_eager-step-top_k"),
+    pytest.param("inductor", "labels", True, id="inductor-step_-labels"),
+    pytest.param("aot_eager", "labels, each query", False, id="aot_eager-step-labels"),
     pytest.param("inductor", "positives", True, id="inductor-step_-positives"),
     pytest.param("aot_eager", "positives of own", False, id="aot_eager-step-positives"),
     pytest.param("aot_eager", "weights, mask", False, id="aot_eager-step-weights"),

@@ -30,6 +30,11 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "positives-limited": DOUBLE
     | {"num_draws": 12, "positives": 1, "reduction": "sum", "margin": 1.0}
     | {"in_batch": "global", "placement": "replicated"},
+    "labels": DOUBLE | {"in_batch": "global", "num_draws": 24, "labels": True, "with_ids": False},
+    "labels-of-own": DOUBLE | {"in_batch": False, "draws_per_query": 2, "labels": True},
+    "labels-replicated": DOUBLE
+    | {"in_batch": "global", "placement": "replicated", "draws_per_query": 2, "labels": True}
+    | {"positives": 2, "reduction": "sum", "top_k": 40},
     "batch": DOUBLE | {"in_batch": "global", "num_draws": 24, "refresh_stalest": 3},
     "batch-default": DOUBLE | {"in_batch": False, "margin": 2.0, "with_weights": True},
     "batch-long": DOUBLE | {"steps": 50, "in_batch": "global", "num_draws": 12, "evict": "fifo"},

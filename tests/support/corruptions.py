@@ -88,9 +88,13 @@ ANY_ROWS = [
 ]
 FEATURES = [*ANY_ROWS, of_features(lambda leaf: torch.cat([leaf, leaf]))]
 EXAMPLE = [*constant(3, None, "x", {}, [1.0]), *(of_features(c) for c in (Tensor.tolist, Tensor.sum, Tensor.to_sparse))]
+LABELS = [
+    negcache_fn.Labels(queries) for queries in (torch.ones(2), torch.ones(99).long(), torch.ones(1, 1).long(), [1])
+]
 KNOWN = [
     *constant(None, 3, torch.ones(2, 2, dtype=torch.int64)),
     *constant(*(negcache_fn.FalseNegatives(ids=ids) for ids in (torch.ones(2).long(), torch.ones(7, 2).long(), [1]))),
+    *constant(*(negcache_fn.FalseNegatives(labels=labels) for labels in (3, torch.ones(2).long(), *LABELS))),
     *constant(*(negcache_fn.FalseNegatives(max_score=limit) for limit in ("x", torch.ones(9), torch.ones(2, 2)))),
 ]
 ENCODE = [

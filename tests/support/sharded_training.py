@@ -83,6 +83,7 @@ def train(
     options = dict(options)
     with_ids, with_weights = options.pop("with_ids", True), options.pop("with_weights", False)
     margin, several = options.pop("margin", None), options.pop("positives", 0)
+    labelled = options.pop("labels", False)
     if alone and options.get("in_batch") == "global":
         options["in_batch"] = True
     state = whole_cache(dtype) if start is None else start
@@ -116,6 +117,12 @@ def train(
         if margin is not None:
             options["false_negatives"] = negcache_fn.FalseNegatives(
                 _part(positives, rank, world), lambda positive: positive + margin
+            )
+        if labelled:
+            cached = state["items", "features", "text", "tokens"][:, 0] // 10 % 7 - 1
+            options["false_negatives"] = negcache_fn.FalseNegatives(
+                None if not several else _part(positives, rank, world),
+                labels=negcache_fn.Labels(ids[own][: BATCH // world] % 7 - 1, ids[own] % 7 - 1, cached),
             )
         facts = {"positive_rows": _positives(several, rank, world)} if several else {}
         out = step(

@@ -94,7 +94,7 @@ def composed(
     limit = max_score_of(known, queries.detach(), encode(batch).detach(), shared, options)
     exclude = None if ids is None else (ids if in_batch else torch.where(targets >= 0, ids[targets], -1))
     picks = {key: options[key] for key in ("draws_per_query", "num_draws", "top_k") if key in options}
-    stale_known = negcache_fn.FalseNegatives(known.ids, limit)
+    stale_known = known._replace(max_score=limit)
     picks |= {"exclude_ids": exclude, "false_negatives": stale_known, **shared}
     if "draws_per_query" not in options:
         picks["importance"] = importance_of(state, queries, encode(batch).detach(), limit, picks, options)
@@ -141,6 +141,9 @@ def each_positive(
         mine = oracles.negatives_beside(wanted, len(own), ids, in_batch=options.get("in_batch", True))
         if known.ids is not None and ids is not None:
             mine = [j for j in mine if ids[j] == -1 or ids[j] not in known.ids[i].tolist()]
+        if known.labels is not None and known.labels.documents is not None:
+            own_label, labels = int(known.labels.queries[i]), known.labels.documents.tolist()
+            mine = [j for j in mine if own_label == -1 or labels[j] != own_label]
         negatives = [math.exp(scores[i][j] + weights[j]) for j in mine if scores[i][j] <= limits[i]]
         cached = math.exp(float(cache_logit[i]))
         found = []
@@ -220,6 +223,7 @@ def naive_metrics(
     if positives is not None:
         limits["exclude"] = [[*(limits["exclude"][i] if names else []), *positives[i]] for i in range(len(queries))]
     limits["max_score"] = None if limit is None else limit.tolist()
+    limits["labels"] = None if known.labels is None else (known.labels.queries.tolist(), known.labels.cached.tolist())
     stale = oracles.cache_scores(queries, items["embedding"], **limits, **shared)
     cache_logit = oracles.log_normalizer(stale)
     each = each_positive(queries, own, cache_logit, limits["max_score"], options)
@@ -268,7 +272,9 @@ def naive_metrics(
         "draw_age_steps": sum(now - at[slots[m]] for m in exist) / max(len(exist), 1),
         "drift": sum(drifts) / max(len(drifts), 1),
         "effective_sample_size": sum(sizes) / max(len(sizes), 1),
-        "masked_pairs": masked_pairs(queries, items, draw, can_draw, positives, limits["max_score"], shared, options),
+        "masked_pairs": masked_pairs(
+            queries, items, draw, can_draw, positives, limits["max_score"], shared, options, limits["labels"]
+        ),
         "non_finite": 0.0,
     }
 
@@ -282,6 +288,7 @@ def masked_pairs(
     limit: list[float] | None,
     shared: dict[str, Any],
     options: dict[str, Any],
+    labels: tuple[list[int], list[int]] | None,
 ) -> float:
     """Share of the pairs of a query and a draw (of another query, or for the batch) that are false negatives.
 
@@ -297,6 +304,9 @@ def masked_pairs(
         if options.get("ids") is not None and not options.get("in_batch", True):
             named |= {int(options["ids"][j]) for j in targets_of(len(queries), options)[i].tolist() if j >= 0}
         for who, j in draws:
+            if labels is not None and labels[0][i] == labels[1][j] != -1:
+                count += who != i
+                continue
             by_id = int(items["id"][j]) != -1 and int(items["id"][j]) in named
             count += who != i and (by_id or (limit is not None and float(bare[i, j]) > limit[i]))
     return count / max(len(can_draw) * len(draws), 1)
