@@ -248,7 +248,7 @@ def _numbered(of_queries: Tensor, of_slots: Tensor) -> tuple[Tensor, Tensor]:
     """[B] and [C] int32, equal where the labels are and are not -1: a slot's is the place among the queries' labels."""
     ordered, of_slots = of_queries.sort().values, of_slots.contiguous()
     place = torch.searchsorted(ordered, of_slots).clamp(max=ordered.shape[0] - 1)
-    found = (ordered[place] == of_slots) & named(of_slots)
+    found = ordered[place] == of_slots
     rows = torch.where(named(of_queries), torch.searchsorted(ordered, of_queries.contiguous()), -2)
     return rows.to(torch.int32), torch.where(found, place, -1).to(torch.int32)
 

@@ -83,3 +83,15 @@ def test_labels_in_every_kernel(
     again = cpu.score_blocks(problem, chosen)[:, 0]
     of_block = blocks.gather(1, chosen[..., None].expand(-1, -1, BLOCK))[:, 0]
     assert largest_error(torch.where(something, again, 0.0), torch.where(something, of_block, 0.0)) <= 1e-4
+
+
+@needs_kernels
+def test_labels_of_more_rows_than_are_searched_at_once() -> None:
+    rows, capacity, n = 20_000, 1100, 1024
+    slots = torch.arange(capacity, dtype=torch.int32) % 12
+    labels = torch.arange(rows, dtype=torch.int32) // 1500
+    arguments = torch.ones(rows, 1), torch.ones(capacity, 1), torch.zeros(capacity), torch.empty(rows, 0).long()
+    found = cpu.hardest(Problem(*arguments, None, labels, slots), n)[1]
+    for row in (0, 8000, 16_400, rows - 1):
+        left = torch.nonzero(slots != labels[row]).flatten()[:n]
+        assert torch.equal(found[row, : len(left)], left)
