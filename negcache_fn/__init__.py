@@ -19,7 +19,7 @@ from negcache_fn._loss.exact import exact_loss
 from negcache_fn._monitor.ages import age_histogram
 from negcache_fn._options import StepOptions
 from negcache_fn._scores.definition import score
-from negcache_fn._scores.exclude import FalseNegatives
+from negcache_fn._scores.exclude import FalseNegatives, Labels
 from negcache_fn._scores.hardest import top_negatives
 from negcache_fn._step import StepOutput, step, step_
 from negcache_fn.dataset_rows import hard_negatives, training_rows
@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Draw",
     "FalseNegatives",
+    "Labels",
     "StepOptions",
     "StepOutput",
     "age_histogram",

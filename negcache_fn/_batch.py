@@ -13,7 +13,7 @@ from negcache_fn._checks import check_embeddings
 from negcache_fn._codec import encode
 from negcache_fn._draws.sample import check_draws
 from negcache_fn._features import Features, fit_to_slots, in_slots, leaves
-from negcache_fn._loss.batch_classes import Classes
+from negcache_fn._loss.batch_classes import Classes, check_targets, labels_of_classes, targets_among
 from negcache_fn._options import StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree
 from negcache_fn._ranks.attempts import Attempts
@@ -36,22 +36,27 @@ class Batch(NamedTuple):
     cacheable: Tensor | None
     false_negatives: FalseNegatives
     priorities: Tensor | None
+    positive_rows: Tensor | None
 
 
-Facts = tuple[Tensor | None, Tensor | None, Tensor | None, FalseNegatives, Tensor | None]  # the last fields of `Batch`
+# The last fields of `Batch`.
+Facts = tuple[Tensor | None, Tensor | None, Tensor | None, FalseNegatives, Tensor | None, Tensor | None]
 
 
 def check_batch_of_step(
     state: TensorDictBase, queries: Tensor, features: Features, facts: Facts, options: StepOptions, ranks: Ranks
 ) -> Batch:
     """The batch, if features and facts fit the cache and the queries, and so many documents can be drawn."""
-    ids, log_weights, cacheable, false_negatives, priorities = facts
+    ids, log_weights, cacheable, false_negatives, priorities, positive_rows = facts
     cached = stored(state, "embedding")
     most = cached.shape[0] // ranks.size if options.replicated else cached.shape[0]
     features, rows = _fit_features(state, queries, features, most, ranks)
     check_draws(state, options, ranks)
     check_facts(rows, cached, ids, log_weights, cacheable, priorities)
-    check_false_negatives(false_negatives, queries, knows_positives=True)
+    labelled = rows if options.batch_is_classes else None
+    slots = cached.shape[0]
+    check_false_negatives(false_negatives, queries, knows_positives=True, documents=labelled, slots=slots)
+    check_targets(positive_rows, queries, false_negatives)
     to_store, fits = in_slots(stored_features(state), features)
     if log_weights is not None:
         weighted = log_weights.to(COLUMNS["log_weight"].dtype) < float("inf")  # not NaN either
@@ -77,6 +82,7 @@ def agree_on_batch(
         numbers={
             "queries": queries.shape[0],
             "documents": batch.rows,
+            "positive_rows": 0 if batch.positive_rows is None else batch.positive_rows.shape[1],
             "refresh_stalest": batch.to_refresh,
             "false_negatives.ids": 0 if known.ids is None else known.ids.shape[1],
         },
@@ -84,6 +90,7 @@ def agree_on_batch(
             "ids": batch.ids is not None,
             "log_weights": batch.log_weights is not None,
             "max_score": "a function" if needs_positives(known) else known.max_score is not None,
+            "labels": known.labels is not None,
             "priorities": None if batch.priorities is None else batch.priorities.dtype,
             "gradients": torch.is_grad_enabled(),
             "autocast": torch.get_autocast_dtype(device) if autocast else None,
@@ -123,9 +130,11 @@ def classes_of(
     batch: Batch, documents: Tensor, arrivals: Arrivals, queries: int, options: StepOptions, ranks: Ranks
 ) -> Classes:
     """The documents of this rank or of all ranks."""
+    labels = labels_of_classes(batch.false_negatives.labels, queries, options, ranks)
     if options.all_ranks_in_batch:
-        return Classes(arrivals.embeddings, arrivals.ids, arrivals.log_weights, ranks.rank * queries)
-    return Classes(documents, batch.ids, batch.log_weights, 0)
+        targets = targets_among(batch.positive_rows, queries, batch.rows, ranks)
+        return Classes(arrivals.embeddings, arrivals.ids, arrivals.log_weights, ranks.rank * queries, targets, labels)
+    return Classes(documents, batch.ids, batch.log_weights, 0, batch.positive_rows, labels)
 
 
 def _fit_features(

@@ -16,6 +16,7 @@ __all__ = [
     "check_encoder",
     "check_flag",
     "check_ids",
+    "check_positive_rows",
     "check_rows",
     "check_scale",
     "check_size",
@@ -91,6 +92,17 @@ def check_ids(name: str, value: Any, queries: Tensor) -> None:
     if value.dtype != torch.int64:
         raise TypeError(f"{name} has dtype {value.dtype}; expected torch.int64")
     _check_device(name, value, queries.device)
+
+
+def check_positive_rows(value: Any, queries: Tensor) -> None:
+    """Raises unless `value` is int64 [B, P], rows of the batch for each query."""
+    _check_tensor("positive_rows", value)
+    rows = queries.shape[0]
+    if value.ndim != 2 or value.shape[0] != rows or value.shape[1] == 0:
+        raise ValueError(f"positive_rows has shape {tuple(value.shape)}; expected [{rows}, P], rows of the documents")
+    if value.dtype != torch.int64:
+        raise TypeError(f"positive_rows has dtype {value.dtype}; expected torch.int64")
+    _check_device("positive_rows", value, queries.device)
 
 
 def check_slots(name: str, value: Any, device: torch.device) -> None:

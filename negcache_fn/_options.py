@@ -77,8 +77,12 @@ class StepOptions:
     staleness_correction: StalenessCorrection = "self_normalized"
     """How the loss accounts for stale embeddings: "self_normalized" or "none", see `loss`."""
 
+    weigh_positives: bool = True
+    """Whether a document's log-weight is added to its score where it is the positive, too. False: only where it is a
+    negative, for a positive is there whatever the chance of sampling it (Khrylchenko et al., RecSys 2025)."""
+
     reduction: Reduction = "mean"
-    """How the losses of the queries are reduced: "mean", "sum" or "none"."""
+    """How the losses of the queries are reduced: "mean" (of those that have a positive), "sum" or "none"."""
 
     evict: Eviction = "lru"
     """Which documents make room: those of the oldest embedding ("lru"), or those cached first ("fifo")."""
@@ -101,6 +105,7 @@ class StepOptions:
         if not isinstance(self.in_batch, bool) and self.in_batch != "global":
             raise ValueError(f"in_batch is {self.in_batch!r}; expected True, False or 'global'")
         check_choice("staleness_correction", self.staleness_correction, get_args(StalenessCorrection))
+        check_flag("weigh_positives", self.weigh_positives)
         check_choice("reduction", self.reduction, get_args(Reduction))
         check_choice("evict", self.evict, get_args(Eviction))
         check_choice("placement", self.placement, get_args(Placement))
@@ -151,6 +156,11 @@ class StepOptions:
         return bool(self.in_batch)
 
     @property
+    def weights_count_everywhere(self) -> bool:
+        """Whether log-weights are added to the scores of positives as to those of negatives."""
+        return self.weigh_positives
+
+    @property
     def transforms_scores(self) -> bool:
         """Whether scores are more than scaled inner products."""
         return self.score_transform is not None
@@ -180,7 +190,8 @@ class StepOptions:
 
     def of_loss(self) -> dict[str, Any]:
         """The keywords of `loss`."""
-        return _some(self, "score_transform", "in_batch", "share_draws", "staleness_correction", "reduction")
+        names = ("score_transform", "in_batch", "share_draws", "staleness_correction", "weigh_positives", "reduction")
+        return _some(self, *names)
 
     def with_batch_of_all_ranks(self) -> "StepOptions":
         """The same options, for a batch that all ranks share."""
@@ -221,6 +232,7 @@ class StepOptions:
             "share_draws": f"{self.share_draws}",
             "in_batch": f"{self.in_batch}",
             "staleness_correction": self.staleness_correction,
+            "weigh_positives": f"{self.weigh_positives}",
             "reduction": self.reduction,
             "evict": self.evict,
             "placement": self.placement,

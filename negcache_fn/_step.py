@@ -25,9 +25,9 @@ from negcache_fn._draws.draw import Draw
 from negcache_fn._draws.sample import draw_for_batch, draw_for_queries
 from negcache_fn._encoders.one_pass import Encoder, encode_checked, encode_in_one_pass, told_to_all, with_stalest
 from negcache_fn._features import Features, copied
-from negcache_fn._loss.batch_classes import batch_scores, known_ids, positive_scores
+from negcache_fn._loss.batch_classes import BatchScores, batch_scores, known_ids, positive_scores, without_idle
 from negcache_fn._loss.cache_class import SharedDraws, estimate_cache_logit, gather_draws
-from negcache_fn._loss.cross_entropy import Terms, cross_entropy, reduced
+from negcache_fn._loss.cross_entropy import Terms, cross_entropy, log_share_of_cache, reduced
 from negcache_fn._monitor.metrics import count_not_storable, draw_noise, step_metrics
 from negcache_fn._options import StepOptions, check_options
 from negcache_fn._ranks.agree import checking_arguments
@@ -66,6 +66,7 @@ def step(
     cacheable: Tensor | None = None,
     false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
     priorities: Tensor | None = None,
+    positive_rows: Tensor | None = None,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> StepOutput:
     """One training step: draw negatives, encode, loss, and the next state of the cache.
@@ -95,6 +96,10 @@ def step(
         false_negatives: further documents to exclude from a query's negatives, by id or by score. If its `max_score`
             is a function of the positives' scores, `encode` is called twice with `draws_per_query` as well.
         priorities: [C] instead of `options.evict`: the priority of every slot here, see `update`.
+        positive_rows: [B, P] int64: the rows of `features` that are positives of each query, -1 where there are fewer;
+            instead of row i for query i. The loss is the mean over them, each in a softmax without the others, see
+            `loss`. A query without any (a masked one) has the loss 0, is not in the mean, and has no say in what is
+            drawn for the batch.
         group: of ranks that train together, each with its own queries and documents: draws, losses and states are those
             of one rank that has the queries, the positives and the further candidates of all, in the order of ranks.
             The loss is that of this rank's queries; see docs/scaling.md for gradients.
@@ -132,7 +137,7 @@ def step(
 
     Reference: Lindgren et al., NeurIPS 2021, algorithm 1.
     """
-    facts = (ids, log_weights, cacheable, false_negatives, priorities)
+    facts = (ids, log_weights, cacheable, false_negatives, priorities, positive_rows)
     state = copy_state(state) if torch.is_grad_enabled() else state
     return _stepped(state, queries, features, encode, options, scale, facts, ranks_of(group))
 
@@ -150,6 +155,7 @@ def step_(
     cacheable: Tensor | None = None,
     false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
     priorities: Tensor | None = None,
+    positive_rows: Tensor | None = None,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> StepOutput:
     """`step` in place: writes the rows that change into `state`, which it returns, and copies nothing.
@@ -162,7 +168,7 @@ def step_(
         >>> step_(state, torch.randn(2, 4), torch.randn(2, 3), torch.nn.Linear(3, 4)).state is state
         True
     """
-    facts, ranks = (ids, log_weights, cacheable, false_negatives, priorities), ranks_of(group)
+    facts, ranks = (ids, log_weights, cacheable, false_negatives, priorities, positive_rows), ranks_of(group)
     with checking_arguments(ranks):
         check_not_recomputed()
     return _stepped(state, queries, features, encode, options, scale, facts, ranks)
@@ -194,7 +200,7 @@ def _stepped(
     attempts = Attempts(ranks)
     encode, batch = told_to_all(encode, attempts, queries.detach()), limits_told_to_all(batch, attempts)
 
-    queries, scale = in_dtype(queries, scale, dtype_of_scores(state, queries))
+    queries, scale = in_dtype(without_idle(queries, batch.positive_rows), scale, dtype_of_scores(state, queries))
     similarity = Similarity.of(options, scale, queries.dtype)
     first = _encoded_first(state, batch, encode, options)
     known = None if first is None else _classes(state, similarity, queries, first, batch, options, attempts)
@@ -202,7 +208,7 @@ def _stepped(
     columns = [*feature_leaves(state), stored(state, "embedded_at")]
     if options.for_batch:
         assert known is not None
-        share = partial(_log_share_of_cache, known.logits)
+        share = partial(log_share_of_cache, known.scores)
         found = draw_for_batch(state, queries, similarity, exclusions, options, ranks, shards, columns, share)
     else:
         found = draw_for_queries(state, queries, similarity, exclusions, options, ranks, shards, columns)
@@ -215,8 +221,8 @@ def _stepped(
     shared = gather_draws(fresh.draws, draw, ranks) if options.share_draws else None
     with full_precision(queries):
         cache = estimate_cache_logit(similarity, queries, fresh.draws, draw, shared, options)
-    terms = Terms(known.logits, known.positive, cache)
-    loss = reduced(cross_entropy(terms.batch_logits, cache.logit, terms.positive), options)
+    terms = Terms(known.scores, cache)
+    loss = reduced(cross_entropy(terms.batch, cache.logit), options, terms.batch.trains)
     loss = same_when_recomputed(loss, scalar(state, "step"))
     with torch.no_grad():  # metrics and cached embeddings are constants
         slots, embeddings = _drawn_by_all(draw, fresh.draws, shared, ranks)
@@ -241,8 +247,7 @@ class _Classes(NamedTuple):
     """The documents of the batch, encoded."""
 
     arrivals: Arrivals
-    logits: Tensor  # [B, N], or [B, 1] without in-batch classes
-    positive: Tensor  # [B]
+    scores: BatchScores
 
 
 def _classes(
@@ -259,13 +264,7 @@ def _classes(
     arrivals = arrivals_of(batch, documents, rows, options, stored(state, "embedding").dtype, attempts)
     classes = classes_of(batch, documents, arrivals, rows, options, attempts.ranks)
     with full_precision(queries):
-        logits, positive = batch_scores(similarity, queries, classes, options, batch.false_negatives)
-    return _Classes(arrivals, logits, positive)
-
-
-def _log_share_of_cache(batch_logits: Tensor, log_normalizer: Tensor) -> Tensor:
-    """[B]: logarithm of the probability of the cached documents together, in each query's softmax."""
-    return torch.nn.functional.logsigmoid(log_normalizer - batch_logits.detach().logsumexp(1))
+        return _Classes(arrivals, batch_scores(similarity, queries, classes, options, batch.false_negatives))
 
 
 def _encoded_first(state: TensorDictBase, batch: Batch, encode: Encoder, options: StepOptions) -> Tensor | None:
@@ -283,8 +282,8 @@ def _exclusions(
     positives = None
     if documents is not None and needs_positives(batch.false_negatives):
         with torch.no_grad(), full_precision(queries):  # a limit is a constant
-            positives = positive_scores(similarity, queries, documents)
-    known = known_ids(batch.ids, queries.shape[0], options)
+            positives = positive_scores(similarity, queries, documents, batch.positive_rows)
+    known = known_ids(batch.ids, queries.shape[0], options, batch.positive_rows)
     return Exclusions.of(queries, known, batch.false_negatives, similarity.dtype, positives)
 
 

@@ -281,23 +281,29 @@ def test_rarer_documents_weigh_more() -> None:
 
 
 def test_the_positive_can_stay_uncorrected() -> None:
-    """`softplus(loss + log(-expm1(-loss)) + log_weights)` is the loss without the weight of the positive alone."""
+    """The loss without the weight of the positive alone, whose gradient is that of `(1 - p) (log Z - s)`, p constant.
+
+    That is the loss of Khrylchenko et al., RecSys 2025, in which the positive is not among the sampled.
+    """
     state = negcache_fn.init_cache(8, 6, torch.zeros(1, 3), embedding_dtype=torch.float64)
     state = negcache_fn.update(state, torch.zeros(5, 3), unit(5, 6, 2, torch.float64), log_weights=torch.arange(5.0))
     queries, own = unit(3, 6, 0, torch.float64).requires_grad_(), unit(4, 6, 1, torch.float64).requires_grad_()
     weights = torch.tensor([0.5, 2.0, -1.0, 3.0], dtype=torch.float64)
-    losses = negcache_fn.exact_loss(state, queries, own, scale=4.0, log_weights=weights, reduction="none")
-    found = torch.nn.functional.softplus(losses + (-(-losses).expm1()).log() + weights[:3])
+    found = negcache_fn.exact_loss(
+        state, queries, own, scale=4.0, log_weights=weights, weigh_positives=False, reduction="none"
+    )
     in_batch = 4.0 * queries @ own.t() + weights * (1 - torch.eye(3, 4, dtype=torch.float64))
     logits = torch.cat([in_batch, negcache_fn.score(state, queries, scale=4.0)], 1)
     expected = torch.nn.functional.cross_entropy(logits, torch.arange(3), reduction="none")
     assert is_close(found, expected, 1e-12)
-    for one, other in zip(
-        torch.autograd.grad(found.sum(), [queries, own]),
-        torch.autograd.grad(expected.sum(), [queries, own]),
-        strict=True,
-    ):
+    positive, others = logits.diagonal(), logits.masked_fill(torch.eye(*logits.shape, dtype=torch.bool), -math.inf)
+    of_paper = (-expected.detach()).expm1().neg() * (others.logsumexp(1) - positive)
+    gradients = [
+        torch.autograd.grad(losses.sum(), [queries, own], retain_graph=True) for losses in (found, expected, of_paper)
+    ]
+    for one, other, papers in zip(*gradients, strict=True):
         assert is_close(one, other, 1e-11)
+        assert is_close(one, papers, 1e-11)
 
 
 @pytest.mark.parametrize(

@@ -72,9 +72,51 @@ VARIANTS: dict[str, dict[str, Any]] = {
         ),
     },
     "share of the stalest": {"scale": 12.0, "refresh_stalest": 0.2},
+    "labels": {"scale": 12.0, "num_draws": 4, "labels": ((3, -1, 8), (3, 8, 8, 3, 1))},
+    "labels, of own": {
+        "scale": 12.0,
+        "in_batch": False,
+        "draws_per_query": 2,
+        "labels": ((3, 5, 8), (0, 0, 0, 0, 0)),
+        "positive_rows": torch.tensor([[3, 0], [-1, -1], [4, 2]]),
+    },
+    "targets": {"scale": 12.0, "num_draws": 4, "positive_rows": torch.tensor([[0, 3], [4, -1], [2, 1]])},
+    "targets, own ids, one without": {
+        "scale": 12.0,
+        "in_batch": False,
+        "draws_per_query": 2,
+        "ids": torch.tensor([4, 90, 0, 7, 91]),
+        "positive_rows": torch.tensor([[3, 0], [-1, -1], [4, 2]]),
+    },
+    "targets, one without": {
+        "scale": 12.0,
+        "num_draws": 3,
+        "ids": torch.tensor([4, 90, 7, 8, 9]),
+        "log_weights": torch.tensor([0.5, -1.0, 0.0, 2.0, 1.0]),
+        "weigh_positives": False,
+        "positive_rows": torch.tensor([[0], [-1], [3]]),
+        "false_negatives": negcache_fn.FalseNegatives(
+            torch.tensor([[4, 0], [90, 5], [7, -1]]), lambda positive: positive + 6.0
+        ),
+    },
+    "weights of negatives": {
+        "scale": 12.0,
+        "log_weights": torch.tensor([0.5, -1.0, 0.0, 2.0, 1.0]),
+        "weigh_positives": False,
+    },
     "rows": {"scale": 12.0, "reduction": "none"},
     "sum": {"scale": 12.0, "reduction": "sum"},
 }
+
+
+def with_labels(options: dict[str, Any], capacity: int) -> dict[str, Any]:
+    """The options, with labels of a third of the slots where they have some of queries and documents."""
+    if "labels" not in options:
+        return options
+    queries, own = (torch.tensor(labels) for labels in options["labels"])
+    cached = torch.tensor([3, -1, 5, 8, 5, -1])[torch.arange(capacity) % 6]
+    known = negcache_fn.FalseNegatives(labels=negcache_fn.Labels(queries, own, cached))
+    return {name: value for name, value in options.items() if name != "labels"} | {"false_negatives": known}
 
 
 def queries_of(rows: int = 3) -> Tensor:
@@ -86,8 +128,9 @@ def queries_of(rows: int = 3) -> Tensor:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_step_is_its_composition(name: str, capacity: int) -> None:
     """Loss, gradients, state, metrics and draw, on a full and on a partly filled cache."""
-    tower, batch, options = Tower(), documents(5, 1), VARIANTS[name]
+    tower, batch = Tower(), documents(5, 1)
     state = warm(tower, capacity, ids=True)
+    options = with_labels(VARIANTS[name], capacity)
     results = []
     for function in (negcache_fn.step, steps.composed):
         queries = queries_of()
@@ -111,7 +154,7 @@ def test_step_is_its_composition(name: str, capacity: int) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_step_in_place_is_step(name: str) -> None:
     """`step_` writes what `step` returns, into the state it was given."""
-    tower, batch, options = Tower(), documents(5, 1), VARIANTS[name]
+    tower, batch, options = Tower(), documents(5, 1), with_labels(VARIANTS[name], 9)
     state = warm(tower, 9, ids=True)
     twin = state.clone().lock_()
     pure = negcache_fn.step(state, queries_of(), batch, tower, **step_keywords(**options))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from negcache_fn._cache.state import scalar, stored
 from negcache_fn._ranks.group import Shards, fetch_rows
+from negcache_fn._scores.exclude import Exclusions
 
 __all__ = ["Draw", "check_draw", "describe"]
 
@@ -33,6 +34,8 @@ class Draw(NamedTuple):
     cutoff: Tensor  # [B, S]: documents of that source with a lower score have probability 0; -inf without top_k
     max_score: Tensor  # [B, S]: those with a higher one, log-weight not included, too; +inf without such a limit
     exclude_ids: Tensor  # [1 or B, P] int64: documents that have probability 0; P may be 0
+    label: Tensor  # [R, m] int64; -1: none
+    exclude_labels: Tensor  # [B, 1] int64: documents of this label have probability 0, -1: none; [B, 0] without labels
     noise: Tensor  # [S, 2] int64: the seed and the step of each source, which make its noise
 
     @property
@@ -60,19 +63,22 @@ def describe(
     log_normalizer: Tensor,
     cutoff: Tensor,
     shards: Shards,
-    max_score: Tensor | None,
+    exclusions: Exclusions,
     excluded: Tensor,
     extra_columns: list[Tensor],
 ) -> tuple[Draw, list[Tensor]]:
     """The draw of the `chosen` slots, scores, perturbed scores [R, m] and threshold; rows of `extra_columns` [C, ...].
 
-    A slot whose perturbed score is -inf, or NaN, was not drawn.
+    A slot whose perturbed score is -inf, or NaN, was not drawn. The `exclusions` are those of this rank's queries.
     """
     slot, score, perturbed, threshold = chosen
     drawn = perturbed > -_INFINITY
     slot = torch.where(drawn, slot, -1)
     leaves = [stored(state, name) for name in ("embedding", "id", "log_weight")]
+    labels, max_score = exclusions.labels, exclusions.max_score
+    leaves += [] if labels is None else [labels[1]]
     embedding, document, log_weight, *others = fetch_rows([*leaves, *extra_columns], slot.flatten(), shards)
+    label = torch.full_like(slot, -1) if labels is None else torch.where(drawn, others.pop(0).view(slot.shape), -1)
     draw = Draw(
         slot=slot,
         score=torch.where(drawn, score, -_INFINITY),
@@ -86,6 +92,8 @@ def describe(
         cutoff=cutoff,
         max_score=torch.full_like(cutoff, _INFINITY) if max_score is None else max_score[:, None].clone(),
         exclude_ids=excluded,
+        label=label,
+        exclude_labels=slot.new_empty(log_normalizer.shape[0], 0) if labels is None else labels[0][:, None].clone(),
         noise=torch.stack([scalar(state, "seed"), scalar(state, "step")])[None],
     )
     return draw, others

@@ -21,7 +21,7 @@ from negcache_fn._scores.stream import logsumexp
 
 __all__ = ["merge_draws", "split_refresh", "take_drawn"]
 
-_OF_DOCUMENTS = ("embedding", "slot", "score", "perturbed", "id", "log_weight", "source")
+_OF_DOCUMENTS = ("embedding", "slot", "score", "perturbed", "id", "log_weight", "source", "label")
 
 
 def merge_draws(a: Draw, b: Draw, *, group: torch.distributed.ProcessGroup | None = None) -> Draw:
@@ -158,6 +158,9 @@ def _check_pair(a: Draw, b: Draw) -> None:
             f"b has excluded ids of shape {tuple(b.exclude_ids.shape)}; "
             f"expected those of a, {tuple(a.exclude_ids.shape)}: the same exclusions for every cache"
         )
+    if a.exclude_labels.shape != b.exclude_labels.shape:
+        which = "without" if a.exclude_labels.shape[1] else "with"
+        raise ValueError(f"b was drawn {which} labels; expected them as for a: the same exclusions for every cache")
 
 
 def _checked(a: Draw, b: Draw) -> Tensor:
@@ -165,11 +168,19 @@ def _checked(a: Draw, b: Draw) -> Tensor:
     # What is excluded for all queries is not among the draws, and no query needs to know of it.
     of_each = a.exclude_ids.shape[0] == a.log_normalizer.shape[0]
     excluded = (a.exclude_ids, b.exclude_ids) if of_each else (a.exclude_ids[:0], b.exclude_ids[:0])
-    return cast(Tensor, _checked_op(a.perturbed, a.noise, b.noise, *excluded))
+    return cast(Tensor, _checked_op(a.perturbed, a.noise, b.noise, *excluded, a.exclude_labels, b.exclude_labels))
 
 
 @torch.library.custom_op("negcache_fn::check_merged", mutates_args=())
-def _checked_op(values: Tensor, noise: Tensor, other_noise: Tensor, excluded: Tensor, other_excluded: Tensor) -> Tensor:
+def _checked_op(
+    values: Tensor,
+    noise: Tensor,
+    other_noise: Tensor,
+    excluded: Tensor,
+    other_excluded: Tensor,
+    labels: Tensor,
+    other_labels: Tensor,
+) -> Tensor:
     """An operator, because it reads numbers."""
     keys, others = cast("list[list[int]]", noise.tolist()), cast("list[list[int]]", other_noise.tolist())
     for seed, step in keys:
@@ -178,13 +189,14 @@ def _checked_op(values: Tensor, noise: Tensor, other_noise: Tensor, excluded: Te
                 f"b has the noise of seed {seed} at step {step}, as a has, and would draw the same places; expected "
                 f"caches of different seeds: init_cache(..., seed=...)"
             )
-    if not torch.equal(excluded, other_excluded):
-        raise ValueError("b has other excluded ids than a; expected the same exclusions for every cache")
+    for what, of_a, of_b in (("ids", excluded, other_excluded), ("labels", labels, other_labels)):
+        if not torch.equal(of_a, of_b):
+            raise ValueError(f"b has other excluded {what} than a; expected the same exclusions for every cache")
     return values.clone()
 
 
 @_checked_op.register_fake
-def _(values: Tensor, noise: Tensor, other_noise: Tensor, excluded: Tensor, other_excluded: Tensor) -> Tensor:
+def _(values: Tensor, *_: Tensor) -> Tensor:
     return torch.empty_like(values)
 
 
@@ -215,9 +227,11 @@ def _merged(a: Draw, b: Draw) -> Draw:
         id=winners(a.id, b.id),
         log_weight=winners(a.log_weight, b.log_weight),
         source=winners(a.source, b.source + a.cutoff.shape[1]),
+        label=winners(a.label, b.label),
         cutoff=torch.cat([a.cutoff, b.cutoff], dim=1),
         max_score=torch.cat([a.max_score, b.max_score], dim=1),
         exclude_ids=a.exclude_ids,
+        exclude_labels=a.exclude_labels,
         noise=torch.cat([a.noise, b.noise]),
     )
 

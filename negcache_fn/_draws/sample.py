@@ -122,7 +122,8 @@ def sample_gumbel(
         )
         options.check_group(ranks.name is None)
         check_search(state, queries, scale, exclude_ids)
-        check_false_negatives(false_negatives, queries, knows_positives=False)
+        capacity = stored(state, "embedding").shape[0]
+        check_false_negatives(false_negatives, queries, knows_positives=False, slots=capacity)
         check_draws(state, options, ranks)
         if importance is not None:
             if not options.for_batch:
@@ -133,7 +134,7 @@ def sample_gumbel(
     queries, shards = check_ranks_agree(
         ranks,
         queries,
-        stored(state, "embedding").shape[0],
+        capacity,
         function="sample_gumbel",
         options=options,
         scale=scale,
@@ -178,7 +179,7 @@ def draw_for_queries(
             of_all = matrix.queries.shape[0]
             noise = Noise.of_queries(state, 0 if of_all > rows else first, of_all, samples)
             drawn = merge_shards(draw_slots(matrix, noise, shards.first), shards.ranks)
-        return _described(state, drawn, shards, exclusions.max_score, excluded, extra_columns)
+        return _described(state, drawn, shards, exclusions, excluded, extra_columns)
 
 
 def draw_for_batch(
@@ -217,8 +218,7 @@ def draw_for_batch(
         own = slice(ranks.rank * share, (ranks.rank + 1) * share)
         slot, log_mass, perturbed = largest.slot[None], largest.log_mass[None], largest.perturbed[None]
         chosen = (slot[:, own], log_mass[:, own], perturbed[:, own], perturbed[:, n:])
-        limit = exclusions.max_score
-        return describe(state, chosen, log_normalizer, cutoff, shards, limit, excluded, extra_columns)
+        return describe(state, chosen, log_normalizer, cutoff, shards, exclusions, excluded, extra_columns)
 
 
 def _largest_of_all(
@@ -280,7 +280,7 @@ def _described(
     state: TensorDictBase,
     drawn: DrawnSlots,
     shards: Shards,
-    max_score: Tensor | None,
+    exclusions: Exclusions,
     excluded: Tensor,
     extra_columns: list[Tensor],
 ) -> tuple[Draw, list[Tensor]]:
@@ -289,4 +289,4 @@ def _described(
     has_documents = (drawn.log_normalizer > -_INFINITY)[:, None]
     perturbed = torch.where(has_documents, drawn.perturbed, -_INFINITY)
     chosen = (drawn.slot, drawn.score, perturbed, perturbed[:, :0])
-    return describe(state, chosen, drawn.log_normalizer, drawn.cutoff, shards, max_score, excluded, extra_columns)
+    return describe(state, chosen, drawn.log_normalizer, drawn.cutoff, shards, exclusions, excluded, extra_columns)

@@ -4,13 +4,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Problem"]
+__all__ = ["SCHEMA", "Problem"]
 
 
 class Problem(NamedTuple):
     """The fields of `ScoreMatrix` without its transform: `scores[i, j] = queries[i] . embeddings[j] + bias[j]`.
 
-    -inf where `j` is in `excluded[i]`, or the product is above `max_score[i]`.
+    -inf where `j` is in `excluded[i]`, the product is above `max_score[i]`, or `row_labels[i]` is `slot_labels[j]`.
     """
 
     queries: Tensor  # [B, D] float32 or float64
@@ -18,3 +18,12 @@ class Problem(NamedTuple):
     bias: Tensor  # [C], dtype of the queries
     excluded: Tensor  # [B, P] int64 slots, -1: none; P may be 0
     max_score: Tensor | None  # [B], dtype of the queries; None: no limit
+    row_labels: Tensor | None = None  # [B] int32; None: no labels
+    slot_labels: Tensor | None = None  # [C] int32, with them
+
+
+SCHEMA = (
+    "Tensor queries, Tensor embeddings, Tensor bias, Tensor excluded, "
+    "Tensor? max_score, Tensor? row_labels, Tensor? slot_labels"
+)
+"""A problem's fields as the first arguments of an operator."""

@@ -2,6 +2,10 @@
 
 With in-batch classes every document is a class of every query, except for its false negatives: another document with
 the id of its positive, a second document of any id, and those that `FalseNegatives` excludes by id or by score.
+
+A query has one positive, the document in its own row, or those that `positive_rows` names. Each of these has a softmax
+of its own, over itself and the negatives: the others are left out (the decoupled softmax of Gupta, Khatri, Rawat,
+Bhojanapalli, Jain, Dhillon, ICLR 2024, section 4).
 """
 
 import functools
@@ -11,20 +15,31 @@ import torch
 from torch import Tensor
 
 from negcache_fn._cache.ids import first_of_each, named
-from negcache_fn._checks import check_embeddings, check_rows
+from negcache_fn._checks import check_embeddings, check_positive_rows, check_rows
 from negcache_fn._options import StepOptions
 from negcache_fn._ranks.group import Ranks, positives_first
 from negcache_fn._scores.definition import Similarity, full_precision
-from negcache_fn._scores.exclude import FalseNegatives, check_false_negatives, max_score_of, needs_positives
+from negcache_fn._scores.exclude import (
+    FalseNegatives,
+    Labels,
+    check_false_negatives,
+    max_score_of,
+    needs_positives,
+)
 
 __all__ = [
+    "BatchScores",
     "Classes",
     "batch_classes",
     "batch_scores",
     "check_batch",
+    "check_targets",
     "known_ids",
+    "labels_of_classes",
     "positive_scores",
+    "targets_among",
     "try_limits",
+    "without_idle",
 ]
 
 _INFINITY = float("inf")
@@ -37,6 +52,21 @@ class Classes(NamedTuple):
     ids: Tensor | None  # [N]
     log_weights: Tensor | None  # [N]
     first: int  # the positive of query i is document first + i
+    targets: Tensor | None = None  # [B, P] or those of these numbers, -1: none
+    labels: Tensor | None = None  # [N]
+
+
+class BatchScores(NamedTuple):
+    """The scores of the batch's documents."""
+
+    logits: Tensor  # [B, N], or [B, 1] without in-batch classes; -inf: not a class of this query
+    positive: Tensor  # [B]; it is one of the logits. With `is_target` [B, P], and no logit
+    is_target: Tensor | None = None  # [B, P] bool: whether there is such a positive; None: one for every query
+
+    @property
+    def trains(self) -> Tensor | None:
+        """[B] bool: whether the query has a positive; None: all have."""
+        return None if self.is_target is None else self.is_target.any(1)
 
 
 def check_batch(
@@ -45,21 +75,60 @@ def check_batch(
     ids: Tensor | None,
     log_weights: Tensor | None,
     false_negatives: FalseNegatives,
+    positives: Tensor | None,
+    options: StepOptions,
+    slots: int | None = None,
 ) -> None:
-    """Raises unless the documents fit the queries, and what is said of the documents fits them."""
+    """Raises unless the documents fit the queries, and what is said of the documents, and of the slots, fits them."""
     check_embeddings("documents", documents, queries, at_least=queries.shape[0])
-    check_false_negatives(false_negatives, queries, knows_positives=True)
+    labelled = documents.shape[0] if options.batch_is_classes else None
+    check_false_negatives(false_negatives, queries, knows_positives=True, documents=labelled, slots=slots)
+    check_targets(positives, queries, false_negatives)
     if ids is not None:
         check_rows("ids", ids, torch.int64, documents.shape[0], queries.device)
     if log_weights is not None:
         check_rows("log_weights", log_weights, None, documents.shape[0], queries.device)
 
 
-def try_limits(similarity: Similarity, queries: Tensor, documents: Tensor, false_negatives: FalseNegatives) -> None:
+def check_targets(positives: Tensor | None, queries: Tensor, false_negatives: FalseNegatives) -> None:
+    """Raises unless they are rows of the batch for each query, and the limits know which score to go by."""
+    if positives is None:
+        return
+    check_positive_rows(positives, queries)
+    if needs_positives(false_negatives) and positives.shape[1] > 1:
+        raise ValueError(
+            f"false_negatives.max_score is a function of the positive's score, and positive_rows has shape "
+            f"{tuple(positives.shape)}; expected one positive for each query, or the limits [{queries.shape[0]}]"
+        )
+
+
+def without_idle(queries: Tensor, positives: Tensor | None) -> Tensor:
+    """The queries, zero where they have no positive: whatever is there, no gradient comes from it."""
+    return queries if positives is None else torch.where((positives >= 0).any(1, keepdim=True), queries, 0.0)
+
+
+def targets_among(positives: Tensor | None, queries: int, documents: int, ranks: Ranks) -> Tensor | None:
+    """The numbers that this rank's `positives` have among the documents of all ranks, positives first."""
+    if positives is None or ranks.name is None:
+        return positives
+    own, others = ranks.rank * queries, ranks.size * queries + ranks.rank * (documents - queries) - queries
+    number = positives + torch.where(positives < queries, own, others)
+    # A row that this rank does not have stays an error, and is not one of the next rank.
+    return torch.where(positives < 0, -1, torch.where(positives < documents, number, ranks.size * documents))
+
+
+def try_limits(
+    similarity: Similarity,
+    queries: Tensor,
+    documents: Tensor,
+    false_negatives: FalseNegatives,
+    positives: Tensor | None,
+) -> None:
     """Raises unless a user's function of the positives' scores works: before a message, so that all can be told."""
     if needs_positives(false_negatives):
         with torch.no_grad(), full_precision(queries):
-            max_score_of(false_negatives, queries, similarity.dtype, positive_scores(similarity, queries, documents))
+            found = positive_scores(similarity, queries, documents, positives)
+            max_score_of(false_negatives, queries, similarity.dtype, found)
 
 
 def batch_classes(
@@ -69,61 +138,127 @@ def batch_classes(
     log_weights: Tensor | None,
     options: StepOptions,
     ranks: Ranks,
+    positives: Tensor | None = None,
+    labels: Labels | None = None,
 ) -> Classes:
     """The batch's own documents, or those of all ranks."""
+    labelled = labels_of_classes(labels, queries, options, ranks)
     if not options.all_ranks_in_batch:
-        return Classes(documents, ids, log_weights, 0)
+        return Classes(documents, ids, log_weights, 0, positives, labelled)
+    positives = targets_among(positives, queries, documents.shape[0], ranks)
     documents = positives_first(ranks.gather(documents), queries, ranks)
     ids = None if ids is None else positives_first(ranks.gather(ids), queries, ranks)
     log_weights = None if log_weights is None else positives_first(ranks.gather(log_weights), queries, ranks)
-    return Classes(documents, ids, log_weights, ranks.rank * queries)
+    return Classes(documents, ids, log_weights, ranks.rank * queries, positives, labelled)
 
 
-def known_ids(ids: Tensor | None, queries: int, options: StepOptions) -> Tensor | None:
-    """The ids that must not be drawn: those of the whole batch if it is classes, else each query's positive."""
+def labels_of_classes(labels: Labels | None, queries: int, options: StepOptions, ranks: Ranks) -> Tensor | None:
+    """[N] those of the batch's documents, or of all ranks' in the order of `Classes`; None without labels."""
+    if labels is None or labels.documents is None or not options.batch_is_classes:
+        return None
+    if not options.all_ranks_in_batch:
+        return labels.documents
+    return positives_first(ranks.gather_all(labels.documents)[0], queries, ranks)
+
+
+def known_ids(ids: Tensor | None, queries: int, options: StepOptions, positives: Tensor | None = None) -> Tensor | None:
+    """The ids that must not be drawn: those of the whole batch if it is classes, else of each query's positives."""
     if ids is None:
         return None
-    return ids if options.batch_is_classes else ids[:queries, None]
+    if options.batch_is_classes:
+        return ids
+    return ids[:queries, None] if positives is None else _ids_of(ids, positives)
 
 
-def positive_scores(similarity: Similarity, queries: Tensor, documents: Tensor) -> Tensor:
-    """[B] the scores of the positives, without log-weights."""
-    return similarity.rowwise(queries, documents[: queries.shape[0], None, :])[:, 0]
+def positive_scores(
+    similarity: Similarity, queries: Tensor, documents: Tensor, positives: Tensor | None = None
+) -> Tensor:
+    """[B] the scores of the positives, or of the first of each query's, without log-weights."""
+    first = documents[: queries.shape[0]] if positives is None else documents[positives[:, 0].clamp(min=0)]
+    return similarity.rowwise(queries, first[:, None, :])[:, 0]
 
 
 def batch_scores(
     similarity: Similarity, queries: Tensor, classes: Classes, options: StepOptions, false_negatives: FalseNegatives
-) -> tuple[Tensor, Tensor]:
-    """Logits of the batch's classes [B, N] or [B, 1], and of the positives [B]."""
+) -> BatchScores:
+    """The logits of the batch's classes, and of the positives."""
+    if classes.targets is not None or not options.weights_count_everywhere:
+        return _scores_and_targets(similarity, queries, classes, options, false_negatives)
     rows, first, log_weights = queries.shape[0], classes.first, classes.log_weights
     if not options.batch_is_classes:
         positive = similarity.rowwise(queries, classes.documents[:rows, None, :])
         if log_weights is not None:
             positive = positive + log_weights[:rows, None]
-        return positive, positive[:, 0]
+        return BatchScores(positive, positive[:, 0])
     products = similarity.pairwise(queries, classes.documents)
     scores = products if log_weights is None else products + log_weights
     own = torch.arange(rows, device=scores.device)[:, None] + first
     positive = scores.gather(1, own).squeeze(1)
     with torch.no_grad():  # a document is a class or not
         none = _no_classes(products, own, classes, false_negatives)
-    return scores if none is None else scores.masked_fill(none, -_INFINITY), positive
+    return BatchScores(scores if none is None else scores.masked_fill(none, -_INFINITY), positive)
+
+
+def _scores_and_targets(
+    similarity: Similarity, queries: Tensor, classes: Classes, options: StepOptions, false_negatives: FalseNegatives
+) -> BatchScores:
+    """With the positives of each query apart from its negatives."""
+    rows, targets, log_weights = queries.shape[0], classes.targets, classes.log_weights
+    if targets is None:
+        targets = torch.arange(rows, device=queries.device)[:, None] + classes.first
+    is_target, place = targets >= 0, targets.clamp(min=0)
+    if not options.batch_is_classes:
+        positive = similarity.rowwise(queries, classes.documents[place])
+        negatives = positive.new_full((rows, 1), -_INFINITY)
+        weights = None if log_weights is None else log_weights[place]
+    else:
+        products = similarity.pairwise(queries, classes.documents)
+        positive = products.gather(1, place)
+        with torch.no_grad():  # a document is a class or not
+            none = _no_classes(products, targets, classes, false_negatives)
+            own = _among(targets, products.shape[1])
+            none = own if none is None else none | own
+        negatives = products if log_weights is None else products + log_weights
+        negatives = negatives.masked_fill(none, -_INFINITY)
+        weights = None if log_weights is None else log_weights[place]
+    if weights is not None and options.weights_count_everywhere:
+        positive = positive + weights
+    return BatchScores(negatives, torch.where(is_target, positive, 0.0), is_target)
 
 
 def _no_classes(products: Tensor, own: Tensor, classes: Classes, false_negatives: FalseNegatives) -> Tensor | None:
-    """[B, N] bool: the documents that are no classes of a query; None: all are."""
-    rows, ids = products.shape[0], classes.ids
+    """[B, N] bool: the documents that are no classes of a query, whose positives are its `own`; None: all are."""
+    ids = classes.ids
     none: list[Tensor] = []
     if ids is not None:
-        none.append((ids[classes.first : classes.first + rows, None] == ids) & named(ids))
+        of_positives = _ids_of(ids, own)
+        none.append(_any_equal(ids, of_positives))
         none.append(~first_of_each(ids)[None])
         if false_negatives.ids is not None:
-            excluded = (ids[None, :, None] == false_negatives.ids[:, None, :]) & named(ids)[:, None]
-            none.append(excluded.any(-1))
-    limit = max_score_of(false_negatives, products, products.dtype, products.gather(1, own).squeeze(1))
+            none.append(_any_equal(ids, false_negatives.ids))
+    if classes.labels is not None and false_negatives.labels is not None:
+        none.append(_any_equal(classes.labels, false_negatives.labels.queries[:, None]))
+    limit = max_score_of(false_negatives, products, products.dtype, products.gather(1, own[:, :1].clamp(min=0))[:, 0])
     if limit is not None:
         none.append(products > limit[:, None])
     if not none:
         return None
-    is_positive = torch.arange(products.shape[1], device=products.device) == own
-    return functools.reduce(torch.logical_or, none) & ~is_positive
+    return functools.reduce(torch.logical_or, none) & ~_among(own, products.shape[1])
+
+
+def _among(own: Tensor, documents: int) -> Tensor:
+    """[B, P] -> [B, N] bool: which of the documents these are; -1: none."""
+    if own.shape[1] == 1:
+        return torch.arange(documents, device=own.device) == own
+    found = torch.zeros(own.shape[0], documents + 1, dtype=torch.bool, device=own.device)
+    return found.scatter(1, torch.where(own >= 0, own, documents), True)[:, :documents]
+
+
+def _any_equal(ids: Tensor, known: Tensor) -> Tensor:
+    """[N], [B, P] -> [B, N] bool: the documents whose id is among the query's."""
+    return (ids[None, :, None] == known[:, None, :]).any(-1) & named(ids)
+
+
+def _ids_of(ids: Tensor, positives: Tensor) -> Tensor:
+    """[B, P] the ids of the positives, -1 where there is none."""
+    return torch.where(positives >= 0, ids[positives.clamp(min=0)], -1)

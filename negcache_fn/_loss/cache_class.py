@@ -59,6 +59,7 @@ class SharedDraws(NamedTuple):
     log_weight: Tensor  # [M]
     source: Tensor  # [M]
     score: Tensor  # [M]
+    label: Tensor  # [M]
 
 
 class CacheClass(NamedTuple):
@@ -72,7 +73,7 @@ class CacheClass(NamedTuple):
 
 def gather_draws(negatives: Tensor, draw: Draw, ranks: Ranks) -> SharedDraws:
     """The draws of all ranks; those of this one if it is alone."""
-    known = (draw.embedding, draw.slot, draw.id, draw.log_weight, draw.source, draw.score)
+    known = (draw.embedding, draw.slot, draw.id, draw.log_weight, draw.source, draw.score, draw.label)
     return SharedDraws(ranks, ranks.gather(negatives), *ranks.gather_all(*(values.flatten(0, 1) for values in known)))
 
 
@@ -209,6 +210,8 @@ def _false_negatives(products: Tensor, draw: Draw, shared: SharedDraws) -> Tenso
     if draw.exclude_ids.shape[0] == products.shape[0]:  # what is excluded for all is not among the draws
         excluded = (shared.id[:, None] == draw.exclude_ids[:, None, :]) & named(shared.id)[:, None]
         masked = masked | excluded.any(-1)
+    if draw.exclude_labels.shape[1]:
+        masked = masked | (shared.label == draw.exclude_labels) & named(shared.label)
     return masked & (shared.slot >= 0) & draw.has_documents[:, None]
 
 

@@ -3,7 +3,8 @@
     loss_i = logsumexp(s_positive, [in-batch scores], c_i) - s_positive
 
 `c_i` is the log-sum-exp of query i's scores over the cache (`exact_loss`), or the estimate of it whose gradient comes
-from the drawn documents (`loss`; see `cache_class`).
+from the drawn documents (`loss`; see `cache_class`). Several positives of a query have such a loss each, without the
+others among its classes, and the query has their mean.
 
 Source: Lindgren, Reddi, Guo, Kumar, NeurIPS 2021. Proofs: docs/method.md.
 """
@@ -15,22 +16,38 @@ from torch import Tensor
 
 from negcache_fn._checks import check_embeddings, check_scale, check_transforms
 from negcache_fn._draws.draw import Draw, check_draw
-from negcache_fn._loss.batch_classes import batch_classes, batch_scores, check_batch, try_limits
+from negcache_fn._loss.batch_classes import (
+    BatchScores,
+    batch_classes,
+    batch_scores,
+    check_batch,
+    try_limits,
+)
 from negcache_fn._loss.cache_class import CacheClass, estimate_cache_logit, gather_draws
 from negcache_fn._options import InBatch, Reduction, ScoreTransform, StalenessCorrection, StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
 from negcache_fn._ranks.group import ranks_of
 from negcache_fn._scores.definition import Similarity, full_precision, in_dtype
 from negcache_fn._scores.exclude import NO_FALSE_NEGATIVES, FalseNegatives
+from negcache_fn._scores.stream import logsumexp
 
-__all__ = ["Terms", "cross_entropy", "loss", "reduced"]
+__all__ = [
+    "Terms",
+    "cross_entropy",
+    "log_share_of_cache",
+    "loss",
+    "losses_of_positives",
+    "mean_of_positives",
+    "reduced",
+]
+
+_INFINITY = float("inf")
 
 
 class Terms(NamedTuple):
     """The classes of every query's softmax."""
 
-    batch_logits: Tensor  # [B, N], or [B, 1] without in-batch classes; -inf: not a class of this query
-    positive: Tensor  # [B]
+    batch: BatchScores
     cache: CacheClass
 
 
@@ -46,8 +63,10 @@ def loss(
     ids: Tensor | None = None,
     log_weights: Tensor | None = None,
     false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
+    positive_rows: Tensor | None = None,
     share_draws: bool = True,
     staleness_correction: StalenessCorrection = "self_normalized",
+    weigh_positives: bool = True,
     reduction: Reduction = "mean",
     group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
@@ -76,10 +95,16 @@ def loss(
         log_weights: [N] floating, added to the documents' scores (log-Q correction, importance).
         false_negatives: documents of the batch to exclude from a query's negatives; the draw has excluded those of
             the cache.
+        positive_rows: [B, P] int64, the rows of `documents` that are positives of each query, -1 where there are fewer;
+            instead of row i for query i. With the set P_i of them and `Z_i` the sum of `exp(score)` over its negatives,
+            the loss is the mean over p in P_i of `-log(exp(s_ip) / (exp(s_ip) + Z_i))`: each has a softmax of its own,
+            without the others. A query that has none has the loss 0, and is not in the mean. Pass the ids of all its
+            positives as `exclude_ids` when drawing; `step` does.
         share_draws: with draws of each query, whether every query uses every draw (multiple importance sampling with
             the balance heuristic).
         staleness_correction: "self_normalized": the expected loss is that of the fresh softmax, up to O(1/M) or O(1/k);
             "none": drift is not corrected for, except to first order with draws for the batch.
+        weigh_positives: whether a document's log-weight counts where it is the positive, too; see `StepOptions`.
         reduction: "mean", "sum" or "none".
         group: of ranks that share their draws. The loss is that of this rank's queries; the gradient that arrives in
             this rank's embeddings is that of the sum of all ranks' losses.
@@ -101,7 +126,8 @@ def loss(
         >>> loss(queries, documents, draw.embedding.flatten(0, 1), draw).shape
         torch.Size([])
 
-    Reference: Lindgren et al., NeurIPS 2021, equations 5-8; Veach and Guibas, SIGGRAPH 1995, section 3.3.
+    Reference: Lindgren et al., NeurIPS 2021, equations 5-8; Veach and Guibas, SIGGRAPH 1995, section 3.3; several
+    positives: Gupta et al., ICLR 2024, section 4.
     """
     ranks = ranks_of(group)
     with checking_arguments(ranks):
@@ -113,18 +139,20 @@ def loss(
             in_batch=in_batch,
             share_draws=share_draws,
             staleness_correction=staleness_correction,
+            weigh_positives=weigh_positives,
             reduction=reduction,
         )
         options.check_group(ranks.name is None)
         check_embeddings("queries", queries, draw.embedding, rows=draw.log_normalizer.shape[0])
         check_embeddings("negatives", negatives, queries, rows=draw.slot.numel())
         check_scale(scale, queries.device)
-        check_batch(queries, documents, ids, log_weights, false_negatives)
+        check_batch(queries, documents, ids, log_weights, false_negatives, positive_rows, options)
+        _check_labels_of_draw(draw, false_negatives, options)
         if draw.for_batch and torch.is_grad_enabled() and queries.requires_grad:
             _check_gradient_of_draw(draw)
         if group is not None:
             similarity = Similarity.of(options, scale, draw.log_normalizer.dtype)
-            try_limits(similarity, queries, documents, false_negatives)
+            try_limits(similarity, queries, documents, false_negatives, positive_rows)
     queries, _ = check_ranks_agree(
         ranks,
         queries,
@@ -143,17 +171,35 @@ def loss(
             "queries": queries.shape[0],
             "documents": documents.shape[0],
             "draws": draw.slot.numel(),
+            "positive_rows": 0 if positive_rows is None else positive_rows.shape[1],
         },
-        choices={"ids": ids is not None, "log_weights": log_weights is not None},
+        choices={
+            "ids": ids is not None,
+            "log_weights": log_weights is not None,
+            "labels": false_negatives.labels is not None,
+            "labels of the draw": draw.exclude_labels.shape[1] > 0,
+        },
     )
-    classes = batch_classes(queries.shape[0], documents, ids, log_weights, options, ranks)
+    labels = false_negatives.labels
+    classes = batch_classes(queries.shape[0], documents, ids, log_weights, options, ranks, positive_rows, labels)
     shared = gather_draws(negatives, draw, ranks) if share_draws else None
     queries, scale = in_dtype(queries, scale, draw.log_normalizer.dtype)
     similarity = Similarity.of(options, scale, draw.log_normalizer.dtype)
     with full_precision(queries):
-        batch_logits, positive = batch_scores(similarity, queries, classes, options, false_negatives)
+        batch = batch_scores(similarity, queries, classes, options, false_negatives)
         cache = estimate_cache_logit(similarity, queries, negatives, draw, shared, options)
-    return reduced(cross_entropy(batch_logits, cache.logit, positive), options)
+    return reduced(cross_entropy(batch, cache.logit), options, batch.trains)
+
+
+def _check_labels_of_draw(draw: Draw, false_negatives: FalseNegatives, options: StepOptions) -> None:
+    """Raises if batch and cache would exclude different labels."""
+    labelled, drawn_with = false_negatives.labels is not None, draw.exclude_labels.shape[1] > 0
+    if labelled and not drawn_with:
+        raise ValueError(
+            "false_negatives.labels is given and the draw has none; expected them in sample_gumbel as well"
+        )
+    if drawn_with and not labelled and options.batch_is_classes:
+        raise ValueError("false_negatives.labels is None and the draw has labels; expected those that it was made with")
 
 
 def _check_gradient_of_draw(draw: Draw) -> None:
@@ -165,13 +211,49 @@ def _check_gradient_of_draw(draw: Draw) -> None:
         )
 
 
-def cross_entropy(batch_logits: Tensor, cache_logit: Tensor, positive: Tensor) -> Tensor:
+def cross_entropy(batch: BatchScores, cache_logit: Tensor) -> Tensor:
     """[B]: the loss of each query, the cache being one class."""
-    return torch.cat([batch_logits, cache_logit[:, None]], dim=1).logsumexp(1) - positive
+    if batch.is_target is None:
+        return torch.cat([batch.logits, cache_logit[:, None]], dim=1).logsumexp(1) - batch.positive
+    return mean_of_positives(losses_of_positives(batch, cache_logit), batch)
 
 
-def reduced(losses: Tensor, options: StepOptions) -> Tensor:
-    """[B] -> [] by "mean" or "sum"; as it is with "none"."""
+def losses_of_positives(batch: BatchScores, cache_logit: Tensor) -> Tensor:
+    """[B, P]: the loss of each positive, 0 where there is none."""
+    if batch.is_target is None:
+        return cross_entropy(batch, cache_logit)[:, None]
+    negatives = logsumexp(torch.cat([batch.logits, cache_logit[:, None]], dim=1))
+    has_any = negatives != -_INFINITY  # where there are none the loss is 0, with derivatives of every order
+    relative = torch.where(has_any, negatives, 0.0)[:, None] - batch.positive
+    losses = torch.logaddexp(relative, torch.zeros_like(relative))
+    return torch.where(batch.is_target & has_any[:, None], losses, 0.0)
+
+
+def mean_of_positives(values: Tensor, batch: BatchScores) -> Tensor:
+    """[B, P] -> [B]: the mean over a query's positives; 0 where it has none, as have the values there."""
+    if batch.is_target is None:
+        return values[:, 0]
+    return values.sum(1) / batch.is_target.sum(1).clamp(min=1)
+
+
+def log_share_of_cache(batch: BatchScores, log_normalizer: Tensor) -> Tensor:
+    """[B]: logarithm of the share of the cached documents in the query's softmax, on average over its positives.
+
+    -inf where it has none. Without gradient.
+    """
+    logits, positive = batch.logits.detach(), batch.positive.detach()
+    if batch.is_target is None:
+        return torch.nn.functional.logsigmoid(log_normalizer - logits.logsumexp(1))
+    of_batch = torch.logaddexp(logsumexp(logits)[:, None], positive)
+    shares = torch.nn.functional.logsigmoid(log_normalizer[:, None] - of_batch)
+    mean = logsumexp(torch.where(batch.is_target, shares, -_INFINITY))
+    return mean - batch.is_target.sum(1).clamp(min=1).log().to(mean.dtype)
+
+
+def reduced(losses: Tensor, options: StepOptions, trains: Tensor | None = None) -> Tensor:
+    """[B] -> [] by "mean", over the queries that have a positive, or "sum"; as it is with "none"."""
     if options.reduction == "none":
         return losses
-    return losses.mean() if options.reduction == "mean" else losses.sum()
+    if options.reduction == "sum":
+        return losses.sum()
+    return losses.mean() if trains is None else losses.sum() / trains.sum().clamp(min=1)

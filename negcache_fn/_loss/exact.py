@@ -16,6 +16,7 @@ from negcache_fn._loss.batch_classes import (
     known_ids,
     positive_scores,
     try_limits,
+    without_idle,
 )
 from negcache_fn._loss.cross_entropy import cross_entropy, reduced
 from negcache_fn._options import InBatch, Reduction, ScoreTransform, StepOptions
@@ -48,7 +49,9 @@ def exact_loss(
     ids: Tensor | None = None,
     log_weights: Tensor | None = None,
     false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
+    positive_rows: Tensor | None = None,
     top_k: int | None = None,
+    weigh_positives: bool = True,
     reduction: Reduction = "mean",
     group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
@@ -72,7 +75,9 @@ def exact_loss(
         ids: [N] int64, as in `loss`.
         log_weights: [N] floating, as in `loss`.
         false_negatives: documents of the batch and of the cache to exclude from a query's negatives.
+        positive_rows: [B, P] int64, as in `loss`.
         top_k: restricts the cache to each query's `top_k` highest scores.
+        weigh_positives: as in `loss`.
         reduction: "mean", "sum" or "none".
         group: of the ranks over which the cache is sharded; gradients as in `loss`.
 
@@ -93,16 +98,22 @@ def exact_loss(
     with checking_arguments(ranks):
         if group is not None:  # messages have one derivative, the plain one
             check_transforms("exact_loss with a group", queries, documents, scale)
-        options = StepOptions(score_transform=score_transform, in_batch=in_batch, top_k=top_k, reduction=reduction)
+        options = StepOptions(
+            score_transform=score_transform,
+            in_batch=in_batch,
+            top_k=top_k,
+            weigh_positives=weigh_positives,
+            reduction=reduction,
+        )
         options.check_group(ranks.name is None)
         check_search(state, queries, scale)
-        check_batch(queries, documents, ids, log_weights, false_negatives)
         capacity = stored(state, "embedding").shape[0]
+        check_batch(queries, documents, ids, log_weights, false_negatives, positive_rows, options, capacity)
         if top_k is not None:
             check_size("top_k", top_k, most=capacity if group is None else None)
         if group is not None:
             similarity = Similarity.of(options, scale, dtype_of_scores(state, queries))
-            try_limits(similarity, queries, documents, false_negatives)
+            try_limits(similarity, queries, documents, false_negatives, positive_rows)
     with full_precision(queries):
         rows = queries.shape[0]
         queries, shards = check_ranks_agree(
@@ -121,22 +132,28 @@ def exact_loss(
             numbers={
                 "queries": rows,
                 "documents": documents.shape[0],
+                "positive_rows": 0 if positive_rows is None else positive_rows.shape[1],
                 "false_negatives.ids": 0 if false_negatives.ids is None else false_negatives.ids.shape[1],
             },
             choices={
                 "ids": ids is not None,
                 "log_weights": log_weights is not None,
                 "max_score": false_negatives.max_score is not None,
+                "labels": false_negatives.labels is not None,
             },
         )
         queries, scale = in_dtype(queries, scale, dtype_of_scores(state, queries))
         similarity = Similarity.of(options, scale, queries.dtype)
-        classes = batch_classes(rows, documents, ids, log_weights, options, ranks)
-        batch_logits, positive = batch_scores(similarity, queries, classes, options, false_negatives)
+        queries = without_idle(queries, positive_rows)
+        labels = false_negatives.labels
+        classes = batch_classes(rows, documents, ids, log_weights, options, ranks, positive_rows, labels)
+        batch = batch_scores(similarity, queries, classes, options, false_negatives)
         with torch.no_grad():  # a document is a negative or not
-            positives = positive_scores(similarity, queries, documents) if needs_positives(false_negatives) else None
-            known = known_ids(ids, rows, options)
-            exclusions = Exclusions.of(queries, known, false_negatives, similarity.dtype, positives)
+            scored = None
+            if needs_positives(false_negatives):
+                scored = positive_scores(similarity, queries, documents, positive_rows)
+            known = known_ids(ids, rows, options, positive_rows)
+            exclusions = Exclusions.of(queries, known, false_negatives, similarity.dtype, scored)
             _, of_all = exclusions.gathered(queries[:0], ranks)
         # Each shard's part of the sum is made where the shard is, for the queries of all ranks.
         matrix = score_matrix(state, ranks.gather(queries), similarity, of_all)
@@ -148,7 +165,7 @@ def exact_loss(
             with torch.no_grad():  # which ones they are is not differentiable
                 scores, slots = hardest_of_all(matrix, top_k, shards)
             cache_logit = logsumexp_at(state, queries, similarity, scores, slots, shards)
-        return reduced(cross_entropy(batch_logits, cache_logit, positive), options)
+        return reduced(cross_entropy(batch, cache_logit), options, batch.trains)
 
 
 def _over_all_ranks(normalizers: Tensor, shards: Shards) -> Tensor:

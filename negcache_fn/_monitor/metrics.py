@@ -8,7 +8,7 @@ from negcache_fn._cache.state import live, scalar, stored
 from negcache_fn._codec import storable
 from negcache_fn._draws.draw import Draw
 from negcache_fn._loss.cache_class import SharedDraws, inverse_inclusion
-from negcache_fn._loss.cross_entropy import Terms, cross_entropy
+from negcache_fn._loss.cross_entropy import Terms, log_share_of_cache, losses_of_positives, mean_of_positives
 from negcache_fn._ranks.group import Ranks
 
 __all__ = ["count_not_storable", "draw_noise", "step_metrics"]
@@ -43,7 +43,12 @@ def step_metrics(
     Returns:
         0-d tensors by their names; [] the failures of all ranks.
     """
-    exact = cross_entropy(terms.batch_logits, draw.log_normalizer, terms.positive)
+    each = losses_of_positives(terms.batch, draw.log_normalizer)
+    exact = mean_of_positives(each, terms.batch)
+    probability = (-each).exp()
+    trains = terms.batch.trains
+    if terms.batch.is_target is not None:
+        probability = torch.where(terms.batch.is_target, probability, 0.0)
     step, embedded_at, drawn = scalar(state, "step"), stored(state, "embedded_at"), draw.slot >= 0
     capacity = embedded_at.new_full((), embedded_at.shape[0])
     documents = live(state).sum()
@@ -56,17 +61,18 @@ def step_metrics(
     sample_size = (2 * log_importance.logsumexp(-1) - (2 * log_importance).logsumexp(-1)).exp()
     sample_size = sample_size.masked_fill((log_importance == -_INFINITY).all(-1), 0.0)
     draws = (drawn_by_all >= 0).sum()
-    queries = capacity.new_full((), exact.shape[0])
+    queries = capacity.new_full((), exact.shape[0]) if trains is None else trains.sum()
+    can_draw = draw.has_documents if trains is None else draw.has_documents & trains
     ratios = {
         "exact_loss": (exact.sum(), queries),
-        "positive_probability": ((-exact).exp().sum(), queries),
-        "cache_share": ((draw.log_normalizer - exact - terms.positive).exp().sum(), queries),
+        "positive_probability": (mean_of_positives(probability, terms.batch).sum(), queries),
+        "cache_share": (log_share_of_cache(terms.batch, draw.log_normalizer).exp().sum(), queries),
         "occupancy": (documents, capacity),
         "cache_age_steps": (step * documents - embedded_at_sum, documents),
         "draw_age_steps": _sum_where(step - drawn_at, drawn.flatten()),
         "drift": _sum_where(drift, drawn.flatten()),
-        "effective_sample_size": _sum_where(sample_size, draw.has_documents),
-        "masked_pairs": (terms.cache.masked.sum(), draw.has_documents.sum() * draws),
+        "effective_sample_size": _sum_where(sample_size, can_draw),
+        "masked_pairs": ((terms.cache.masked & can_draw[:, None]).sum(), can_draw.sum() * draws),
     }
     if not draw.for_batch:
         ratios["unique_draws"] = (_distinct(drawn_by_all), draws)
@@ -96,7 +102,7 @@ def draw_noise(queries: Tensor, draw: Draw, terms: Terms, shared: SharedDraws) -
         terms: the classes of the queries.
         shared: the M draws of all ranks.
     """
-    log_share = torch.nn.functional.logsigmoid(draw.log_normalizer - terms.batch_logits.logsumexp(-1))
+    log_share = log_share_of_cache(terms.batch, draw.log_normalizer)
     weights = (terms.cache.log_probability + log_share[:, None]).exp()
     weights = torch.where(draw.has_documents[:, None], weights, 0.0)
     gradients = shared.ranks.all_sum(weights.T @ queries)

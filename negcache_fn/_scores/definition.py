@@ -15,7 +15,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torch.nn.functional import pad
 
-from negcache_fn._cache.ids import find_slots, without
+from negcache_fn._cache.ids import find_slots, named, without
 from negcache_fn._cache.state import check_state, live, stored
 from negcache_fn._checks import check_embeddings, check_ids, check_scale
 from negcache_fn._codec import decode, softmax_dtype
@@ -70,7 +70,8 @@ class Similarity(NamedTuple):
 class ScoreMatrix(NamedTuple):
     """`scores[i, j] = transform(queries[i] . embeddings[j]) + bias[j]`, unevaluated.
 
-    -inf where `j` is in `excluded[i]`, or the transformed product is above `max_score[i]`.
+    -inf where `j` is in `excluded[i]`, the transformed product is above `max_score[i]`, or `row_labels[i]` is
+    `slot_labels[j]`.
     """
 
     queries: Tensor  # [B, D] float32 or float64, the scale folded in
@@ -79,16 +80,26 @@ class ScoreMatrix(NamedTuple):
     excluded: Tensor  # [B, P] int64 slots, -1: none; P may be 0
     max_score: Tensor | None  # [B], dtype of the queries; None: no limit
     transform: ScoreTransform | None
+    row_labels: Tensor | None = None  # [B] int32, see `_numbered`; None: no labels
+    slot_labels: Tensor | None = None  # [C] int32
+
+    @classmethod
+    def of(cls, problem: Problem) -> "ScoreMatrix":
+        """Of the tensors that kernels and operators take, without a transform."""
+        return cls(*problem[:5], None, *problem[5:])
 
     @property
     def problem(self) -> Problem:
         """The tensors, as kernels and operators take them; they know no transform."""
-        return Problem(*self[:-1])
+        return Problem(*self[:5], *self[6:])
 
     def of_slots(self, start: int, stop: int) -> "ScoreMatrix":
         """The columns `start ... stop - 1` alone."""
         return self._replace(
-            embeddings=self.embeddings[start:stop], bias=self.bias[start:stop], excluded=self.excluded - start
+            embeddings=self.embeddings[start:stop],
+            bias=self.bias[start:stop],
+            excluded=self.excluded - start,
+            slot_labels=None if self.slot_labels is None else self.slot_labels[start:stop],
         )
 
     def of_stretches(self, number: Tensor, length: int) -> "ScoreMatrix":
@@ -97,7 +108,9 @@ class ScoreMatrix(NamedTuple):
         slots = (number[:, None] * length + torch.arange(length, device=number.device)).flatten()
         rows = slots.clamp(max=capacity - 1)
         chosen = self._replace(
-            embeddings=self.embeddings[rows], bias=self.bias[rows].masked_fill(slots >= capacity, -_INFINITY)
+            embeddings=self.embeddings[rows],
+            bias=self.bias[rows].masked_fill(slots >= capacity, -_INFINITY),
+            slot_labels=None if self.slot_labels is None else self.slot_labels[rows],
         )
         if self.excluded.shape[1] == 0:
             return chosen
@@ -120,6 +133,8 @@ class ScoreMatrix(NamedTuple):
             scores = products + self.bias
             if self.max_score is not None:
                 scores = scores.masked_fill(products > self.max_score[:, None], -_INFINITY)
+        if self.row_labels is not None and self.slot_labels is not None:
+            scores = scores.masked_fill(self.row_labels[:, None] == self.slot_labels, -_INFINITY)
         width = scores.shape[1]
         if width % BLOCK:
             scores = pad(scores, (0, -width % BLOCK), value=-_INFINITY)
@@ -152,6 +167,8 @@ class ScoreMatrix(NamedTuple):
         rows = decode(self.embeddings[slots], self.queries.dtype)
         products = self.similarities(torch.bmm(rows, self.queries[row, :, None]).squeeze(-1))
         outside |= (slots[:, :, None] == self.excluded[row, None, :]).any(-1)
+        if self.row_labels is not None and self.slot_labels is not None:
+            outside |= self.row_labels[row, None] == self.slot_labels[slots]
         scores = (products + self.bias[slots]).masked_fill(outside, -_INFINITY)
         if self.max_score is not None:
             lowest = products.masked_fill(scores == -_INFINITY, _INFINITY).amin(-1)
@@ -217,6 +234,7 @@ def score_matrix(
     kept = without(state, exclusions.for_all) if exclusions.for_all.shape[0] > 0 else live(state)
     excluded = find_slots(state, exclusions.for_each) if exclusions.for_each.shape[1] > 0 else exclusions.for_each
     bias = stored(state, "log_weight").to(similarity.dtype).masked_fill(~kept, -_INFINITY)
+    labels = (None, None) if exclusions.labels is None else _numbered(*exclusions.labels)
     return ScoreMatrix(
         similarity.scaled(queries),
         stored(state, "embedding"),
@@ -224,7 +242,17 @@ def score_matrix(
         excluded,
         exclusions.max_score,
         similarity.transform,
+        *labels,
     )
+
+
+def _numbered(of_queries: Tensor, of_slots: Tensor) -> tuple[Tensor, Tensor]:
+    """[B] and [C] int32, equal where the labels are and are not -1: a slot's is the place among the queries' labels."""
+    ordered, of_slots = of_queries.sort().values, of_slots.contiguous()
+    place = torch.searchsorted(ordered, of_slots).clamp(max=ordered.shape[0] - 1)
+    found = ordered[place] == of_slots
+    rows = torch.where(named(of_queries), torch.searchsorted(ordered, of_queries.contiguous()), -2)
+    return rows.to(torch.int32), torch.where(found, place, -1).to(torch.int32)
 
 
 def dtype_of_scores(state: TensorDictBase, queries: Tensor) -> torch.dtype:

@@ -17,11 +17,39 @@ __all__ = [
     "NO_FALSE_NEGATIVES",
     "Exclusions",
     "FalseNegatives",
+    "Labels",
     "check_false_negatives",
     "limits_by",
     "max_score_of",
     "needs_positives",
 ]
+
+
+class Labels(NamedTuple):
+    """Labels of queries and documents, such as classes, where documents of a query's label are no negatives of it.
+
+    A number is a label of its own, except -1: no label. That costs O(B + C) a step, however many documents have a
+    label; the kernels compare it slot by slot.
+
+    Examples:
+        >>> labels = torch.tensor([0, 1, 1])
+        >>> state = init_cache(8, 4, features={"x": torch.zeros(1, 3), "label": labels[:1]})
+        >>> state = update(state, {"x": torch.ones(3, 3), "label": labels}, torch.eye(4)[:3])
+        >>> known = Labels(queries=torch.tensor([1, -1]), cached=state["items", "features", "label"])
+        >>> top_negatives(state, torch.ones(2, 4), 3, false_negatives=FalseNegatives(labels=known))[1]
+        tensor([[ 0, -1, -1],
+                [ 0,  1,  2]])
+    """
+
+    queries: Tensor
+    """[B] int64."""
+
+    documents: Tensor | None = None
+    """[N] int64, of the documents of the batch: wherever these are classes of all queries."""
+
+    cached: Tensor | None = None
+    """[C] int64, of the cache's slots, with a group of those on this rank: wherever the cache is searched. A feature,
+    `state["items", "features", "label"]`, or by the ids, `label_of[state["items", "id"]]`."""
 
 
 class FalseNegatives(NamedTuple):
@@ -52,6 +80,9 @@ class FalseNegatives(NamedTuple):
     positive + 1.0`. It goes by the scores as they are: stale ones in the cache, fresh ones in the batch. No gradient.
     (-inf excludes every document; given to `sample_gumbel` alone, it shuts the query out of that cache.)"""
 
+    labels: Labels | None = None
+    """Documents of a query's own label are excluded."""
+
 
 NO_FALSE_NEGATIVES = FalseNegatives()
 
@@ -62,6 +93,7 @@ class Exclusions(NamedTuple):
     for_all: Tensor  # [P] int64 ids; P may be 0
     for_each: Tensor  # [B, P] int64 ids; P may be 0
     max_score: Tensor | None  # [B]
+    labels: tuple[Tensor, Tensor] | None = None  # [B] of the queries and [C] of the slots here
 
     @classmethod
     def of(
@@ -77,13 +109,18 @@ class Exclusions(NamedTuple):
         each = [ids for ids in (exclude_ids, false_negatives.ids) if ids is not None and ids.ndim == 2]
         for_each = torch.cat(each, 1) if each else nothing.expand(queries.shape[0], 0)
         for_all = nothing if exclude_ids is None or exclude_ids.ndim == 2 else exclude_ids
-        return cls(for_all, for_each, max_score_of(false_negatives, queries, dtype, positives))
+        labels = false_negatives.labels
+        known = None if labels is None or labels.cached is None else (labels.queries, labels.cached)
+        return cls(for_all, for_each, max_score_of(false_negatives, queries, dtype, positives), known)
 
     def gathered(self, queries: Tensor, ranks: Ranks) -> tuple[Tensor, "Exclusions"]:
         """The queries (any rows of them) and the exclusions of all ranks, in one message."""
-        limit = [] if self.max_score is None else [self.max_score]
-        gathered, for_all, for_each, *limits = ranks.gather_all(queries, self.for_all, self.for_each, *limit)
-        return gathered, Exclusions(for_all, for_each, limits[0] if limits else None)
+        sent = [queries, self.for_all, self.for_each]
+        sent += [] if self.max_score is None else [self.max_score]
+        sent += [] if self.labels is None else [self.labels[0]]
+        gathered, for_all, for_each, *others = ranks.gather_all(*sent)
+        labels = None if self.labels is None else (others.pop(), self.labels[1])
+        return gathered, Exclusions(for_all, for_each, others.pop() if others else None, labels)
 
     @property
     def numbers(self) -> dict[str, int]:
@@ -92,17 +129,24 @@ class Exclusions(NamedTuple):
 
     @property
     def choices(self) -> dict[str, bool]:
-        """Whether there is a limit, which must be the same on all ranks."""
-        return {"max_score": self.max_score is not None}
+        """Whether there are a limit and labels, which must be the same on all ranks."""
+        return {"max_score": self.max_score is not None, "labels": self.labels is not None}
 
 
-def check_false_negatives(value: Any, queries: Tensor, *, knows_positives: bool) -> None:
-    """Raises unless `value` is a `FalseNegatives` that fits the queries [B, D]."""
+def check_false_negatives(
+    value: Any, queries: Tensor, *, knows_positives: bool, documents: int | None = None, slots: int | None = None
+) -> None:
+    """Raises unless `value` is a `FalseNegatives` that fits the queries [B, D].
+
+    Its labels those of so many `documents`, if these are classes, and of so many `slots`, if the cache is searched.
+    """
     if not isinstance(value, FalseNegatives):
         raise TypeError(
             f"false_negatives is a {type(value).__name__}; expected negcache_fn.FalseNegatives(ids=..., max_score=...)"
         )
     rows = queries.shape[0]
+    if value.labels is not None:
+        _check_labels(value.labels, queries, documents, slots)
     if value.ids is not None:
         check_ids("false_negatives.ids", value.ids, queries)
         if value.ids.ndim != 2:
@@ -122,6 +166,27 @@ def check_false_negatives(value: Any, queries: Tensor, *, knows_positives: bool)
             )
     elif limit is not None:
         check_scale(limit, queries.device, name="false_negatives.max_score")
+
+
+def _check_labels(value: Any, queries: Tensor, documents: int | None, slots: int | None) -> None:
+    name = "false_negatives.labels"
+    if not isinstance(value, Labels):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected negcache_fn.Labels(queries=..., ...)")
+    for field, labels, rows in (
+        ("queries", value.queries, queries.shape[0]),
+        ("documents", value.documents, documents),
+        ("cached", value.cached, slots),
+    ):
+        if rows is None:
+            continue
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"{name}.{field} is a {type(labels).__name__}; expected a tensor, [{rows}] int64")
+        if labels.shape != (rows,):
+            raise ValueError(f"{name}.{field} has shape {tuple(labels.shape)}; expected [{rows}]")
+        if labels.dtype != torch.int64:
+            raise TypeError(f"{name}.{field} has dtype {labels.dtype}; expected torch.int64")
+        if labels.device != queries.device:
+            raise ValueError(f"{name}.{field} is on {labels.device}; expected {queries.device}, the device of the rest")
 
 
 def needs_positives(false_negatives: FalseNegatives) -> bool:

@@ -1,6 +1,6 @@
 """Mining: the cached documents of highest score, exactly, without the [B, C] matrix of scores."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDictBase
@@ -11,6 +11,7 @@ from negcache_fn._cache.state import scalar, stored
 from negcache_fn._checks import check_size
 from negcache_fn._kernels import dispatch
 from negcache_fn._kernels.blocks import BLOCK
+from negcache_fn._kernels.problem import SCHEMA
 from negcache_fn._options import ScoreTransform, StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
 from negcache_fn._ranks.group import Shards, fetch_rows, ranks_of
@@ -74,7 +75,7 @@ def top_negatives(
         check_search(state, queries, scale, exclude_ids)
         capacity = stored(state, "embedding").shape[0]
         check_size("n", n, most=capacity if group is None else None)
-        check_false_negatives(false_negatives, queries, knows_positives=False)
+        check_false_negatives(false_negatives, queries, knows_positives=False, slots=capacity)
         similarity = Similarity.of(options, scale, dtype_of_scores(state, queries))
         exclusions = Exclusions.of(queries, exclude_ids, false_negatives, similarity.dtype)
     with torch.no_grad(), full_precision(queries):  # mining is a look-up
@@ -159,17 +160,15 @@ def _top(left: Tensor, right: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return ordered[:, :n], columns[:, :n]
 
 
-@torch.library.custom_op("negcache_fn::hardest", mutates_args=())
-def _hardest_op(
-    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, n: int
-) -> tuple[Tensor, Tensor]:
-    problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score)
+@torch.library.custom_op("negcache_fn::hardest", mutates_args=(), schema=f"({SCHEMA}, int n) -> (Tensor, Tensor)")
+def _hardest_op(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *problem, n = arguments
+    problem = dispatch.Problem(*problem)
     found = dispatch.hardest(problem, n)
-    return _hardest(ScoreMatrix(*problem, None), n) if found is None else found
+    return _hardest(ScoreMatrix.of(problem), n) if found is None else found
 
 
 @_hardest_op.register_fake
-def _(
-    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, n: int
-) -> tuple[Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    queries, _, _, excluded, *_, n = arguments
     return queries.new_empty(queries.shape[0], n), excluded.new_empty(queries.shape[0], n)

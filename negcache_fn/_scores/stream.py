@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVa
 
 from negcache_fn._kernels import dispatch
 from negcache_fn._kernels.blocks import BLOCK
+from negcache_fn._kernels.problem import SCHEMA
 from negcache_fn._scores.definition import ScoreMatrix
 
 __all__ = [
@@ -183,94 +184,69 @@ def _score_blocks(matrix: ScoreMatrix, blocks: Tensor) -> Tensor:
 
 def _block_logsumexp(problem: dispatch.Problem) -> Tensor:
     found = dispatch.block_logsumexp(problem)
-    return _reduce_blocks(ScoreMatrix(*problem, None), "logsumexp") if found is None else found
+    return _reduce_blocks(ScoreMatrix.of(problem), "logsumexp") if found is None else found
 
 
-@torch.library.custom_op("negcache_fn::reduce_blocks", mutates_args=())
-def _reduce_blocks_op(
-    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, by: str
-) -> Tensor:
-    problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score)
-    return _block_logsumexp(problem) if by == "logsumexp" else _reduce_blocks(ScoreMatrix(*problem, None), by)
+@torch.library.custom_op("negcache_fn::reduce_blocks", mutates_args=(), schema=f"({SCHEMA}, str by) -> Tensor")
+def _reduce_blocks_op(*arguments: Any) -> Tensor:
+    *problem, by = arguments
+    problem = dispatch.Problem(*problem)
+    return _block_logsumexp(problem) if by == "logsumexp" else _reduce_blocks(ScoreMatrix.of(problem), by)
 
 
 @_reduce_blocks_op.register_fake
-def _(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, by: str) -> Tensor:
+def _(*arguments: Any) -> Tensor:
+    queries, embeddings = arguments[:2]
     return queries.new_empty(queries.shape[0], -(-embeddings.shape[0] // BLOCK))
 
 
-@torch.library.custom_op("negcache_fn::score_blocks", mutates_args=())
-def _score_blocks_op(
-    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, blocks: Tensor
-) -> Tensor:
-    problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score)
+@torch.library.custom_op("negcache_fn::score_blocks", mutates_args=(), schema=f"({SCHEMA}, Tensor blocks) -> Tensor")
+def _score_blocks_op(*arguments: Any) -> Tensor:
+    *problem, blocks = arguments
+    problem = dispatch.Problem(*problem)
     found = dispatch.score_blocks(problem, blocks)
-    return _score_blocks(ScoreMatrix(*problem, None), blocks) if found is None else found
+    return _score_blocks(ScoreMatrix.of(problem), blocks) if found is None else found
 
 
 @_score_blocks_op.register_fake
-def _(
-    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, blocks: Tensor
-) -> Tensor:
-    return queries.new_empty(*blocks.shape, BLOCK)
+def _(*arguments: Any) -> Tensor:
+    return arguments[0].new_empty(*arguments[-1].shape, BLOCK)
 
 
-@torch.library.custom_op("negcache_fn::slot_masses", mutates_args=())
-def _slot_masses_op(
-    queries: Tensor,
-    embeddings: Tensor,
-    bias: Tensor,
-    excluded: Tensor,
-    max_score: Tensor | None,
-    log_weight: Tensor,
-) -> Tensor:
-    problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score)
+@torch.library.custom_op("negcache_fn::slot_masses", mutates_args=(), schema=f"({SCHEMA}, Tensor log_weight) -> Tensor")
+def _slot_masses_op(*arguments: Any) -> Tensor:
+    *problem, log_weight = arguments
+    problem = dispatch.Problem(*problem)
     found = dispatch.slot_masses(problem, log_weight)
-    return sum_of_rows(ScoreMatrix(*problem, None).scores(), log_weight) if found is None else found
+    return sum_of_rows(ScoreMatrix.of(problem).scores(), log_weight) if found is None else found
 
 
 @_slot_masses_op.register_fake
-def _(
-    queries: Tensor,
-    embeddings: Tensor,
-    bias: Tensor,
-    excluded: Tensor,
-    max_score: Tensor | None,
-    log_weight: Tensor,
-) -> Tensor:
+def _(*arguments: Any) -> Tensor:
+    queries, embeddings = arguments[:2]
     return queries.new_empty(-(-embeddings.shape[0] // BLOCK) * BLOCK)
 
 
-@torch.library.custom_op("negcache_fn::summarize", mutates_args=())
-def _summarize_op(
-    queries: Tensor,
-    embeddings: Tensor,
-    bias: Tensor,
-    excluded: Tensor,
-    max_score: Tensor | None,
-    length: int,
-    differentiable: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "negcache_fn::summarize",
+    mutates_args=(),
+    schema=f"({SCHEMA}, int length, bool differentiable) -> (Tensor, Tensor, Tensor)",
+)
+def _summarize_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The stretches, the normalisers and, if they are to be differentiable, their gradient [B, D], else [0, D]."""
-    problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score)
+    *problem, length, differentiable = arguments
+    problem = dispatch.Problem(*problem)
     if differentiable:
-        blocks, log_normalizer, mean = blocks_and_mean(ScoreMatrix(*problem, None))
+        blocks, log_normalizer, mean = blocks_and_mean(ScoreMatrix.of(problem))
     else:
         blocks = _block_logsumexp(problem)
-        log_normalizer, mean = blocks.logsumexp(1), torch.empty_like(queries[:0])
+        log_normalizer, mean = blocks.logsumexp(1), torch.empty_like(problem.queries[:0])
     return in_stretches(blocks, length), log_normalizer, mean
 
 
 @_summarize_op.register_fake
-def _(
-    queries: Tensor,
-    embeddings: Tensor,
-    bias: Tensor,
-    excluded: Tensor,
-    max_score: Tensor | None,
-    length: int,
-    differentiable: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    queries, embeddings, *_, length, differentiable = arguments
     rows, dim = queries.shape
     stretches = queries.new_empty(rows, -(-embeddings.shape[0] // length))
     return stretches, queries.new_empty(rows), queries.new_empty(rows if differentiable else 0, dim)
@@ -290,7 +266,7 @@ def _gradient(
     if of_stretches is not None or of_mean is not None:
         raise NotImplementedError("the log-sum-exp of the cache is differentiable once only")
     (mean,) = cast("tuple[Tensor]", ctx.saved_tensors)  # pyright: ignore[reportAttributeAccessIssue] - undeclared
-    return None if gradient is None else gradient[:, None] * mean, None, None, None, None, None, None
+    return None if gradient is None else gradient[:, None] * mean, *(None for _ in range(8))
 
 
 _summarize_op.register_autograd(_gradient, setup_context=_save_mean)

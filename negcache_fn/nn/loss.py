@@ -104,6 +104,7 @@ class NegativeCacheLoss(nn.Module):
         cacheable: Tensor | None = None,
         false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
         priorities: Tensor | None = None,
+        positive_rows: Tensor | None = None,
     ) -> Tensor:
         """The loss: [] or, with reduction "none", [B]. Arguments and errors as those of `step`.
 
@@ -116,6 +117,7 @@ class NegativeCacheLoss(nn.Module):
             cacheable: [N] bool, False for documents not to be cached.
             false_negatives: further documents to exclude from a query's negatives.
             priorities: [C] instead of `options.evict`, see `update`.
+            positive_rows: [B, P] int64, the rows of `features` that are positives of each query, -1: none.
         """
         out = step_(
             self.cache.state,
@@ -129,6 +131,7 @@ class NegativeCacheLoss(nn.Module):
             cacheable=cacheable,
             false_negatives=false_negatives,
             priorities=priorities,
+            positive_rows=positive_rows,
             group=self.group,
         )
         self.metrics = out.metrics

@@ -231,3 +231,28 @@ def test_other_exclusions_are_refused(number: dict[str, int]) -> None:
         for seed, ids in ((1, torch.tensor([101])), (2, torch.tensor([201])))
     ]
     negcache_fn.merge_draws(*of_all)  # none of them is drawn
+
+
+@pytest.mark.parametrize("number", [{"draws_per_query": 2}, {"num_draws": 3}])
+def test_labels_merge(number: dict[str, int]) -> None:
+    """Those of the documents with the documents; the queries' must be the same."""
+    queries, cached = unit(2, 4, 9), torch.arange(40) % 3
+    first, second, third = (
+        negcache_fn.sample_gumbel(
+            cache(40, seed, 100 * seed),
+            queries,
+            false_negatives=negcache_fn.FalseNegatives(labels=negcache_fn.Labels(torch.tensor(of), cached=cached)),
+            **number,
+        )
+        for seed, of in ((1, [0, 2]), (2, [0, 2]), (3, [2, 0]))
+    )
+    merged = negcache_fn.merge_draws(first, second)
+    assert torch.equal(merged.label, cached[merged.slot])
+    assert torch.equal(merged.exclude_labels, torch.tensor([[0], [2]]))
+    with pytest.raises(ValueError, match="b has other excluded labels than a; expected the same exclusions"):
+        negcache_fn.merge_draws(first, third)
+    plain = negcache_fn.sample_gumbel(cache(40, 4, 400), queries, **number)
+    with pytest.raises(ValueError, match="b was drawn without labels; expected them as for a"):
+        negcache_fn.merge_draws(first, plain)
+    with pytest.raises(ValueError, match="b was drawn with labels; expected them as for a"):
+        negcache_fn.merge_draws(plain, first)

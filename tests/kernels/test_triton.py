@@ -57,7 +57,15 @@ def test_kernel_compiles_without_a_gpu(
     if triton.knobs.runtime.interpret:
         pytest.skip("Triton interprets in this process")
     kernel = importlib.import_module(MODULE)._kernel
-    constants = {"D": dim, "P": 1, "LIMITED": True, "PARTS": 2, "PRECISION": precision, "WIDEN": False}
+    constants = {
+        "D": dim,
+        "P": 1,
+        "LIMITED": True,
+        "LABELLED": True,
+        "PARTS": 2,
+        "PRECISION": precision,
+        "WIDEN": False,
+    }
     constants |= {"WEIGHTED": weighted, "UNIT": 2.0**15}
     if size is not None:
         constants |= dict.fromkeys(("B", "C", "blocks"), size)
@@ -69,6 +77,8 @@ def test_kernel_compiles_without_a_gpu(
         "bias": "fp32",
         "excluded": "i64",
         "max_score": "fp32",
+        "row_labels": "i32",
+        "slot_labels": "i32",
     }
     types = {name: f"*{kind}" for name, kind in {**pointers, "out": "fp32", "weights": storage}.items()}
     source = triton.compiler.ASTSource(
@@ -142,11 +152,13 @@ def plain_launch(
     out: Tensor,
     weights: Tensor | None = None,
     unit: float = 1.0,
+    row_labels: Tensor | None = None,
+    slot_labels: Tensor | None = None,
 ) -> None:
     """What the kernel computes, in plain torch."""
     assert precision in ("ieee", "tf32x3", "tf32")
     whole = queries.float().sum(0) * magnitude[:, None]
-    matrix = ScoreMatrix(whole, embeddings, bias, excluded, max_score, None)
+    matrix = ScoreMatrix(whole, embeddings, bias, excluded, max_score, None, row_labels, slot_labels)
     out.copy_(stream._reduce_blocks(matrix, "logsumexp"))
     if weights is not None:
         weights.copy_((matrix.scores().view(*out.shape, -1) - out[:, :, None]).exp().nan_to_num() * unit)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import negcache_fn
+from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._kernels.cpu import call as cpu
 from negcache_fn._kernels.dispatch import Problem
 from negcache_fn._kernels.triton import block_logsumexp as block_logsumexp_module
@@ -23,6 +24,7 @@ from negcache_fn._kernels.triton import gumbel as gumbel_module
 from negcache_fn._scores import stream
 from negcache_fn._scores.definition import ScoreMatrix
 from tests.kernels.test_cpu import exact_scores, largest_error, limited_problem, masses, masses_problem, problem
+from tests.kernels.test_labels import labelled
 from tests.support.builders import make_state, unit
 
 # The interpreter's numpy warns of log(0) and NaN, and of the interpreter's own calls.
@@ -171,6 +173,27 @@ def test_masses_with_nan_are_seen() -> None:
     given_problem.queries[66, 0] = math.nan
     found = cuda.slot_masses(Problem(*(None if v is None else v.to(DEVICE) for v in given_problem)), weight.to(DEVICE))
     assert bool(found[:130].isnan().any())
+
+
+@pytest.mark.parametrize("storage", cuda._STORAGE)
+@pytest.mark.parametrize("chunk", [2**25, 2**13])
+def test_labels(storage: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots of the row's label have the score -inf, in every block and in the mean, also in the second stretch."""
+    monkeypatch.setattr(cuda, "_WEIGHTS_BYTES", chunk)
+    rows, capacity = 70, 2 * BLOCK + 33
+    arguments = problem(rows, capacity, 24, storage, 1, 3)
+    labels, scores = labelled(arguments, exact_scores(*arguments))
+    given = Problem(*(argument.to(DEVICE) for argument in arguments), None, *(values.to(DEVICE) for values in labels))
+    expected = pad(scores, (0, -capacity % BLOCK), value=-math.inf).view(rows, -1, BLOCK).logsumexp(-1)
+    of_scores = ERRORS[storage]["highest"] * norms(*arguments[:2]) + ROUNDING
+    assert largest_error(cuda.block_logsumexp(given).cpu(), expected) <= of_scores
+    blocks, mean = blocks_and_mean(given)
+    assert largest_error(blocks.cpu(), expected) <= of_scores
+    error = (mean.cpu().double() - exact_mean(scores, arguments[1])).abs().max()
+    largest = float(arguments[1].float().abs().max())
+    assert float(error) <= largest * (2 * of_scores + 2 * (WEIGHTS[storage] + 2e-6))
+    masses = cuda.slot_masses(given, torch.zeros(rows, device=DEVICE)).cpu()[:capacity]
+    assert largest_error(masses, scores.logsumexp(0)) <= of_scores
 
 
 @pytest.mark.parametrize("storage", cuda._STORAGE)

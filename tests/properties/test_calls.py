@@ -44,6 +44,7 @@ ALSO: dict[str, tuple[str, ...]] = {
 EXCEPT = {
     "Draw",  # a value that functions make
     "FalseNegatives",  # is checked where it is used
+    "Labels",
     "StepOutput",
     "distributed.average_gradients",  # with a process group, or on disk: tests/ranks
     "distributed.checkpointable",

@@ -43,6 +43,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch, ids, stalest": {"num_draws": 7, "ids": True, "false_negatives": True, "refresh_stalest": 3},
     "batch, top_k": {"num_draws": 4, "top_k": 9, "in_batch": False, "staleness_correction": "none"},
     "batch, transform": {"score_transform": strategies.soft_cap, "ids": True},
+    "positives": {"num_draws": 4, "ids": True, "positive_rows": True, "log_weights": True, "weigh_positives": False},
+    "positives of own": {"draws_per_query": 2, "ids": True, "positive_rows": True, "in_batch": False},
+    "labels": {"num_draws": 4, "false_negatives": "labels"},
+    "labels, each query": {"draws_per_query": 2, "top_k": 9, "false_negatives": "labels"},
     "weights, mask": {"draws_per_query": 1, "log_weights": True, "cacheable": True},
 }
 
@@ -64,12 +68,13 @@ def options_at(n: int, variant: dict[str, Any]) -> dict[str, Any]:
         "ids": torch.arange(TOTAL) * 7 % 11 + 5 * n,
         "log_weights": torch.linspace(-1, 1, TOTAL) * n,
         "cacheable": torch.arange(TOTAL) != n,
+        "positive_rows": torch.tensor([[0, 3], [4, -1], [-1, -1 if n % 2 else 2]]),
         "priorities": torch.linspace(0, 1, CAPACITY) * n,
         "false_negatives": negcache_fn.FalseNegatives(
             torch.arange(2 * ROWS).view(ROWS, 2) + 5 * n - 9, lambda positive: positive + 4.0
         ),
     }
-    return {key: made.get(key, value) for key, value in variant.items()}
+    return {key: made.get(key, value) if value is True else value for key, value in variant.items()}
 
 
 def train(
@@ -83,10 +88,18 @@ def train(
     def forward(state: TensorDictBase, questions: Any, batch: Any, options: dict[str, Any]) -> Any:
         return function(state, queries_tower(questions), batch, tower, scale=scale, **options)
 
+    def labels_at(n: int, state: TensorDictBase) -> negcache_fn.FalseNegatives:
+        cached = state["items", "features", "words"][:, 0]  # a view of what the step may write
+        labels = documents(TOTAL, n)["words"][:, 0]
+        return negcache_fn.FalseNegatives(labels=negcache_fn.Labels(labels[:ROWS], labels, cached))
+
     forward = wrap(forward)
     losses, metrics = [], []
     for n in range(STEPS):
-        out = forward(state, documents(ROWS, 100 + n), documents(TOTAL, n), step_keywords(**options_at(n, variant)))
+        options = options_at(n, variant)
+        if options.get("false_negatives") == "labels":
+            options["false_negatives"] = labels_at(n, state)
+        out = forward(state, documents(ROWS, 100 + n), documents(TOTAL, n), step_keywords(**options))
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -108,6 +121,10 @@ CASES = [
     pytest.param("aot_eager", "batch, transform", False, id="aot_eager-step-batch-transform"),
     pytest.param("aot_eager", "shared, ids, stalest", True, id="aot_eager-step_"),
     pytest.param("aot_eager", "top_k, transform, own", False, id="aot_eager-step-top_k"),
+    pytest.param("inductor", "labels", True, id="inductor-step_-labels"),
+    pytest.param("aot_eager", "labels, each query", False, id="aot_eager-step-labels"),
+    pytest.param("inductor", "positives", True, id="inductor-step_-positives"),
+    pytest.param("aot_eager", "positives of own", False, id="aot_eager-step-positives"),
     pytest.param("aot_eager", "weights, mask", False, id="aot_eager-step-weights"),
 ]
 

@@ -173,6 +173,15 @@ def calls() -> dict[str, Call]:
         add("log_weights rows", name, "log_weights", torch.ones(2), ValueError, ("2", "3"))
         add("log_weights dtype", name, "log_weights", torch.ones(3, dtype=torch.int64), TypeError, ("int64",))
     for name in ("loss", "exact_loss", "step", "step_"):
+        add("positive_rows rows", name, "positive_rows", torch.zeros(3, 1).long(), ValueError, ("(3, 1)", "[2, P]"))
+        add("positive_rows 1-d", name, "positive_rows", torch.arange(2), ValueError, ("(2,)", "[2, P]"))
+        add("positive_rows none", name, "positive_rows", torch.zeros(2, 0).long(), ValueError, ("(2, 0)",))
+        add("positive_rows dtype", name, "positive_rows", torch.zeros(2, 1), TypeError, ("float32", "int64"))
+        add("positive_rows type", name, "positive_rows", [[0], [1]], TypeError, ("list",))
+        limited = {"false_negatives": negcache_fn.FalseNegatives(max_score=lambda positive: positive)}
+        rows = torch.zeros(2, 2).long()
+        add("limits by several", name, "positive_rows", rows, ValueError, ("max_score", "(2, 2)"), **limited)
+        add("weigh_positives", name, "weigh_positives", 1, TypeError, ("1", "True or False"))
         add("reduction", name, "reduction", "average", ValueError, ("'average'", "'mean'", "'sum'", "'none'"))
     wrong: list[tuple[str, Any, type[Exception], tuple[str, ...]]] = [
         ("type", torch.ones(2, 3), TypeError, ("Tensor", "FalseNegatives")),
@@ -182,6 +191,18 @@ def calls() -> dict[str, Call]:
         ("max_score rows", negcache_fn.FalseNegatives(None, torch.ones(3)), ValueError, ("max_score", "(3,)", "[2]")),
         ("max_score dtype", negcache_fn.FalseNegatives(None, torch.ones(2).long()), ValueError, ("int64",)),
         ("max_score type", negcache_fn.FalseNegatives(None, "high"), TypeError, ("max_score", "str")),
+    ]
+    labels = torch.arange(2)
+    wrong += [
+        (f"labels {what}", negcache_fn.FalseNegatives(labels=given), error, says)
+        for what, given, error, says in (
+            ("type", labels, TypeError, ("Tensor", "negcache_fn.Labels")),
+            ("rows", negcache_fn.Labels(torch.arange(3)), ValueError, ("labels.queries", "(3,)", "[2]")),
+            ("2-d", negcache_fn.Labels(torch.ones(2, 1).long()), ValueError, ("labels.queries", "(2, 1)")),
+            ("dtype", negcache_fn.Labels(torch.ones(2)), TypeError, ("labels.queries", "float32", "int64")),
+            ("list", negcache_fn.Labels([0, 1]), TypeError, ("labels.queries", "list")),
+            ("device", negcache_fn.Labels(labels.to("meta")), ValueError, ("labels.queries", "meta", "cpu")),
+        )
     ]
     gives_wrong: list[tuple[str, Any, type[Exception], tuple[str, ...]]] = [
         ("max_score function", negcache_fn.FalseNegatives(None, lambda p: p.sum()), ValueError, ("()", "[2]")),
@@ -196,6 +217,19 @@ def calls() -> dict[str, Call]:
             continue
         for what, value, error, says in gives_wrong:
             add(f"false_negatives {what}", name, "false_negatives", value, error, says)
+    for name in ("loss", "exact_loss", "step", "step_"):
+        for what, own, says in (("none", None, "NoneType"), ("rows", torch.arange(2), "(2,)")):
+            known = negcache_fn.FalseNegatives(labels=negcache_fn.Labels(labels, own, torch.arange(CAPACITY)))
+            error = TypeError if own is None else ValueError
+            add(f"labels.documents {what}", name, "false_negatives", known, error, ("labels.documents", says, "[3]"))
+    for name in ("sample_gumbel", "top_negatives", "exact_loss", "step", "step_"):
+        for what, cached, says in (("none", None, "NoneType"), ("rows", torch.arange(2), "(2,)")):
+            known = negcache_fn.FalseNegatives(labels=negcache_fn.Labels(labels, torch.arange(3), cached))
+            error = TypeError if cached is None else ValueError
+            says = ("labels.cached", says, f"[{CAPACITY}]")
+            add(f"labels.cached {what}", name, "false_negatives", known, error, says)
+    undrawn = negcache_fn.FalseNegatives(labels=negcache_fn.Labels(labels, torch.arange(3)))
+    add("labels that were not drawn with", "loss", "false_negatives", undrawn, ValueError, ("labels", "sample_gumbel"))
     for name in ("step", "step_"):
         add("refresh_stalest share", name, "refresh_stalest", 1.5, ValueError, ("1.5", "0 ... 1"))
     for name in ("loss", "exact_loss"):

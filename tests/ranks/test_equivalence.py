@@ -23,6 +23,18 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "false-negatives": DOUBLE | {"in_batch": "global", "draws_per_query": 2, "margin": 2.0},
     "false-negatives-of-own": DOUBLE | {"in_batch": False, "with_ids": False, "top_k": 40, "margin": -1.0},
     "replicated-false-negatives": DOUBLE | {"in_batch": "global", "placement": "replicated", "margin": 0.0},
+    "positives": DOUBLE
+    | {"in_batch": "global", "num_draws": 24, "positives": 2, "reduction": "sum", "with_weights": True}
+    | {"weigh_positives": False},
+    "positives-of-own": DOUBLE | {"in_batch": False, "draws_per_query": 2, "positives": 2, "reduction": "sum"},
+    "positives-limited": DOUBLE
+    | {"num_draws": 12, "positives": 1, "reduction": "sum", "margin": 1.0}
+    | {"in_batch": "global", "placement": "replicated"},
+    "labels": DOUBLE | {"in_batch": "global", "num_draws": 24, "labels": True, "with_ids": False},
+    "labels-of-own": DOUBLE | {"in_batch": False, "draws_per_query": 2, "labels": True},
+    "labels-replicated": DOUBLE
+    | {"in_batch": "global", "placement": "replicated", "draws_per_query": 2, "labels": True}
+    | {"positives": 2, "reduction": "sum", "top_k": 40},
     "batch": DOUBLE | {"in_batch": "global", "num_draws": 24, "refresh_stalest": 3},
     "batch-default": DOUBLE | {"in_batch": False, "margin": 2.0, "with_weights": True},
     "batch-long": DOUBLE | {"steps": 50, "in_batch": "global", "num_draws": 12, "evict": "fifo"},

@@ -22,7 +22,7 @@ from tests.support.strategies import soft_cap
 
 
 def whole_numbers(capacity: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> ScoreMatrix:
-    """Scores that are small integers: hundreds tie, some at the limit; empty slots, exclusions and limits.
+    """Scores that are small integers: hundreds tie, some at the limit; empty slots, exclusions, limits and labels.
 
     The second query's limit is below all that a whole block has.
     """
@@ -34,7 +34,8 @@ def whole_numbers(capacity: int, seed: int = 0, dtype: torch.dtype = torch.float
     bias[torch.rand(capacity, generator=generator) < 0.2] = -math.inf
     excluded = torch.randint(-1, capacity, (3, 20), generator=generator)
     limit = torch.tensor([1.0, 2.0, math.inf], dtype=dtype)
-    return ScoreMatrix(queries, embeddings, bias, excluded, limit, None)
+    labels = torch.tensor([1, -2, 0], dtype=torch.int32), torch.randint(-1, 3, (capacity,), generator=generator)
+    return ScoreMatrix(queries, embeddings, bias, excluded, limit, None, labels[0], labels[1].to(torch.int32))
 
 
 def scores_of(matrix: ScoreMatrix) -> Tensor:
@@ -45,7 +46,9 @@ def scores_of(matrix: ScoreMatrix) -> Tensor:
     for i in range(len(scores)):
         for j in range(scores.shape[1]):
             above = matrix.max_score is not None and float(products[i, j]) > float(matrix.max_score[i])
-            if above or j in matrix.excluded[i].tolist():
+            labels = matrix.row_labels, matrix.slot_labels
+            same = labels[0] is not None and labels[1] is not None and int(labels[0][i]) == int(labels[1][j])
+            if above or same or j in matrix.excluded[i].tolist():
                 scores[i, j] = -math.inf
     return scores
 

@@ -69,13 +69,20 @@ class World:
         scale = self.choose(1.0, 20, torch.tensor(3.0), torch.tensor(3.0, requires_grad=True))
         return self.maybe(scale=scale, score_transform=torch.tanh)
 
-    def known(self, *, function: bool = False) -> negcache_fn.FalseNegatives:
+    def known(self, *, function: bool = False, drawn: bool = False) -> negcache_fn.FalseNegatives:
         limits = [None, 0.5, torch.tensor(1.0), torch.linspace(-1, 2, self.queries)]
         limits += [lambda positive: positive + 1.0] if function else []
-        return negcache_fn.FalseNegatives(self.choose(None, self.ids(self.queries, 2)), self.choose(*limits))
+        ids, labels = self.choose(None, self.ids(self.queries, 2)), None
+        if not drawn and self.random.random() < 0.3:  # those that a draw was made with
+            labels = negcache_fn.Labels(*(self.ids(rows) for rows in (self.queries, self.rows, self.capacity)))
+        return negcache_fn.FalseNegatives(ids, self.choose(*limits), labels)
 
     def facts(self) -> Arguments:
         return self.maybe(ids=self.ids(self.rows), log_weights=self.normal(self.rows))
+
+    def targets(self) -> Arguments:
+        rows = torch.randint(-1, self.rows, (self.queries, 1), generator=self.generator)
+        return self.maybe(positive_rows=rows)
 
     def drawing(self) -> Arguments:
         number = self.choose({}, {"num_draws": self.choose(1, 5)}, {"draws_per_query": self.choose(1, 3)})
@@ -124,6 +131,7 @@ def step(w: World) -> Arguments:
             "options": negcache_fn.StepOptions(**(w.drawing() | options)),
             "false_negatives": w.known(function=True),
         }
+        | w.targets()
     )
 
 
@@ -132,13 +140,13 @@ def loss(w: World) -> Arguments:
     more = w.maybe(scale=1.0, in_batch=w.choose(True, False), staleness_correction="none", reduction="none")
     negatives = w.normal(draw.slot.numel(), w.dim)
     given = {"queries": w.questions, "documents": w.normal(w.rows, w.dim), "negatives": negatives, "draw": draw}
-    return given | w.facts() | more | {"false_negatives": w.known(function=True)}
+    return given | w.facts() | w.targets() | more | {"false_negatives": w.known(function=True, drawn=True)}
 
 
 def exact_loss(w: World) -> Arguments:
-    more = w.maybe(in_batch=w.choose(True, False), reduction="sum", top_k=w.choose(1, 4))
+    more = w.maybe(in_batch=w.choose(True, False), reduction="sum", top_k=w.choose(1, 4), weigh_positives=False)
     given = {"state": w.state, "queries": w.asked(), "documents": w.normal(w.rows, w.dim)}
-    return given | w.scored() | w.facts() | more | {"false_negatives": w.known(function=True)}
+    return given | w.scored() | w.facts() | w.targets() | more | {"false_negatives": w.known(function=True)}
 
 
 def sample_gumbel(w: World) -> Arguments:

@@ -88,9 +88,13 @@ ANY_ROWS = [
 ]
 FEATURES = [*ANY_ROWS, of_features(lambda leaf: torch.cat([leaf, leaf]))]
 EXAMPLE = [*constant(3, None, "x", {}, [1.0]), *(of_features(c) for c in (Tensor.tolist, Tensor.sum, Tensor.to_sparse))]
+LABELS = [
+    negcache_fn.Labels(queries) for queries in (torch.ones(2), torch.ones(99).long(), torch.ones(1, 1).long(), [1])
+]
 KNOWN = [
     *constant(None, 3, torch.ones(2, 2, dtype=torch.int64)),
     *constant(*(negcache_fn.FalseNegatives(ids=ids) for ids in (torch.ones(2).long(), torch.ones(7, 2).long(), [1]))),
+    *constant(*(negcache_fn.FalseNegatives(labels=labels) for labels in (3, torch.ones(2).long(), *LABELS))),
     *constant(*(negcache_fn.FalseNegatives(max_score=limit) for limit in ("x", torch.ones(9), torch.ones(2, 2)))),
 ]
 ENCODE = [
@@ -129,7 +133,7 @@ KINDS: dict[str, list[Corruption]] = {
     **dict.fromkeys(("reduction", "evict", "staleness_correction", "placement", "output_format"), CHOICE),
     "in_batch": constant("x", 2, None),
     "score_transform": constant(3, "x"),
-    **dict.fromkeys(("learnable", "learnable_scale", "share_draws"), constant("x", 1, None)),
+    **dict.fromkeys(("learnable", "learnable_scale", "share_draws", "weigh_positives"), constant("x", 1, None)),
     "refresh_stalest": constant("x", -1, 1.5, None, NAN, 10**6),
     "StepOptions.refresh_stalest": constant("x", -1, 1.5, None, NAN),
     "priorities": [*ROWS, *of_tensor(lambda x: x > 0)],
@@ -161,6 +165,7 @@ KINDS: dict[str, list[Corruption]] = {
         ("positives", "training_rows.negatives"),
         constant(3, torch.ones(2).long(), torch.ones(2, 2), torch.ones(99, 1).long()),
     ),
+    "positive_rows": constant(3, [[0]], *(torch.ones(*shape).long() for shape in ((2,), (99, 1), (2, 1, 1)))),
     "training_rows.queries": constant(None, 3, "abcdefgh"),
     "texts": constant({}, 3),
     "range_min": constant(-1, 1.5, "x"),

@@ -34,11 +34,13 @@ def cache_scores(
     transform: Transform | None = None,
     top_k: int | None = None,
     max_score: Sequence[float] | None = None,
+    labels: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> Tensor:
     """`[B, C]` float64 scores, -inf where a slot is empty, excluded for that query, or below its `top_k` best.
 
     `exclude[i]` lists the ids that are no negatives of query i; -1 is anonymous and matches nothing. A document whose
-    score, without its log-weight, is above `max_score[i]` is none either.
+    score, without its log-weight, is above `max_score[i]` is none either, nor is one of the query's label, unless that
+    is -1; the labels are those of the queries and of the slots.
     """
     queries, embedding = queries.double(), embedding.double()
     rows, capacity = queries.shape[0], embedding.shape[0]
@@ -55,6 +57,8 @@ def cache_scores(
             if banned and ids is not None and int(ids[j]) in banned:
                 keep[i, j] = False
             if max_score is not None and bare[i][j] > max_score[i]:
+                keep[i, j] = False
+            if labels is not None and int(labels[0][i]) == int(labels[1][j]) != -1:
                 keep[i, j] = False
     if top_k is not None:
         values = scores.detach().numpy()
@@ -85,11 +89,14 @@ def probabilities(scores: Tensor) -> np.ndarray:
     return out
 
 
-def excluded_ids(ids: Sequence[int] | None, rows: int, *, in_batch: bool) -> list[list[int]] | None:
+def excluded_ids(
+    ids: Sequence[int] | None, rows: int, *, in_batch: bool, targets: Sequence[Sequence[int]] | None = None
+) -> list[list[int]] | None:
     """Ids that are no negatives: every document's with `in_batch`, else each query's own positive's."""
     if ids is None:
         return None
-    return [[int(x) for x in ids] if in_batch else [int(ids[i])] for i in range(rows)]
+    own = [[i] for i in range(rows)] if targets is None else targets
+    return [[int(x) for x in ids] if in_batch else [int(ids[j]) if j >= 0 else -1 for j in own[i]] for i in range(rows)]
 
 
 def batch_classes(rows: int, documents: int, ids: Sequence[int] | None, *, in_batch: bool) -> list[list[int]]:
@@ -125,11 +132,18 @@ def cross_entropy(
     transform: Transform | None = None,
     positives: Sequence[Sequence[int]] | None = None,
     max_score: Sequence[float] | None = None,
+    targets: Sequence[Sequence[int]] | None = None,
+    weigh_positives: bool = True,
+    labels: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> Tensor:
     """`[B]` losses `logsumexp(s_pos, in-batch scores, c_i) - s_pos` with the cache as one class of logit `c_i`.
 
     Other documents of the batch whose id is in `positives[i]`, or whose score without log-weight is above
     `max_score[i]`, are no classes of query i.
+
+    `targets[i]` are the rows of its positives, -1 for none, instead of row i: the loss is the mean over them, each
+    without the others among its classes, and 0 if there are none. Without `weigh_positives` their scores have no
+    log-weight. With labels, of the queries and of the documents, other documents of the query's label are no classes.
     """
     queries, documents = queries.double(), documents.double()
     scores = (transform or identity)(scale * (queries @ documents.T))
@@ -139,16 +153,40 @@ def cross_entropy(
     classes = batch_classes(len(queries), len(documents), ids, in_batch=in_batch)
     losses = []
     for i in range(len(queries)):
+        wanted = [i] if targets is None else [int(j) for j in targets[i] if int(j) >= 0]
         mine = classes[i]
+        if targets is not None:
+            mine = negatives_beside(wanted, len(documents), ids, in_batch=in_batch)
         if positives is not None and ids is not None:
             mine = [j for j in mine if int(ids[j]) == -1 or int(ids[j]) not in positives[i]]
         if max_score is not None:
             mine = [j for j in mine if bare[i][j] <= max_score[i]]
-        logits = [scores[i, i]] + [scores[i, j] for j in mine]
+        if labels is not None:
+            mine = [j for j in mine if int(labels[0][i]) == -1 or int(labels[1][j]) != int(labels[0][i])]
+        logits = [scores[i, j] for j in mine]
         if math.isfinite(float(cache_logit[i].detach())):
             logits.append(cache_logit[i])
-        losses.append(torch.logsumexp(torch.stack(logits), 0) - scores[i, i])
+        each = [0.0 * queries[i].sum()]
+        for j in wanted:
+            weighed = log_weights is None or weigh_positives
+            positive = scores[i, j] if weighed else scores[i, j] - torch.as_tensor(log_weights)[j].double()
+            each.append(torch.logsumexp(torch.stack([positive, *logits]), 0) - positive)
+        losses.append(torch.stack(each).sum() / max(len(wanted), 1))
     return torch.stack(losses)
+
+
+def negatives_beside(wanted: Sequence[int], documents: int, ids: Sequence[int] | None, *, in_batch: bool) -> list[int]:
+    """The documents that are negatives of a query whose positives are the rows `wanted`.
+
+    None without `in_batch`; not those with the id of one of its positives; of several with one id only the first.
+    """
+    names = [-1] * documents if ids is None else [int(name) for name in ids]
+    known = {names[j] for j in wanted} - {-1}
+    return [
+        j
+        for j in range(documents if in_batch else 0)
+        if j not in wanted and names[j] not in known and (names[j] == -1 or names[j] not in names[:j])
+    ]
 
 
 def sampled_cache_logits(

@@ -195,6 +195,8 @@ class Reference:
             cutoff=cutoff.to(queries.dtype if queries.dtype == torch.float64 else torch.float32),
             max_score=limit[:, None].to(queries.dtype),
             exclude_ids=banned,
+            label=torch.full_like(slot, -1),
+            exclude_labels=slot.new_empty(rows, 0),
             noise=torch.stack([state["seed"], state["step"]])[None],
         )
 

@@ -82,7 +82,8 @@ def train(
     group = None if alone else dist.group.WORLD
     options = dict(options)
     with_ids, with_weights = options.pop("with_ids", True), options.pop("with_weights", False)
-    margin = options.pop("margin", None)
+    margin, several = options.pop("margin", None), options.pop("positives", 0)
+    labelled = options.pop("labels", False)
     if alone and options.get("in_batch") == "global":
         options["in_batch"] = True
     state = whole_cache(dtype) if start is None else start
@@ -117,20 +118,29 @@ def train(
             options["false_negatives"] = negcache_fn.FalseNegatives(
                 _part(positives, rank, world), lambda positive: positive + margin
             )
+        if labelled:
+            cached = state["items", "features", "text", "tokens"][:, 0] // 10 % 7 - 1
+            options["false_negatives"] = negcache_fn.FalseNegatives(
+                None if not several else _part(positives, rank, world),
+                labels=negcache_fn.Labels(ids[own][: BATCH // world] % 7 - 1, ids[own] % 7 - 1, cached),
+            )
+        facts = {"positive_rows": _positives(several, rank, world)} if several else {}
         out = step(
             state,
             queries,
             features(ids[own], dtype),
             towers[1],
             scale=scale,
+            **facts,
             ids=ids[own] if with_ids else None,
             log_weights=weights[own].to(dtype) if with_weights else None,
             cacheable=mask[own],
             **step_keywords(**options),
         )
         optimizer.zero_grad()
-        out.loss.backward()
-        loss = out.loss.detach()
+        value = out.loss * (world / BATCH) if options.get("reduction") == "sum" else out.loss
+        value.backward()
+        loss = value.detach()
         drawn = out.draw.slot
         if group is not None:
             unwrapped = [queries_tower.weight, documents_tower.weight] if wrap == "none" else []
@@ -147,6 +157,14 @@ def train(
     gradients = {"queries": queries_tower.weight.grad, "documents": documents_tower.weight.grad, "scale": scale.grad}
     full = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
     return Record(losses, slots, full, out.metrics, whole, counter.frame_count)
+
+
+def _positives(count: int, rank: int, world: int) -> Tensor:
+    """[B, P] its own document or an extra one of its rank, both or, of every third query, none; as rows of the rank."""
+    rows = torch.arange(BATCH // world)
+    own = torch.stack([rows + BATCH // world, rows], dim=1)[:, :count]
+    number = _part(torch.arange(BATCH), rank, world)[:, None]
+    return torch.where((number % 3 == 1) | (number % 5 + torch.arange(count) == 4), -1, own)
 
 
 def _part(values: Tensor, rank: int, world: int) -> Tensor:

@@ -138,6 +138,8 @@ class _Problem(ctypes.Structure):
         ("excluded", ctypes.c_void_p),
         ("exclusions", ctypes.c_int64),
         ("max_score", ctypes.c_void_p),
+        ("row_labels", ctypes.c_void_p),
+        ("slot_labels", ctypes.c_void_p),
     )
 
 
@@ -158,9 +160,9 @@ _ARGUMENTS = {
 
 def _score(name: str, problem: Problem, *arguments: int) -> None:
     """Calls a score kernel, whose copies of what is not contiguous must live until it returns."""
-    queries, embeddings, bias, excluded, max_score = problem
+    queries, embeddings, bias, excluded, *others = problem
     queries, bias, excluded = queries.contiguous(), bias.contiguous(), excluded.contiguous()
-    max_score = None if max_score is None else max_score.contiguous()
+    others = [None if values is None else values.contiguous() for values in others]
     passed = _Problem(
         embeddings.data_ptr(),
         _NUMBERS[embeddings.dtype],
@@ -170,7 +172,7 @@ def _score(name: str, problem: Problem, *arguments: int) -> None:
         bias.data_ptr(),
         excluded.data_ptr(),
         excluded.shape[1],
-        None if max_score is None else max_score.data_ptr(),
+        *(None if values is None else values.data_ptr() for values in others),
     )
     if _run(name, passed, *arguments) != 0:
         raise RuntimeError(f"{name} does not know the storage number of {embeddings.dtype}: see `_codec.STORAGES`")

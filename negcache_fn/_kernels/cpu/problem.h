@@ -19,7 +19,9 @@ struct Problem {
   const float* bias;        // [capacity]
   const int64_t* excluded;  // [rows, exclusions]
   int64_t exclusions;
-  const float* max_score;  // [rows], of the score without its bias; null: no limit
+  const float* max_score;      // [rows], of the score without its bias; null: no limit
+  const int32_t* row_labels;   // [rows]; null: no labels
+  const int32_t* slot_labels;  // [capacity]
 
   int64_t blocks() const { return (capacity + kBlock - 1) / kBlock; }
 };
@@ -43,8 +45,8 @@ Status with_storage(const Problem& problem, Function function) {
   return kDone;
 }
 
-// Sets scores of a block [kBlock slots][kLanes rows] to -inf where the slot is excluded for the row, or above its
-// limit.
+// Sets scores of a block [kBlock slots][kLanes rows] to -inf where the slot is excluded for the row, has its label, or
+// is above its limit.
 inline void exclude(const Problem& problem, int64_t first_row, int64_t lanes, int64_t first_slot, const float* bias,
                     float* scores) {
   if (problem.max_score) {
@@ -52,6 +54,14 @@ inline void exclude(const Problem& problem, int64_t first_row, int64_t lanes, in
     for (int64_t j = 0; j < kBlock; ++j) {
       const Floats score = load(scores + j * kLanes);
       store(scores + j * kLanes, score > limit + bias[j] ? splat(-kInfinity) : score);
+    }
+  }
+  if (problem.row_labels) {
+    const Ints label = load(problem.row_labels + first_row, lanes);
+    const int64_t count = std::min(kBlock, problem.capacity - first_slot);
+    for (int64_t j = 0; j < count; ++j) {
+      const Floats score = load(scores + j * kLanes);
+      store(scores + j * kLanes, label == problem.slot_labels[first_slot + j] ? splat(-kInfinity) : score);
     }
   }
   for (int64_t i = 0; i < lanes; ++i)

@@ -43,6 +43,8 @@ void score_blocks(const T* embeddings, const Problem& problem, const int64_t* bl
       const int64_t place = problem.excluded[row * problem.exclusions + p] - first;
       if (place >= 0 && place < count) scores[place] = -kInfinity;
     }
+    for (int64_t j = 0; problem.row_labels && j < count; ++j)
+      if (problem.slot_labels[first + j] == problem.row_labels[row]) scores[j] = -kInfinity;
     if (!problem.max_score) continue;
     // A block that was chosen has a document below the limit, whatever rounding says here: the lowest stays.
     float lowest = kInfinity;
@@ -144,6 +146,7 @@ void hardest(const T* embeddings, const Problem& problem, Arithmetic arithmetic,
     some.queries += first * problem.dim;
     some.excluded += first * problem.exclusions;
     if (some.max_score) some.max_score += first;
+    if (some.row_labels) some.row_labels += first;
     hardest_at_once(embeddings, some, arithmetic, keep, scores + first * keep, slots + first * keep);
   }
 }

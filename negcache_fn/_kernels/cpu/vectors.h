@@ -44,6 +44,7 @@ inline Vector load_vector(const T* from) {
 
 // A vector of stored numbers as float32: one overload for each storage.
 inline Floats load(const float* from) { return load_vector<Floats>(from); }
+inline Ints load(const int32_t* from) { return load_vector<Ints>(from); }
 inline Floats load(const _Float16* from) { return __builtin_convertvector(load_vector<Float16s>(from), Floats); }
 inline Floats load(const Bfloat16* from) {
   return (Floats)(__builtin_convertvector(load_vector<Halves>(from), Words) << 16);
@@ -51,7 +52,7 @@ inline Floats load(const Bfloat16* from) {
 
 // The first `count` numbers of a vector, then zeros.
 template <typename T>
-inline Floats load(const T* from, int64_t count) {
+inline auto load(const T* from, int64_t count) -> decltype(load(from)) {
   if (count >= kLanes) return load(from);
   T padded[kLanes] = {};
   std::copy(from, from + std::max<int64_t>(0, count), padded);

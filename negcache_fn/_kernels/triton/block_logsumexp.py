@@ -36,6 +36,8 @@ def _kernel(
     bias,  # [C]
     excluded,  # [B, P]
     max_score,  # [B]; anything without LIMITED
+    row_labels,  # [B] int32; anything without LABELLED
+    slot_labels,  # [C] int32; anything without LABELLED
     out,  # [B, blocks]
     weights,  # [B, blocks * _BLOCK] in units of 1 / UNIT; anything without WEIGHTED
     B,
@@ -45,6 +47,7 @@ def _kernel(
     D: tl.constexpr,
     P: tl.constexpr,
     LIMITED: tl.constexpr,
+    LABELLED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     UNIT: tl.constexpr,
     PARTS: tl.constexpr,
@@ -93,6 +96,10 @@ def _kernel(
     if LIMITED:
         limit = tl.load(max_score + first_row + row) * _LOG2_E
         scores = tl.where(products * factor[:, None] > limit[:, None], float("-inf"), scores)
+    if LABELLED:
+        of_rows = tl.load(row_labels + first_row + row)
+        of_slots = tl.load(slot_labels + first_slot + slot, mask=slot <= last_slot, other=0)
+        scores = tl.where(of_rows[:, None] == of_slots[None, :], float("-inf"), scores)
     if P > 0:
         found = tl.full([BLOCK_M], 0, tl.int32)
         exclusions = excluded + (first_row + row) * P
@@ -168,6 +175,8 @@ def launch(
     out: Tensor,
     weights: Tensor | None = None,
     unit: float = 1.0,
+    row_labels: Tensor | None = None,
+    slot_labels: Tensor | None = None,
 ) -> None:  # pragma: no cover - tested in another process, with the interpreter
     """Writes the log-sum-exp of every block to `out` [B, blocks]; the arguments as the kernel's, contiguous.
 
@@ -193,6 +202,8 @@ def launch(
         bias,
         excluded,
         magnitude if max_score is None else max_score.contiguous(),
+        magnitude if row_labels is None else row_labels.contiguous(),
+        magnitude if slot_labels is None else slot_labels.contiguous(),
         out,
         out if weights is None else weights,
         rows,
@@ -202,6 +213,7 @@ def launch(
         D=dim,
         P=exclusions,
         LIMITED=max_score is not None,
+        LABELLED=row_labels is not None,
         WEIGHTED=weights is not None,
         UNIT=unit,
         PARTS=parts,

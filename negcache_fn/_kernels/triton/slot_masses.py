@@ -29,6 +29,8 @@ def _kernel(
     bias,  # [C]
     excluded,  # [B, P]
     max_score,  # [B]; anything without LIMITED
+    row_labels,  # [B] int32; anything without LABELLED
+    slot_labels,  # [C] int32; anything without LABELLED
     log_weight,  # [B]
     out,  # [C]
     B,
@@ -36,6 +38,7 @@ def _kernel(
     D: tl.constexpr,
     P: tl.constexpr,
     LIMITED: tl.constexpr,
+    LABELLED: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -70,6 +73,9 @@ def _kernel(
         if LIMITED:
             limit = tl.load(max_score + row) * _LOG2_E
             scores = tl.where(similarity > limit[:, None], float("-inf"), scores)
+        if LABELLED:
+            of_slots = tl.load(slot_labels + slot, mask=slot < C, other=0)
+            scores = tl.where(tl.load(row_labels + row)[:, None] == of_slots[None, :], float("-inf"), scores)
         for p in range(P):
             place_excluded = tl.load(excluded + row * P + p)
             scores = tl.where(place_excluded[:, None] == slot[None, :], float("-inf"), scores)
@@ -94,6 +100,8 @@ def launch(
     bias: Tensor,
     excluded: Tensor,
     max_score: Tensor | None,
+    row_labels: Tensor | None,
+    slot_labels: Tensor | None,
     log_weight: Tensor,
     precision: str,
     out: Tensor,
@@ -111,6 +119,8 @@ def launch(
         bias,
         excluded,
         magnitude if max_score is None else max_score.contiguous(),
+        magnitude if row_labels is None else row_labels.contiguous(),
+        magnitude if slot_labels is None else slot_labels.contiguous(),
         log_weight.contiguous(),
         out,
         rows,
@@ -118,6 +128,7 @@ def launch(
         D=dim,
         P=exclusions,
         LIMITED=max_score is not None,
+        LABELLED=row_labels is not None,
         PARTS=parts,
         PRECISION=precision,
         WIDEN=_INTERPRETED,  # it has no bfloat16 products

@@ -27,8 +27,9 @@ def small(exact_loss: ExactLoss, scenario: Scenario) -> None:
         "ids": problem.ids,
         "log_weights": problem.weights,
         "top_k": scenario.top_k,
+        **problem.of_positives,
     }
-    if scenario.positives is not None or scenario.margin is not None:
+    if scenario.positives is not None or scenario.margin is not None or scenario.labels is not None:
         options["false_negatives"] = problem.false_negatives
     given = exact_loss(state, leaves["queries"], leaves["documents"], **options, reduction="none")
     logits = oracles.log_normalizer(problem.scores(problem.stale))
@@ -43,12 +44,17 @@ def small(exact_loss: ExactLoss, scenario: Scenario) -> None:
         transform=scenario.transform,
         positives=scenario.positives,
         max_score=problem.max_score,
+        targets=scenario.targets,
+        weigh_positives=scenario.weigh_positives,
+        labels=None if scenario.labels is None else scenario.labels[:2],
     )
     assert is_close(given, expected, 1e-12)
     right, gradients = problem.gradients(expected), problem.gradients(given)
     for name, gradient in right.items():
         assert is_close(gradients[name], gradient, 1e-11), name
-    for reduction, value in (("mean", expected.mean()), ("sum", expected.sum())):
+    wanted = scenario.targets or [(i,) for i in range(scenario.rows)]
+    mean = expected.sum() / max(sum(max(row) >= 0 for row in wanted), 1)
+    for reduction, value in (("mean", mean), ("sum", expected.sum())):
         reduced = exact_loss(state, leaves["queries"], leaves["documents"], **options, reduction=reduction)
         assert reduced.shape == ()
         assert is_close(reduced, value, 1e-12)

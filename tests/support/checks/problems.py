@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from negcache_fn import Draw, FalseNegatives
+from negcache_fn import Draw, FalseNegatives, Labels
 from tests.support import oracles
 from tests.support.builders import make_state
 
@@ -35,6 +35,9 @@ class Scenario:
     top_k: int | None = None
     positives: tuple[tuple[int, ...], ...] | None = None
     margin: float | None = None
+    targets: tuple[tuple[int, ...], ...] | None = None
+    weigh_positives: bool = True
+    labels: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None  # of queries, documents, slots
     split: int | None = None
     scale: float = 3.0
     drift: float = 0.0
@@ -70,7 +73,7 @@ class Problem:
         cached = it.cache_log_weight or (0.0,) * it.capacity
         self.cache_weight = torch.tensor(cached, dtype=torch.float32)
         self.names = it.cache_ids or (-1,) * it.capacity
-        self.exclude = oracles.excluded_ids(it.ids, it.rows, in_batch=it.in_batch)
+        self.exclude = oracles.excluded_ids(it.ids, it.rows, in_batch=it.in_batch, targets=it.targets)
         self.exclude_all = self.exclude
         if it.positives is not None:
             self.exclude_all = [[*(self.exclude[i] if self.exclude else []), *it.positives[i]] for i in range(it.rows)]
@@ -82,14 +85,18 @@ class Problem:
 
     def _positive_scores(self) -> Tensor:
         queries, documents, scale = (self.leaves[name].detach() for name in ("queries", "documents", "scale"))
-        return (self.scenario.transform or oracles.identity)(scale * (queries * documents[: len(queries)]).sum(-1))
+        first = (
+            list(range(len(queries))) if self.scenario.targets is None else [row[0] for row in self.scenario.targets]
+        )
+        return (self.scenario.transform or oracles.identity)(scale * (queries * documents[first]).sum(-1))
 
     @property
     def false_negatives(self) -> FalseNegatives:
         """As a user gives them."""
         it = self.scenario
         ids = None if it.positives is None else torch.tensor(it.positives)
-        return FalseNegatives(ids, None if it.margin is None else lambda positive: positive + it.margin)
+        labels = None if it.labels is None else Labels(*map(torch.tensor, it.labels))
+        return FalseNegatives(ids, None if it.margin is None else lambda positive: positive + it.margin, labels)
 
     def encode(self) -> Tensor:
         """Fresh embeddings of all cached documents."""
@@ -106,6 +113,7 @@ class Problem:
                 "exclude": self.exclude_all,
                 "scale": self.leaves["scale"],
                 "transform": it.transform,
+                "labels": None if it.labels is None else (it.labels[0], it.labels[2][start:stop]),
             }
             queries = self.leaves["queries"]
             scores = oracles.cache_scores(queries, embedding[start:stop], **options)
@@ -133,7 +141,20 @@ class Problem:
             transform=it.transform,
             positives=it.positives,
             max_score=self.max_score,
+            targets=it.targets,
+            weigh_positives=it.weigh_positives,
+            labels=None if it.labels is None else it.labels[:2],
         )
+
+    @property
+    def of_positives(self) -> dict[str, Any]:
+        """What is said of the positives, as a user says it."""
+        it, said = self.scenario, {}
+        if it.targets is not None:
+            said["positive_rows"] = torch.tensor(it.targets)
+        if not it.weigh_positives:
+            said["weigh_positives"] = False
+        return said
 
     def by_formula(self, slots: Sequence[Sequence[int]], *, share_draws: bool, staleness_correction: str) -> Tensor:
         """`[B]` sampled losses of one joint draw, by the formulas of the design."""
@@ -176,7 +197,7 @@ class Problem:
     def draw_of_batch(self, slots: Sequence[int], threshold: float | Tensor) -> Draw:
         """The `Draw` that a sampler would have given for documents drawn for the batch, in that order."""
         of_query = self.draw([list(slots)] * self.scenario.rows)
-        one = ("slot", "embedding", "id", "log_weight", "source")
+        one = ("slot", "embedding", "id", "log_weight", "source", "label")
         mass = torch.tensor([[math.log(self.mass[j]) if j >= 0 else -math.inf for j in slots]], dtype=torch.float64)
         return of_query._replace(
             **{name: getattr(of_query, name)[:1] for name in one},
@@ -194,7 +215,7 @@ class Problem:
         state = make_state(self.stale.detach(), live=it.live, ids=self.names, log_weight=self.cache_weight, step=step)
         exclude = None
         if self.ids is not None:
-            exclude = self.ids if it.in_batch else self.ids[: it.rows, None]
+            exclude = self.ids if it.in_batch else torch.tensor(self.exclude)
         limit = None if self.max_score is None else torch.tensor(self.max_score, dtype=torch.float64)
         return sample(
             state,
@@ -232,6 +253,8 @@ class Problem:
                 -1, len(self.parts)
             ),
             exclude_ids=torch.tensor(exclude, dtype=torch.int64),
+            label=torch.full_like(slot, -1) if it.labels is None else torch.tensor(it.labels[2])[place],
+            exclude_labels=slot.new_empty(it.rows, 0) if it.labels is None else torch.tensor(it.labels[0])[:, None],
             noise=torch.zeros(len(self.parts), 2, dtype=torch.int64),
         )
 
@@ -258,8 +281,8 @@ class Problem:
     def call_on(self, loss: Loss, flat: Tensor, draw: Draw, **options: Any) -> Tensor:
         """`loss` of a `Draw` of the documents `flat` [R * m]."""
         it = self.scenario
-        options = {"reduction": "none", **options}
-        if it.positives is not None or it.margin is not None:
+        options = {"reduction": "none", **self.of_positives, **options}
+        if it.positives is not None or it.margin is not None or it.labels is not None:
             options["false_negatives"] = self.false_negatives
         return loss(
             self.leaves["queries"],
@@ -344,6 +367,59 @@ def scenarios() -> dict[str, Scenario]:
         "margin, top_k, merged": Scenario(capacity=6, split=3, top_k=2, margin=0.6, in_batch=False),
         "margin that leaves nothing": Scenario(capacity=3, margin=-40.0),
         "sharp": Scenario(scale=25.0),
+        "labels": Scenario(documents=4, capacity=5, labels=((4, -1), (4, -1, 4, 7), (4, -1, 7, 4, 9))),
+        "labels, own only": Scenario(capacity=4, in_batch=False, labels=((2, 5), (0, 0, 0), (5, 2, 5, -1))),
+        "labels that leave nothing": Scenario(capacity=3, labels=((2, 5), (2, 5, 5), (2, 2, 2))),
+        "labels, merged": Scenario(capacity=5, split=2, labels=((-3, 5), (1, -3, -3), (5, -3, -3, 5, 1))),
+        "labels, all at once": Scenario(
+            documents=6,
+            capacity=6,
+            ids=(3, 5, 9, 5, -1, 3),
+            cache_ids=(8, -1, -1, 2, 7, -1),
+            cache_log_weight=(1.5, 0.0, -0.75, 0.5, 0.25, 0.0),
+            positives=((7, 9), (8, -1)),
+            targets=((0, 2), (4, 3)),
+            labels=((4, 6), (4, 6, 4, 6, 6, 8), (4, 6, 8, 6, -1, 8)),
+            live=(True, True, False, True, True, True),
+            margin=None,
+            top_k=2,
+            **squash,
+        ),
+        "targets": Scenario(documents=5, capacity=5, targets=((0, 3), (4, -1))),
+        "targets, own only": Scenario(
+            documents=5,
+            capacity=5,
+            in_batch=False,
+            ids=(3, 5, 9, 6, -1),
+            cache_ids=(5, 6, 9, 3, -1),
+            targets=((3, 0, -1), (-1, 4, 1)),
+        ),
+        "targets, a query without": Scenario(rows=3, documents=5, capacity=3, targets=((0, 4), (-1, -1), (2, -1))),
+        "targets of nobody": Scenario(capacity=3, targets=((-1,), (-1,))),
+        "targets, all at once": Scenario(
+            documents=6,
+            capacity=6,
+            ids=(3, 5, 9, 5, -1, 3),
+            cache_ids=(8, -1, -1, 2, 7, -1),
+            log_weights=(0.5, -1.0, 0.25, 0.0, 1.0, -0.5),
+            cache_log_weight=(1.5, 0.0, -0.75, 0.5, 0.25, 0.0),
+            live=(True, True, False, True, True, True),
+            positives=((7, 9), (8, -1)),
+            targets=((0, 2), (4, 3)),
+            weigh_positives=False,
+            top_k=3,
+            **squash,
+        ),
+        "targets, margin": Scenario(capacity=5, documents=4, margin=0.3, targets=((3,), (1,))),
+        "positives without weights": Scenario(
+            log_weights=(0.5, -1.0, 0.25), cache_log_weight=(1.5, 0.0, -0.75, 0.5), weigh_positives=False
+        ),
+        "positives without weights, no in-batch": Scenario(
+            in_batch=False,
+            log_weights=(0.5, -1.0, 0.25),
+            cache_log_weight=(1.5, 0.0, -0.75, 0.5),
+            weigh_positives=False,
+        ),
     }
 
 

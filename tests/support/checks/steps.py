@@ -88,10 +88,13 @@ def composed(
     rows, ids, in_batch = len(queries), options.get("ids"), options.get("in_batch", True)
     shared = {"scale": options.get("scale", 1.0), "score_transform": options.get("score_transform")}
     known = options.get("false_negatives", negcache_fn.FalseNegatives())
-    limit = max_score_of(known, queries.detach(), encode(batch).detach(), shared)
-    exclude = None if ids is None else (ids if in_batch else ids[:rows, None])
+    targets = targets_of(rows, options)
+    if "positive_rows" in options:
+        queries = torch.where((targets >= 0).any(1)[:, None], queries, 0.0)
+    limit = max_score_of(known, queries.detach(), encode(batch).detach(), shared, options)
+    exclude = None if ids is None else (ids if in_batch else torch.where(targets >= 0, ids[targets], -1))
     picks = {key: options[key] for key in ("draws_per_query", "num_draws", "top_k") if key in options}
-    stale_known = negcache_fn.FalseNegatives(known.ids, limit)
+    stale_known = known._replace(max_score=limit)
     picks |= {"exclude_ids": exclude, "false_negatives": stale_known, **shared}
     if "draws_per_query" not in options:
         picks["importance"] = importance_of(state, queries, encode(batch).detach(), limit, picks, options)
@@ -104,6 +107,7 @@ def composed(
     everything = encode(joined(batch, negcache_fn.take(state, slots), negcache_fn.take(state, oldest)))
     own, negatives, refreshed = everything.split([count, len(slots), len(oldest)])
     pass_on = ("ids", "log_weights", "in_batch", "share_draws", "staleness_correction", "reduction", "false_negatives")
+    pass_on = (*pass_on, "positive_rows", "weigh_positives")
     chosen = {key: options[key] for key in pass_on if key in options}
     value = negcache_fn.loss(queries, own, negatives, draw, **chosen, **shared)
     after = negcache_fn.update(
@@ -116,27 +120,44 @@ def composed(
     return value, after, naive_metrics(state, queries, own, negatives, draw, **options), draw
 
 
-def batch_log_sum(queries: Tensor, own: Tensor, limit: Tensor | list[float] | None, options: dict[str, Any]) -> Tensor:
-    """`[B]` log-sum-exp of each query's classes in the batch, float64."""
+def targets_of(rows: int, options: dict[str, Any]) -> Tensor:
+    """`[B, P]` the rows of each query's positives, -1: none."""
+    return options.get("positive_rows", torch.arange(rows)[:, None])
+
+
+def each_positive(
+    queries: Tensor, own: Tensor, cache_logit: Tensor, limit: Tensor | list[float] | None, options: dict[str, Any]
+) -> list[list[tuple[float, float]]]:
+    """Of each query, for each of its positives: the loss, and the share of the cache in its softmax; float64."""
     known = options.get("false_negatives", negcache_fn.FalseNegatives())
-    ids, weights = options.get("ids"), options.get("log_weights")
-    score: dict[str, Any] = {"scale": float(options.get("scale", 1.0)), "transform": options.get("score_transform")}
-    queries = queries.detach().double()
-    losses = oracles.cross_entropy(
-        queries,
-        own,
-        torch.full((len(queries),), -math.inf),
-        ids=None if ids is None else ids.tolist(),
-        log_weights=weights,
-        in_batch=options.get("in_batch", True),
-        positives=None if known.ids is None else known.ids.tolist(),
-        max_score=None if limit is None else torch.as_tensor(limit).tolist(),
-        **score,
-    )
-    positive = (score["transform"] or oracles.identity)(
-        score["scale"] * (queries * own[: len(queries)].double()).sum(-1)
-    )
-    return losses + positive + (0.0 if weights is None else weights[: len(queries)].double())
+    rows, ids = len(queries), options["ids"].tolist() if options.get("ids") is not None else None
+    weights = options["log_weights"].tolist() if options.get("log_weights") is not None else [0.0] * len(own)
+    transform = options.get("score_transform") or oracles.identity
+    scores = transform(float(options.get("scale", 1.0)) * queries.detach().double() @ own.detach().double().T).tolist()
+    limits = [math.inf] * rows if limit is None else torch.as_tensor(limit).expand(rows).tolist()
+    out = []
+    for i, row in enumerate(targets_of(rows, options).tolist()):
+        wanted = [j for j in row if j >= 0]
+        mine = oracles.negatives_beside(wanted, len(own), ids, in_batch=options.get("in_batch", True))
+        if known.ids is not None and ids is not None:
+            mine = [j for j in mine if ids[j] == -1 or ids[j] not in known.ids[i].tolist()]
+        if known.labels is not None and known.labels.documents is not None:
+            own_label, labels = int(known.labels.queries[i]), known.labels.documents.tolist()
+            mine = [j for j in mine if own_label == -1 or labels[j] != own_label]
+        negatives = [math.exp(scores[i][j] + weights[j]) for j in mine if scores[i][j] <= limits[i]]
+        cached = math.exp(float(cache_logit[i]))
+        found = []
+        for j in wanted:
+            positive = math.exp(scores[i][j] + (weights[j] if options.get("weigh_positives", True) else 0.0))
+            everything = positive + sum(negatives) + cached
+            found.append((math.log(everything / positive), cached / everything))
+        out.append(found)
+    return out
+
+
+def mean(values: list[float]) -> float:
+    """Of numbers, 0 of none."""
+    return sum(values) / max(len(values), 1)
 
 
 def importance_of(
@@ -149,17 +170,18 @@ def importance_of(
 ) -> Tensor:
     """`[B]` the share of the cache in each query's softmax."""
     normalizer = negcache_fn.sample_gumbel(state, queries, **picks).log_normalizer.detach().double()
-    return torch.sigmoid(normalizer - batch_log_sum(queries, own, limit, options))
+    each = each_positive(queries, own, normalizer, limit, options)
+    return torch.tensor([mean([share for _, share in row]) for row in each], dtype=torch.float64)
 
 
 def max_score_of(
-    known: negcache_fn.FalseNegatives, queries: Tensor, own: Tensor, shared: dict[str, Any]
+    known: negcache_fn.FalseNegatives, queries: Tensor, own: Tensor, shared: dict[str, Any], options: dict[str, Any]
 ) -> Tensor | None:
     """The limit of each query, from the scores of the positives if it depends on them."""
     if known.max_score is None:
         return None
     positive = (shared["score_transform"] or oracles.identity)(
-        (queries * shared["scale"] * own[: len(queries)]).sum(-1)
+        (queries * shared["scale"] * own[targets_of(len(queries), options)[:, 0].clamp(min=0)]).sum(-1)
     )
     return (
         known.max_score(positive)
@@ -188,34 +210,27 @@ def naive_metrics(
         "log_weight": items["log_weight"],
         "live": [when >= 0 for when in at],
         "ids": items["id"].tolist(),
-        "exclude": oracles.excluded_ids(names, len(queries), in_batch=in_batch),
+        "exclude": oracles.excluded_ids(
+            names, len(queries), in_batch=in_batch, targets=targets_of(len(queries), options).tolist()
+        ),
         "top_k": options.get("top_k"),
     }
     known = options.get("false_negatives", negcache_fn.FalseNegatives())
-    limit = max_score_of(known, queries, own, {"scale": shared["scale"], "score_transform": shared["transform"]})
+    limit = max_score_of(
+        known, queries, own, {"scale": shared["scale"], "score_transform": shared["transform"]}, options
+    )
     positives = None if known.ids is None else known.ids.tolist()
     if positives is not None:
         limits["exclude"] = [[*(limits["exclude"][i] if names else []), *positives[i]] for i in range(len(queries))]
     limits["max_score"] = None if limit is None else limit.tolist()
+    limits["labels"] = None if known.labels is None else (known.labels.queries.tolist(), known.labels.cached.tolist())
     stale = oracles.cache_scores(queries, items["embedding"], **limits, **shared)
     cache_logit = oracles.log_normalizer(stale)
-    losses, without_cache = (
-        oracles.cross_entropy(
-            queries,
-            own,
-            logit,
-            ids=names,
-            log_weights=options.get("log_weights"),
-            in_batch=in_batch,
-            positives=positives,
-            max_score=limits["max_score"],
-            **shared,
-        )
-        for logit in (cache_logit, torch.full_like(torch.as_tensor(cache_logit), -math.inf))
-    )
+    each = each_positive(queries, own, cache_logit, limits["max_score"], options)
+    trained = [row for row in each if row]
     fresh = oracles.cache_scores(queries, negatives, log_weight=items["log_weight"][slots], **shared)
     probability = torch.from_numpy(oracles.probabilities(stale))[:, slots]
-    can_draw = [i for i in range(len(queries)) if float(cache_logit[i]) > -math.inf]
+    can_draw = [i for i in range(len(queries)) if float(cache_logit[i]) > -math.inf and each[i]]
     sizes, inverse = [], [0.0] * len(slots)
     if draw.for_batch:
         for m in exist:
@@ -243,21 +258,23 @@ def naive_metrics(
     drifts = [float((negatives[m] - held[slots[m]]).square().sum() / negatives[m].square().sum()) for m in exist]
     own_metrics = {"unique_draws": len({slots[m] for m in exist}) / max(len(exist), 1)}
     if draw.for_batch:
-        share = torch.sigmoid(cache_logit - batch_log_sum(queries, own, limits["max_score"], options))
+        share = torch.tensor([mean([share for _, share in row]) for row in each], dtype=torch.float64)
         gradients = [(share[can_draw] * probability[can_draw, m]) @ queries[can_draw] for m in range(len(slots))]
         variance = sum((r - 1) * r * float(v @ v) for r, v in zip(inverse, gradients, strict=True))
         whole = sum(r * v for r, v in zip(inverse, gradients, strict=True))
         own_metrics = {"draw_noise": math.sqrt(variance) / max(float(torch.as_tensor(whole).norm()), 1e-300)}
     return own_metrics | {
-        "exact_loss": float(losses.mean()),
-        "positive_probability": float(torch.exp(-losses).mean()),
-        "cache_share": float((1 - torch.exp(without_cache - losses)).mean()),
+        "exact_loss": mean([mean([loss for loss, _ in row]) for row in trained]),
+        "positive_probability": mean([mean([math.exp(-loss) for loss, _ in row]) for row in trained]),
+        "cache_share": mean([mean([share for _, share in row]) for row in trained]),
         "occupancy": len(live) / len(at),
         "cache_age_steps": sum(now - at[j] for j in live) / max(len(live), 1),
         "draw_age_steps": sum(now - at[slots[m]] for m in exist) / max(len(exist), 1),
         "drift": sum(drifts) / max(len(drifts), 1),
         "effective_sample_size": sum(sizes) / max(len(sizes), 1),
-        "masked_pairs": masked_pairs(queries, items, draw, can_draw, positives, limits["max_score"], shared, options),
+        "masked_pairs": masked_pairs(
+            queries, items, draw, can_draw, positives, limits["max_score"], shared, options, limits["labels"]
+        ),
         "non_finite": 0.0,
     }
 
@@ -271,6 +288,7 @@ def masked_pairs(
     limit: list[float] | None,
     shared: dict[str, Any],
     options: dict[str, Any],
+    labels: tuple[list[int], list[int]] | None,
 ) -> float:
     """Share of the pairs of a query and a draw (of another query, or for the batch) that are false negatives.
 
@@ -284,8 +302,11 @@ def masked_pairs(
     for i in can_draw:
         named = set(positives[i]) if positives is not None else set()
         if options.get("ids") is not None and not options.get("in_batch", True):
-            named |= {int(options["ids"][i])}
+            named |= {int(options["ids"][j]) for j in targets_of(len(queries), options)[i].tolist() if j >= 0}
         for who, j in draws:
+            if labels is not None and labels[0][i] == labels[1][j] != -1:
+                count += who != i
+                continue
             by_id = int(items["id"][j]) != -1 and int(items["id"][j]) in named
             count += who != i and (by_id or (limit is not None and float(bare[i, j]) > limit[i]))
     return count / max(len(can_draw) * len(draws), 1)
