@@ -41,6 +41,8 @@ _STORED = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
 )
 Features: TypeAlias = "Tensor | Mapping[str, Features] | TensorDictBase"
+"""Features of documents: a tensor, or tensors nested in mappings, each with the documents as its first dimension."""
+
 FeaturesT = TypeVar("FeaturesT", bound="Features")
 
 

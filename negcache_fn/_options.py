@@ -26,11 +26,22 @@ __all__ = [
 ]
 
 ScoreTransform: TypeAlias = Callable[[Tensor], Tensor]
+"""An elementwise function of the scaled inner products."""
+
 InBatch: TypeAlias = bool | Literal["global"]
+"""Which documents of the batch are classes: none but the positive, this rank's, or those of all ranks."""
+
 StalenessCorrection: TypeAlias = Literal["self_normalized", "none"]
+"""How the loss accounts for stale embeddings."""
+
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
+"""How the losses of the queries are reduced."""
+
 Eviction: TypeAlias = Literal["lru", "fifo"]
+"""Which documents make room: those with the oldest embedding, or those cached first."""
+
 Placement: TypeAlias = Literal["sharded", "replicated"]
+"""Whether each rank of a group holds a part of the cache or all of it."""
 
 _DRAWS_PER_QUERY_OF_BATCH = 1  # the default of num_draws, for each query of all ranks
 

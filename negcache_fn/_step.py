@@ -47,10 +47,14 @@ __all__ = ["StepOutput", "step", "step_"]
 class StepOutput(NamedTuple):
     """The result of a step: call `loss.backward()`, pass `state` on, log `metrics`."""
 
-    loss: Tensor  # [] or, with reduction "none", [B]; differentiable
+    loss: Tensor
+    """[], or [B] with `reduction="none"`; differentiable."""
     state: TensorDictBase
-    metrics: dict[str, Tensor]  # 0-d, detached
-    draw: Draw  # detached
+    """The next state: pass it to the next step."""
+    metrics: dict[str, Tensor]
+    """0-d tensors, detached: see `step` for their names."""
+    draw: Draw
+    """The drawn documents, detached."""
 
 
 def step(

@@ -1,4 +1,4 @@
-"""A draw: which documents were drawn, for each query or for the batch, and what is known of them."""
+"""A draw: the documents drawn for each query or for the batch, with their scores and noise."""
 
 from typing import NamedTuple
 
@@ -15,25 +15,50 @@ _INFINITY = float("inf")
 
 
 class Draw(NamedTuple):
-    """The drawn documents, and what their weights need.
+    """The drawn documents, and everything their weights need.
 
-    For the batch, R = 1: m different documents, those of the largest perturbed masses, in descending order (with a
-    group this rank's part of them). For each query, R = B: the m = k documents that each has drawn, with replacement.
+    For the batch, R = 1: the m different documents with the largest perturbed masses, in descending order (with a
+    group, this rank's part of them). For each query, R = B: the m = k documents that each query drew, with replacement.
     """
 
-    slot: Tensor  # [R, m] int64; -1: there is no document to draw, or no other one
-    score: Tensor  # [R, m] stale score of query and document, log-weight included; for the batch, logarithm of the mass
-    perturbed: Tensor  # [R, m] the score plus noise: the largest of each sample, or the m largest
-    threshold: Tensor  # [1, 1] the next largest perturbed mass, -inf if all are drawn; [B, 0] if each query draws
-    log_normalizer: Tensor  # [B] log-sum-exp of the scores, -inf without documents; for the batch, differentiable
-    embedding: Tensor  # [R, m, D] stale embedding, storage dtype
-    id: Tensor  # [R, m] int64
-    log_weight: Tensor  # [R, m] float32
-    source: Tensor  # [R, m] int64: of which of S merged caches the slot is
-    cutoff: Tensor  # [B, S]: documents of that source with a lower score have probability 0; -inf without top_k
-    max_score: Tensor  # [B, S]: those with a higher one, log-weight not included, too; +inf without such a limit
-    exclude_ids: Tensor  # [1 or B, P] int64: documents that have probability 0; P may be 0
-    noise: Tensor  # [S, 2] int64: the seed and the step of each source, which make its noise
+    slot: Tensor
+    """[R, m] int64 slots in the cache; -1 where there was no (further) document to draw."""
+
+    score: Tensor
+    """[R, m] stale score of query and document, with its log-weight; for the batch, the logarithm of the mass."""
+
+    perturbed: Tensor
+    """[R, m] the score plus noise: the largest of each sample, or the m largest."""
+
+    threshold: Tensor
+    """[1, 1] the next largest perturbed mass, -inf if all documents are drawn; [B, 0] if each query draws."""
+
+    log_normalizer: Tensor
+    """[B] log-sum-exp of the scores, -inf without documents; for the batch, differentiable."""
+
+    embedding: Tensor
+    """[R, m, D] stale embeddings, in the storage dtype."""
+
+    id: Tensor
+    """[R, m] int64 ids of the documents."""
+
+    log_weight: Tensor
+    """[R, m] float32 log-weights of the documents."""
+
+    source: Tensor
+    """[R, m] int64: which of the S merged caches the slot belongs to; 0 without a merge."""
+
+    cutoff: Tensor
+    """[B, S] documents of that source with a lower score have probability 0; -inf without `top_k`."""
+
+    max_score: Tensor
+    """[B, S] documents with a higher score, without its log-weight, have probability 0; +inf without a limit."""
+
+    exclude_ids: Tensor
+    """[1 or B, P] int64 ids of documents that have probability 0; P may be 0."""
+
+    noise: Tensor
+    """[S, 2] int64: the seed and the step of each source, which determine its noise."""
 
     @property
     def for_batch(self) -> bool:
@@ -42,7 +67,7 @@ class Draw(NamedTuple):
 
     @property
     def has_documents(self) -> Tensor:
-        """[B] bool: whether there is anything that the query could draw."""
+        """[B] bool: whether the query had any document to draw."""
         return self.log_normalizer > -_INFINITY  # not where it is NaN
 
 

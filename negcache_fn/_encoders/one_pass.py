@@ -17,6 +17,7 @@ from negcache_fn._ranks.group import Ranks, Shards, fetch_rows
 __all__ = ["EncodedAgain", "Encoder", "Fresh", "encode_checked", "encode_in_one_pass", "told_to_all", "with_stalest"]
 
 Encoder = Callable[[Any], Tensor]
+"""A document encoder: from the features of R documents to embeddings [R, D]. A `torch.nn.Module` is one."""
 
 
 class EncodedAgain(NamedTuple):

@@ -48,7 +48,7 @@ def test_every_fence_names_its_language() -> None:
     """A block without a language would be skipped silently."""
     for page in PAGES:
         for match in FENCE.finditer(page.read_text(encoding="utf-8")):
-            assert match["language"] in {"python", "sh", "text", "bibtex"}, f"{page.name}: {match[0][:80]!r}"
+            assert match["language"] in {"python", "sh", "text", "bibtex", "math"}, f"{page.name}: {match[0][:80]!r}"
 
 
 def test_extraction_finds_nested_and_plain_blocks() -> None:
