@@ -50,7 +50,7 @@ def check_flag(name: str, value: Any) -> None:
 def check_embeddings(
     name: str, value: Any, like: Tensor, *, of: str = "", rows: int | None = None, at_least: int = 1
 ) -> None:
-    """Raises unless `value` is a floating [rows, D] tensor with the D and device of `like` [C, D]; `of` names that D."""
+    """Raises unless `value` is a floating [rows, D] tensor with the D and device of `like` [C, D]; `of` names it."""
     _check_tensor(name, value)
     dim = like.shape[-1]
     if value.ndim != 2 or value.shape[1] != dim or (rows is not None and value.shape[0] != rows):

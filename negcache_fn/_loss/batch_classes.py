@@ -1,4 +1,4 @@
-"""The documents of a batch as classes: which of them a query's softmax has, and their scores.
+"""The documents of a batch as classes of each query's softmax, and their scores.
 
 With in-batch classes every document is a class of every query, except for its false negatives: another document with
 the id of its positive, a second document of any id, and those that `FalseNegatives` excludes by id or by score.
@@ -46,7 +46,7 @@ def check_batch(
     log_weights: Tensor | None,
     false_negatives: FalseNegatives,
 ) -> None:
-    """Raises unless the documents fit the queries, and what is said of the documents fits them."""
+    """Raises unless the documents fit the queries, and the facts about the documents fit them."""
     check_embeddings("documents", documents, queries, at_least=queries.shape[0])
     check_false_negatives(false_negatives, queries, knows_positives=True)
     if ids is not None:
@@ -56,7 +56,7 @@ def check_batch(
 
 
 def try_limits(similarity: Similarity, queries: Tensor, documents: Tensor, false_negatives: FalseNegatives) -> None:
-    """Raises unless a user's function of the positives' scores works: before a message, so that all can be told."""
+    """Raises unless a user's function of the positives' scores works; before a message, so that all ranks can raise."""
     if needs_positives(false_negatives):
         with torch.no_grad(), full_precision(queries):
             max_score_of(false_negatives, queries, similarity.dtype, positive_scores(similarity, queries, documents))
@@ -111,7 +111,7 @@ def batch_scores(
 
 
 def _no_classes(products: Tensor, own: Tensor, classes: Classes, false_negatives: FalseNegatives) -> Tensor | None:
-    """[B, N] bool: the documents that are no classes of a query; None: all are."""
+    """[B, N] bool: the documents that are not classes of a query; None: all are."""
     rows, ids = products.shape[0], classes.ids
     none: list[Tensor] = []
     if ids is not None:

@@ -44,7 +44,7 @@ class Cache(nn.Module):
         check_state(state)
         if "meta" in (stored(state, "embedding").device.type, torch.get_default_device().type):
             raise ValueError(
-                "state would be on the meta device, as under from_pretrained(...) or torch.device('meta'), and so have no "
+                "state would be on the meta device, as under from_pretrained(...) or torch.device('meta'), and have no "
                 "values; expected a cache that is put into the model after the model is loaded"
             )
         self.state: TensorDictBase = state

@@ -164,7 +164,7 @@ def _check_settings(name: str, given: dict[str, Any], saved: dict[str, Any], pat
     ]
     if told:
         raise ValueError(
-            f"the loss{f' {name!r}' if name else ''} is another than in the checkpoint: {'; '.join(told)}; expected "
+            f"the loss{f' {name!r}' if name else ''} differs from the checkpoint: {'; '.join(told)}; expected "
             f"the same, or that {path} is removed, to go on with an empty cache"
         )
 
