@@ -1,7 +1,7 @@
 """Document features: one tensor, or tensors nested in mappings, all with the documents as their first dimension.
 
 They are the input of the user's encoder. This module is the only one that looks inside: it maps over the leaves,
-compares a batch with what a cache stores, pads narrow batches, and moves leaves between devices.
+compares a batch with the stored features, pads narrow batches, and moves leaves between devices.
 
 A batch may bring floats of another dtype than the cache stores, as mixed precision makes them: they are cast when they
 are stored, and the encoder gets all its features in the dtype of the batch. Integers are never cast.

@@ -160,7 +160,7 @@ def log_frequency(frequency: TensorDictBase, ids: Tensor) -> Tensor:
         ids: [N] int64, N >= 1.
 
     Returns:
-        [N] float32; 0, that is no correction, for anonymous ids.
+        [N] float32; 0, so no correction, for anonymous ids.
 
     Raises:
         ValueError, TypeError: ids that are not [N] int64 on the device of the frequency.

@@ -42,7 +42,7 @@ def reembed(state: TensorDictBase, encode: Callable[[Any], Tensor], *, batch_siz
         The new state; its `step` is that of the given one, and so are features, ids, weights and `inserted_at`.
 
     Raises:
-        ValueError, TypeError: an `encode` that cannot be called or gives another shape; a `batch_size` that is no
+        ValueError, TypeError: an `encode` that cannot be called or gives another shape; a `batch_size` that is not a
             positive integer.
 
     Examples:

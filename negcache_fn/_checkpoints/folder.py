@@ -99,7 +99,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a save, `about` and `files`.
 
     Raises:
-        ValueError: it is missing, or differs from what was written.
+        ValueError: it is missing, or has changed since it was written.
     """
     try:
         found = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))

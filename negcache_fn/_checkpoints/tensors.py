@@ -142,7 +142,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         try:
             self.values[name] = torch.load(value, weights_only=True)
         except pickle.UnpicklingError as error:
-            raise ValueError(f"{name} in {self.folder} is no plain value; it was not unpickled") from error
+            raise ValueError(f"{name} in {self.folder} is not a plain value; it was not unpickled") from error
 
     def check(self) -> None:
         """Raises if a number would become infinite in the dtype of its place."""
@@ -192,7 +192,9 @@ def _read_index(folder: Path, files: set[str]) -> Metadata:
     try:
         index = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} names {error}, which is no part of a checkpoint; it was not unpickled") from error
+        raise ValueError(
+            f"{path} names {error}, which does not belong to a checkpoint; it was not unpickled"
+        ) from error
     if not isinstance(index, Metadata):
         raise ValueError(f"{path} is a {type(index).__name__}; expected the index of a checkpoint")
     for place in cast("dict[MetadataIndex, Any]", index.storage_data).values():
@@ -226,7 +228,7 @@ def _check_entries(name: str, value: Any, several: bool) -> None:
 def _misfit(name: str, value: Any, saved: Any) -> str | None:
     """How a value differs from the saved one."""
     if isinstance(saved, BytesStorageMetadata) and isinstance(value, Tensor):
-        return f"{name} is no tensor there"
+        return f"{name} is not a tensor there"
     if not isinstance(saved, TensorStorageMetadata):
         return None
     if not isinstance(value, Tensor):

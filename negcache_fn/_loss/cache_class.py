@@ -145,7 +145,7 @@ def _of_queries(
 ) -> CacheClass:
     """The draws of each query."""
     if shared is None:
-        # What was encoded in place of a draw that does not exist has no part in the loss, not even a NaN.
+        # The stand-in for a draw that does not exist takes no part in the loss, not even as a NaN.
         negatives = torch.where(draw.slot.flatten()[:, None] >= 0, negatives, 0.0)
         fresh = similarity.rowwise(queries, negatives.view(draw.embedding.shape)) + draw.log_weight
     else:
@@ -186,7 +186,7 @@ def _of_queries(
 
 def _fresh_of_shared(similarity: Similarity, queries: Tensor, shared: SharedDraws) -> Tensor:
     """[B, M] fresh scores."""
-    # What was encoded in place of a draw that does not exist has no part in the loss, not even a NaN.
+    # The stand-in for a draw that does not exist takes no part in the loss, not even as a NaN.
     negatives = torch.where(shared.slot[:, None] >= 0, shared.negatives, 0.0)
     return similarity.pairwise(queries, negatives) + shared.log_weight
 
