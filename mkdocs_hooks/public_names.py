@@ -30,7 +30,7 @@ def identifiers(page: str) -> dict[str, str]:
                 found.setdefault(".".join(parts[start:]), path)
             if parts[-1] not in WITH_MODULE_ONLY:
                 found.setdefault(parts[-1], path)
-    if page.startswith("integrations/sentence_transformers"):
+    if page.startswith("integrations/sentence_transformers") or page == "api/integrations.md":
         loss = f"{SENTENCE_TRANSFORMERS}.NegativeCacheLoss"
         found |= {"NegativeCacheLoss": loss, "NegativeCacheCallback": f"{SENTENCE_TRANSFORMERS}.NegativeCacheCallback"}
         found |= {name: f"{loss}.{name}" for name in ("prefill", "reset", "resize")}

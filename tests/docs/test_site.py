@@ -240,6 +240,21 @@ def test_formulas_are_mathml(site: Path) -> None:
     assert "$`" not in text
 
 
+def test_every_function_answers_a_task() -> None:
+    """The index of the API has every public name but the results of others."""
+    index = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
+    assert {name for name in negcache_fn.__all__ if f"`{name}`" not in index} == {"Draw", "StepOutput"}
+
+
+def test_links_to_the_repository_exist() -> None:
+    repository = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["repo_url"]
+    assert f'Repository = "{repository}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md"))
+    linked = re.findall(rf"{re.escape(repository)}/(?:tree|blob)/main/([\w/.]+)", pages)
+    assert linked
+    assert [path for path in linked if not (ROOT / path).exists()] == []
+
+
 def test_pages_show_version_and_source(site: Path) -> None:
     text = (site / "index.html").read_text(encoding="utf-8")
     assert f"negcache_fn {negcache_fn.__version__}" in text
