@@ -40,12 +40,12 @@ _PANELS = (
     _Panel("Share of the softmax", "probability", {"positive_probability": "positive", "cache_share": "cache"}),
     _Panel("Occupancy", "share of slots", {"occupancy": ""}),
     _Panel("Mean age of embeddings", "steps", {"cache_age_steps": "in the cache", "draw_age_steps": "drawn"}),
-    _Panel("Drift of the drawn", "|fresh - stale|² / |fresh|²", {"drift": ""}),
-    _Panel("Noise of drawing", "share of the gradient", {"draw_noise": ""}),
-    _Panel("Effective sample size", "draws a query", {"effective_sample_size": ""}),
+    _Panel("Drift of the draws", "|fresh - stale|² / |fresh|²", {"drift": ""}),
+    _Panel("Noise of the draws", "share of the gradient", {"draw_noise": ""}),
+    _Panel("Effective sample size", "draws per query", {"effective_sample_size": ""}),
     _Panel("Distinct documents drawn", "share of draws", {"unique_draws": ""}),
-    _Panel("False negatives left out", "share of pairs", {"masked_pairs": ""}),
-    _Panel("Rows not finite", "rows a step, not written", {"non_finite": ""}),
+    _Panel("False negatives excluded", "share of pairs", {"masked_pairs": ""}),
+    _Panel("Rows not finite", "rows per step, not written", {"non_finite": ""}),
 )
 
 
