@@ -104,7 +104,7 @@ def _knows_autocast(device: str) -> bool:
 
 
 def limits_told_to_all(batch: Batch, attempts: Attempts) -> Batch:
-    """The batch; if a user's function of the positives' scores raises, or gives another shape, every rank is told."""
+    """The batch; if a user's function of the positives' scores raises, or returns another shape, every rank raises."""
     if not needs_positives(batch.false_negatives):
         return batch
     function = cast("Callable[[Tensor], Tensor]", batch.false_negatives.max_score)

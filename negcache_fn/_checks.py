@@ -1,6 +1,6 @@
 """Checks at the public boundary. They read metadata only, so they cost nothing and compile away.
 
-Each message names the argument, what was given and what was expected.
+Each message names the argument, the given value and the expected one.
 """
 
 from typing import Any, cast
@@ -51,7 +51,7 @@ def check_flag(name: str, value: Any) -> None:
 def check_embeddings(
     name: str, value: Any, like: Tensor, *, of: str = "", rows: int | None = None, at_least: int = 1
 ) -> None:
-    """Raises unless `value` is a floating [rows, D] tensor with the D and device of `like` [C, D], the D `of` what."""
+    """Raises unless `value` is a floating [rows, D] tensor with the D and device of `like` [C, D]; `of` names it."""
     _check_tensor(name, value)
     dim = like.shape[-1]
     if value.ndim != 2 or value.shape[1] != dim or (rows is not None and value.shape[0] != rows):
@@ -154,7 +154,7 @@ def check_transforms(function: str, *differentiated: Any, vmap: bool = False) ->
 
 def transforms_around() -> list[str]:
     """The transforms of torch.func around this call: of "grad", "vmap" and "jvp", which is all forward-mode AD."""
-    # No public way says so. Of a graph this sees forward mode alone; what cannot do the others raises there anyway.
+    # There is no public way to ask. In a graph this sees forward mode only; unsupported code raises there anyway.
     found = ["jvp"] if forward_ad._current_level >= 0 else []  # pyright: ignore[reportPrivateUsage]
     if not torch.compiler.is_compiling():
         stack = cast(Any, torch._C)._functorch.get_interpreter_stack()  # pyright: ignore[reportPrivateUsage]

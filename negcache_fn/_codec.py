@@ -1,8 +1,8 @@
-"""Storage dtypes: the one place that says how a cache stores embeddings and who can read them.
+"""Storage dtypes: the one place that defines how a cache stores embeddings and which kernels read them.
 
 `STORAGES` is the table of them. A new storage dtype needs:
 
-- a row in `STORAGES`, and `encode` and `decode` if a plain cast does not do: every other module reads and writes rows
+- a row in `STORAGES`, and `encode` and `decode` if a plain cast is not enough: every other module reads and writes rows
   through these two;
 - for the C++ kernels: a number, a case for it in `with_storage` (`_kernels/cpu/problem.h`), a `load` of its numbers
   (`vectors.h`), and the number of bfloat16 parts that hold one exactly (`kExactParts` in `by_tiles.h`);
@@ -10,7 +10,7 @@
   (`_kernels/triton/block_logsumexp.py`), and queries split into parts that multiply it (`_split` in
   `_kernels/triton/call.py`).
 
-A dtype that a kernel does not take is read by plain torch.
+Plain torch reads the dtypes that a kernel does not support.
 """
 
 from typing import NamedTuple

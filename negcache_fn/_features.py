@@ -1,7 +1,7 @@
 """Document features: one tensor, or tensors nested in mappings, all with the documents as their first dimension.
 
-They are whatever the user's encoder takes. This module is the only one that looks inside: it maps over the leaves,
-compares a batch with what a cache stores, pads narrow batches, and moves leaves between devices.
+They are the input of the user's encoder. This module is the only one that looks inside: it maps over the leaves,
+compares a batch with the stored features, pads narrow batches, and moves leaves between devices.
 
 A batch may bring floats of another dtype than the cache stores, as mixed precision makes them: they are cast when they
 are stored, and the encoder gets all its features in the dtype of the batch. Integers are never cast.
@@ -35,12 +35,14 @@ __all__ = [
     "rows_where",
 ]
 
-# What torch can index, pad, select and write by rows.
+# The dtypes that torch can index, pad, select and write by rows.
 _STORED = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
 )
 Features: TypeAlias = "Tensor | Mapping[str, Features] | TensorDictBase"
+"""Features of documents: a tensor, or tensors nested in mappings, each with the documents as its first dimension."""
+
 FeaturesT = TypeVar("FeaturesT", bound="Features")
 
 
@@ -142,7 +144,7 @@ def fit_to_slots(stored: Features, given: FeaturesT, rows: int, name: str, devic
 
 
 def in_slots(stored: Features, given: FeaturesT) -> tuple[FeaturesT, Tensor | None]:
-    """What `fit_to_slots` gave in the dtypes that the cache stores, and whether each row [rows] fits into them.
+    """The result of `fit_to_slots` in the dtypes that the cache stores, and whether each row [rows] fits into them.
 
     A row does not if one of its numbers is finite and would be stored as infinite. None: all fit.
     """
@@ -159,13 +161,13 @@ def in_slots(stored: Features, given: FeaturesT) -> tuple[FeaturesT, Tensor | No
 
 
 def copied(features: FeaturesT) -> FeaturesT:
-    """A copy with containers and tensors of its own, for an encoder may write into what it is given."""
+    """A copy with containers and tensors of its own, as an encoder may write into its arguments."""
     return map_features(torch.clone, features)
 
 
 def moved(values: Tensor, device: torch.device) -> Tensor:
     """`values` on `device`: themselves, if they are there already."""
-    # The CPU must wait for what it reads next; work on an accelerator is in order anyway.
+    # The CPU must wait before it reads; work on an accelerator is in order anyway.
     return values.to(device, non_blocking=device.type != "cpu")
 
 
@@ -175,7 +177,7 @@ def rows_where(condition: Tensor, given: Tensor, other: Tensor) -> Tensor:
 
 
 def all_moved(features: FeaturesT, device: torch.device) -> FeaturesT:
-    """`features` with every leaf on `device`: themselves, container and all, if they are there already."""
+    """`features` with every leaf on `device`: the same object if they are there already."""
 
     def move(leaf: Tensor) -> Tensor:
         return moved(leaf, device)
@@ -192,7 +194,7 @@ def check_like(stored: Features, given: Features, rows: int, name: str, device: 
         return
     if not isinstance(given, (Mapping, TensorDictBase)):
         raise TypeError(
-            f"{name} is a {type(given).__name__}; expected a mapping of what the encoder takes, as in the cache"
+            f"{name} is a {type(given).__name__}; expected a mapping of the encoder's inputs, as in the cache"
         )
     expected, found = dict(feature_items(stored)), dict(feature_items(given))
     if expected.keys() != found.keys():

@@ -26,11 +26,22 @@ __all__ = [
 ]
 
 ScoreTransform: TypeAlias = Callable[[Tensor], Tensor]
+"""An elementwise function of the scaled inner products."""
+
 InBatch: TypeAlias = bool | Literal["global"]
+"""Which documents of the batch are classes: none but the positive, this rank's, or those of all ranks."""
+
 StalenessCorrection: TypeAlias = Literal["self_normalized", "none"]
+"""How the loss accounts for stale embeddings."""
+
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
+"""How the losses of the queries are reduced."""
+
 Eviction: TypeAlias = Literal["lru", "fifo"]
+"""Which documents are evicted: those with the oldest embedding, or those cached first."""
+
 Placement: TypeAlias = Literal["sharded", "replicated"]
+"""Whether each rank of a group holds a part of the cache or all of it."""
 
 _DRAWS_PER_QUERY_OF_BATCH = 1  # the default of num_draws, for each query of all ranks
 
@@ -69,7 +80,7 @@ class StepOptions:
 
     score_transform: ScoreTransform | None = None
     """An elementwise function of the scaled inner products, the same on all ranks. It should have no parameters to
-    train: with draws for the batch they would miss the gradient that comes by the whole cache."""
+    train: with draws for the batch they would miss the part of the gradient that comes from the whole cache."""
 
     in_batch: InBatch = True
     """Whether all documents of the batch are classes of every query; "global": the documents of all ranks."""
@@ -85,11 +96,11 @@ class StepOptions:
     """How the losses of the queries are reduced: "mean" (of those that have a positive), "sum" or "none"."""
 
     evict: Eviction = "lru"
-    """Which documents make room: those of the oldest embedding ("lru"), or those cached first ("fifo")."""
+    """Which documents are evicted: those with the oldest embedding ("lru"), or those cached first ("fifo")."""
 
     refresh_stalest: float = 0
-    """How many of the oldest embeddings each rank computes again in each step; a float below 1 is that share of the
-    rank's slots."""
+    """How many of the oldest documents each rank encodes again in each step; a float below 1 is a share of the rank's
+    slots."""
 
     placement: Placement = "sharded"
     """With a group: "sharded" if each rank holds a part of the cache, "replicated" if each holds all of it."""
@@ -127,7 +138,7 @@ class StepOptions:
         elif not self.share_draws:
             raise ValueError(
                 f"share_draws is {self.share_draws} without draws_per_query; expected draws_per_query=k as well, as "
-                f"what is drawn for the batch is not drawn by any one query"
+                f"draws for the batch belong to no single query"
             )
 
     def check_group(self, alone: bool) -> None:
@@ -145,7 +156,7 @@ class StepOptions:
         return self.draws_per_query is None
 
     def draws_for(self, queries: int) -> int:
-        """How many documents are drawn for a batch of so many queries, those of all ranks."""
+        """How many documents are drawn for a batch with that many queries on all ranks together."""
         if self.draws_per_query is not None:
             return self.draws_per_query * queries
         return _DRAWS_PER_QUERY_OF_BATCH * queries if self.num_draws is None else self.num_draws
@@ -177,7 +188,7 @@ class StepOptions:
 
     @property
     def decided_by_adapters(self) -> tuple[InBatch, Reduction, Placement]:
-        """The options that a framework's adapter decides itself, from what the framework says."""
+        """The options that a framework's adapter derives from the framework's settings."""
         return self.in_batch, self.reduction, self.placement
 
     def of_draws(self) -> dict[str, Any]:
@@ -218,7 +229,7 @@ class StepOptions:
         return slots
 
     def named_numbers(self) -> dict[str, int]:
-        """The integer options, 0 for None; apart from the others because a compiled step may have symbols here."""
+        """The integer options, 0 for None; separate from the others because a compiled step may have symbols here."""
         numbers: dict[str, Any] = {
             "num_draws": self.num_draws,
             "draws_per_query": self.draws_per_query,
@@ -227,7 +238,7 @@ class StepOptions:
         return {name: 0 if value is None else value for name, value in numbers.items()}
 
     def named_choices(self) -> dict[str, str]:
-        """The other options, except for the transform: ranks compare what it makes of some scores."""
+        """The other options, except for the transform: ranks compare its values for some scores."""
         return {
             "share_draws": f"{self.share_draws}",
             "in_batch": f"{self.in_batch}",

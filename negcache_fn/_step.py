@@ -47,10 +47,14 @@ __all__ = ["StepOutput", "step", "step_"]
 class StepOutput(NamedTuple):
     """The result of a step: call `loss.backward()`, pass `state` on, log `metrics`."""
 
-    loss: Tensor  # [] or, with reduction "none", [B]; differentiable
+    loss: Tensor
+    """[], or [B] with `reduction="none"`; differentiable."""
     state: TensorDictBase
-    metrics: dict[str, Tensor]  # 0-d, detached
-    draw: Draw  # detached
+    """The next state: pass it to the next step."""
+    metrics: dict[str, Tensor]
+    """0-d tensors, detached: see `step` for their names."""
+    draw: Draw
+    """The drawn documents, detached."""
 
 
 def step(
@@ -71,13 +75,13 @@ def step(
 ) -> StepOutput:
     """One training step: draw negatives, encode, loss, and the next state of the cache.
 
-    `encode` is called twice: on the N documents, whose scores say how much each query needs of the cache, then on the
-    drawn documents and the stalest documents of the cache (whose gradient is cut) if `options` refresh some. With
-    `draws_per_query` it is called once, on all of them. The drawn and the refreshed documents get their fresh
-    embeddings, then the N documents come in.
+    `encode` is called twice: on the N documents, whose scores tell how much each query needs the cache, then on the
+    drawn documents, with the stalest documents (whose gradient is cut) if `options` refresh some. With
+    `draws_per_query` it is called once, on all of them. The fresh embeddings of the drawn and refreshed documents are
+    written back, then the N documents are inserted.
 
     With gradients off (`torch.no_grad()`), the step is an evaluation: loss and metrics are the same, nothing is
-    written, and the returned state is the given one.
+    written, and `out.state` is the given state.
 
     Args:
         state: the cache, C slots.
@@ -86,13 +90,13 @@ def step(
             (mined hard negatives, or a random stream of the corpus). Floats may have another dtype than the cache
             stores; `encode` then gets those of cached documents in it too.
         encode: the document encoder: features of R documents, nested as `features`, to [R, D].
-        options: everything that is constant during the run, see `StepOptions`.
+        options: the options that are constant during a run, see `StepOptions`.
         scale: number or 0-d tensor, learnable.
         ids: [N] int64 ids of the documents, -1 where anonymous. A cached document that is a positive of the query, or
             a class in the batch, is left out of the query's negatives; a document whose id is cached replaces that
             entry.
         log_weights: [N] floating, added to the documents' scores, now and while they are cached.
-        cacheable: [N] bool, False for documents not to be cached; they are in the loss all the same.
+        cacheable: [N] bool, False for documents not to be cached; they still take part in the loss.
         false_negatives: further documents to exclude from a query's negatives, by id or by score. If its `max_score`
             is a function of the positives' scores, `encode` is called twice with `draws_per_query` as well.
         priorities: [C] instead of `options.evict`: the priority of every slot here, see `update`.
@@ -107,23 +111,23 @@ def step(
     Returns:
         Loss, next state, metrics and draw. The metrics, of the cache before the update:
 
-        - `exact_loss`: mean cross entropy with the whole cache as embedded in it, the interpretable loss;
+        - `exact_loss`: mean cross entropy over batch and whole cache, with the stale embeddings and without sampling;
         - `positive_probability`: mean probability of the positive in that softmax;
         - `cache_share`: mean probability of the cached documents together in that softmax;
         - `occupancy`: share of live slots;
-        - `cache_age_steps`, `draw_age_steps`: mean age of the embeddings, of all and of the drawn;
-        - `drift`: mean `|fresh - stale|^2 / |fresh|^2` of the drawn;
+        - `cache_age_steps`, `draw_age_steps`: mean age of all embeddings, and of the drawn ones;
+        - `drift`: mean `|fresh - stale|^2 / |fresh|^2` of the drawn documents;
         - `effective_sample_size`: mean `(sum w)^2 / sum w^2` of the weights with which a query uses the draws;
-        - `draw_noise`: of draws for the batch, the relative error of the documents' gradient that comes from drawing
-          only M of them, estimated from the draws; above .3, say, a larger `num_draws` is worth its price;
-        - `unique_draws`: of draws of each query, distinct documents among them, as a share of the draws;
+        - `draw_noise`: with draws for the batch, the relative error of the documents' gradient from drawing only M of
+          them, estimated from the draws; above about .3 a larger `num_draws` is worth its price;
+        - `unique_draws`: with `draws_per_query`, distinct documents among the draws, as a share of the draws;
         - `masked_pairs`: share of the pairs of a query and a draw that are false negatives, by id or by score;
         - `non_finite`: rows that were not written because they were not finite.
 
         With a group they cover the queries of all ranks and the whole cache.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, named; the given state is untouched.
+        ValueError, TypeError: an invalid argument, which the message names; the given state is unchanged.
 
     Examples:
         >>> encoder = torch.nn.Linear(3, 4)
@@ -160,8 +164,8 @@ def step_(
 ) -> StepOutput:
     """`step` in place: writes the rows that change into `state`, which it returns, and copies nothing.
 
-    Arguments, metrics and errors as there. Not for `torch.utils.checkpoint` around it, which calls it again in the
-    backward pass: that is an error.
+    It has the same arguments, metrics and errors. It raises under `torch.utils.checkpoint`, which would call it again
+    in the backward pass.
 
     Examples:
         >>> state = init_cache(8, 4, features=torch.zeros(1, 3))
@@ -268,7 +272,7 @@ def _classes(
 
 
 def _encoded_first(state: TensorDictBase, batch: Batch, encode: Encoder, options: StepOptions) -> Tensor | None:
-    """[N, D] the documents, if what is drawn depends on their scores."""
+    """[N, D] the documents, if the draws depend on their scores."""
     if not options.for_batch and not needs_positives(batch.false_negatives):
         return None
     features = copied(cast(Features, batch.features))  # the encoder may write into them
@@ -278,7 +282,7 @@ def _encoded_first(state: TensorDictBase, batch: Batch, encode: Encoder, options
 def _exclusions(
     similarity: Similarity, queries: Tensor, documents: Tensor | None, batch: Batch, options: StepOptions
 ) -> Exclusions:
-    """What must not be drawn; `documents` are those of `_encoded_first`."""
+    """The documents that must not be drawn; `documents` come from `_encoded_first`."""
     positives = None
     if documents is not None and needs_positives(batch.false_negatives):
         with torch.no_grad(), full_precision(queries):  # a limit is a constant

@@ -1,11 +1,11 @@
 """From the cache to a data set: mined documents, chosen by rank, score, id and text, as rows that trainers read.
 
-The names are those of `mine_hard_negatives` in sentence-transformers where they mean the same. Its `range_max` is the
-`n` of `top_negatives`; its `max_score`, `absolute_margin` and `relative_margin` are the `max_score` of
-`FalseNegatives`, with which documents are left out before they take one of the `n` places.
+Arguments with the meaning of `mine_hard_negatives` in sentence-transformers have its names. Its `range_max` is the `n`
+of `top_negatives`; its `max_score`, `absolute_margin` and `relative_margin` are the `max_score` of `FalseNegatives`,
+which excludes documents before they take one of the `n` places.
 
-Ids are the keys: `positives` [B, P] is what `FalseNegatives(ids=...)` takes, and `texts[id]` gives a document's text.
-Wherever there are fewer, there is -1.
+Ids are the keys: `positives` [B, P] is the argument of `FalseNegatives(ids=...)`, and `texts[id]` is a document's text.
+Rows with fewer entries are padded with -1.
 """
 
 from collections.abc import Sequence
@@ -39,10 +39,10 @@ def hard_negatives(
     range_min: int = 0,
     min_score: float | None = None,
 ) -> Tensor:
-    """The ids of each query's hard negatives: of what was mined, the best that remain, without the first `range_min`.
+    """The ids of each query's hard negatives: the best mined documents after filtering, without the first `range_min`.
 
-    What does not remain: empty places (score -inf) and anonymous documents (id -1), scores below `min_score`, positives
-    by id or text, and all but the best document of one id or one text. A loop on the host: not for a training step.
+    Filtered out: empty places (score -inf), anonymous documents (id -1), scores below `min_score`, positives by id or
+    text, and all but the best document of one id or one text. A loop on the host: not for a training step.
 
     Args:
         scores: [B, n] floating, of `top_negatives` or, in any order, of several of them or of a cross-encoder.
@@ -50,14 +50,14 @@ def hard_negatives(
         positives: [B, P] int64 ids of each query's positives, -1 where there are fewer.
         texts: the documents' texts by id, to compare them; None: by id alone.
         num_negatives: how many to keep.
-        range_min: how many of the best that remain to skip: the likeliest to be unlabelled positives.
-        min_score: documents of a lower score are too easy.
+        range_min: how many of the best remaining documents to skip: they are the likeliest unlabelled positives.
+        min_score: documents with a lower score are too easy.
 
     Returns:
         [B, num_negatives] int64 ids in descending order of score, ties in the order given; -1 where there are fewer.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or numbers that do not fit; an id that `texts` does not have.
+        ValueError, TypeError: invalid shapes, dtypes or numbers; an id that `texts` does not have.
 
     Examples:
         >>> state = init_cache(8, 4, torch.zeros(1, 3))
@@ -67,7 +67,7 @@ def hard_negatives(
         >>> hard_negatives(scores, ids, positives=torch.tensor([[10]]), range_min=1)
         tensor([[12, 13, -1]])
 
-    Reference: `mine_hard_negatives` of sentence-transformers, whose ranks too are those of what remains.
+    Reference: `mine_hard_negatives` of sentence-transformers, whose ranks also count the remaining documents.
     """
     _check_mined(scores, ids)
     if texts is not None:
@@ -115,8 +115,7 @@ def training_rows(
         The rows, in the order of the queries. A query without a positive or without a negative has none.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit, an unknown `output_format`, an id that `texts` does not
-            have.
+        ValueError, TypeError: invalid shapes or dtypes, an unknown `output_format`, an id that `texts` does not have.
 
     Examples:
         >>> texts = {3: "a cat", 5: "a dog", 8: "a car"}
@@ -156,7 +155,7 @@ def _descending(candidate: tuple[float, int]) -> float:
 
 
 def _distinct(ranked: list[int], known: list[int], texts: Texts | None) -> list[int]:
-    """The first document of each id and, with texts, of each text, without those known."""
+    """The first document of each id and, with texts, of each text, without the known ones."""
     seen = set(known)
     seen_texts: set[str] = set() if texts is None else {_text(document, texts) for document in known}
     kept: list[int] = []
@@ -189,7 +188,7 @@ def _lists(ids: Tensor) -> list[list[int]]:
 
 
 def _present(ids: Tensor) -> list[list[int]]:
-    """The ids of each row without those that mean none."""
+    """The ids of each row, without the padding."""
     return [[document for document in row if document != -1] for row in _lists(ids)]
 
 

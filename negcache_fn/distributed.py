@@ -1,10 +1,10 @@
-"""A cache over several ranks: its parts, its checkpoints, and what data-parallel training needs besides.
+"""A cache over several ranks: its parts, its checkpoints, and the gradients of parameters outside wrapped modules.
 
-With `group=`, the functions of this package are their sharded selves: each rank holds a part of the slots, and draws,
-losses and states are those of one rank that holds all (docs/scaling.md). Here is what surrounds a step.
+With `group=`, the functions of this package work on a sharded cache: each rank holds a part of the slots, and draws,
+losses and states are those of a single rank that holds all (docs/scaling.md). This module has the steps around a step.
 
-Each rank but the last has the same whole number of groups of 1024 slots, the last what remains: those are the groups
-of the hierarchical draw, whose noise goes by their number. So the number of ranks does not change what is drawn.
+Each rank except the last has the same whole number of groups of 1024 slots, and the last has the rest. These are the
+groups of the hierarchical draw, whose noise depends on their number, so the number of ranks does not change the draws.
 """
 
 from collections.abc import Iterable
@@ -36,17 +36,17 @@ __all__ = [
 
 
 def local_capacity(capacity: int, group: dist.ProcessGroup | None = None) -> int:
-    """How many of a cache's `capacity` slots this rank holds: what to give to `init_cache`.
+    """How many of a cache's `capacity` slots this rank holds: the capacity to pass to `init_cache`.
 
     Args:
         capacity: slots of the whole cache, a multiple of 1024.
         group: the ranks; None: this process alone.
 
     Returns:
-        The slots of this rank: the same number on every rank but the last, which may have fewer.
+        The slots of this rank: the same number on every rank except the last, which may have fewer.
 
     Raises:
-        ValueError: on every rank, if the capacity is no multiple of 1024 or leaves a rank without a slot.
+        ValueError: on every rank, if the capacity is not a multiple of 1024 or leaves a rank without a slot.
 
     Examples:
         >>> local_capacity(7168)
@@ -100,7 +100,7 @@ def unshard(state: TensorDictBase, group: dist.ProcessGroup) -> TensorDictBase:
         group: the ranks.
 
     Raises:
-        ValueError: on every rank, if the parts are not those of one cache.
+        ValueError: on every rank, if the parts do not belong to one cache.
     """
     ranks = ranks_of(group)
     rows, shards = _shards(state, ranks, "unshard")
@@ -128,7 +128,7 @@ def checkpointable(state: TensorDictBase, group: dist.ProcessGroup | None = None
         A nested dict.
 
     Raises:
-        ValueError: as `unshard`; a capacity that is no multiple of 1024.
+        ValueError: as `unshard`; a capacity that is not a multiple of 1024.
 
     Examples:
         >>> state = init_cache(1024, 4, torch.zeros(1, 3))
@@ -182,7 +182,7 @@ def _chunk(capacity: int, ranks: Ranks) -> int:
 
 
 def _shards(state: TensorDictBase, ranks: Ranks, function: str) -> tuple[int, Shards]:
-    """The slots here, and where all of them are, if the states of all ranks are parts of one."""
+    """The slots of this rank and their place in the whole, if the states of all ranks are parts of one cache."""
     with checking_arguments(ranks):
         check_state(state)
     rows = stored(state, "embedding").shape[0]

@@ -45,8 +45,8 @@ _KEY = (0x6E656763, 0x61636865)  # of the hash functions: any constants, the sam
 def init_frequency(buckets: int, *, hashes: int = 4, device: torch.device | str | None = None) -> TensorDictBase:
     """A frequency that has observed nothing.
 
-    It takes 20 bytes for each bucket of each table, whatever the number of documents. With as many buckets as there are
-    documents, 16 % of these share all their buckets with others at 4 hashes, and with four times as many, 0.2 %.
+    It takes 20 bytes for each bucket of each table, for any number of documents. With 4 hashes and as many buckets as
+    documents, 16 % of the documents share all their buckets with others; with four times as many buckets, 0.2 %.
 
     Args:
         buckets: K, of each table.
@@ -57,7 +57,7 @@ def init_frequency(buckets: int, *, hashes: int = 4, device: torch.device | str 
         The frequency, a locked TensorDict (see the module's schema).
 
     Raises:
-        ValueError, TypeError: sizes that are no positive integers.
+        ValueError, TypeError: sizes that are not positive integers.
 
     Examples:
         >>> init_frequency(1000)["interval"].shape
@@ -96,10 +96,10 @@ def observe(
         group: of ranks whose ids, in the same number, make one batch; each has the same frequency before and after.
 
     Returns:
-        The new frequency, its `step` one further, also by a batch without ids. The given one is untouched.
+        The new frequency, its `step` one further, even if the batch has no ids. The given one is unchanged.
 
     Raises:
-        ValueError, TypeError: a `rate` outside (0, 1]; shapes, dtypes or devices that do not fit.
+        ValueError, TypeError: a `rate` outside (0, 1]; invalid shapes, dtypes or devices.
 
     Examples:
         >>> frequency = init_frequency(1000)
@@ -156,11 +156,11 @@ def log_frequency(frequency: TensorDictBase, ids: Tensor) -> Tensor:
     `log_weights=-log_frequency(frequency, ids)`, which is larger for rarer documents.
 
     Args:
-        frequency: what `observe` gave, for the batch of these ids too.
+        frequency: the result of `observe`, which has also seen the batch of these ids.
         ids: [N] int64, N >= 1.
 
     Returns:
-        [N] float32; 0, that is no correction, for anonymous ids.
+        [N] float32; 0, so no correction, for anonymous ids.
 
     Raises:
         ValueError, TypeError: ids that are not [N] int64 on the device of the frequency.

@@ -1,8 +1,8 @@
-"""Pictures of a cache: its life over a training, and the ages of what is in it now.
+"""Pictures of a cache: its metrics over a training run, and the ages of its current documents.
 
-They need matplotlib (`pip install negcache-fn[plots]`), which is imported when one is drawn. A picture is a
-`matplotlib.figure.Figure` of its own: `pyplot` and its settings are left alone, `figure.savefig("metrics.png")` writes
-it, and a notebook shows it.
+They need matplotlib (`pip install negcache-fn[plots]`), which is imported on the first call. A picture is a new
+`matplotlib.figure.Figure`: `pyplot` and its settings stay unchanged, `figure.savefig("metrics.png")` writes it, and a
+notebook shows it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,29 +40,29 @@ _PANELS = (
     _Panel("Share of the softmax", "probability", {"positive_probability": "positive", "cache_share": "cache"}),
     _Panel("Occupancy", "share of slots", {"occupancy": ""}),
     _Panel("Mean age of embeddings", "steps", {"cache_age_steps": "in the cache", "draw_age_steps": "drawn"}),
-    _Panel("Drift of the drawn", "|fresh - stale|² / |fresh|²", {"drift": ""}),
-    _Panel("Noise of drawing", "share of the gradient", {"draw_noise": ""}),
-    _Panel("Effective sample size", "draws a query", {"effective_sample_size": ""}),
+    _Panel("Drift of the draws", "|fresh - stale|² / |fresh|²", {"drift": ""}),
+    _Panel("Noise of the draws", "share of the gradient", {"draw_noise": ""}),
+    _Panel("Effective sample size", "draws per query", {"effective_sample_size": ""}),
     _Panel("Distinct documents drawn", "share of draws", {"unique_draws": ""}),
-    _Panel("False negatives left out", "share of pairs", {"masked_pairs": ""}),
-    _Panel("Rows not finite", "rows a step, not written", {"non_finite": ""}),
+    _Panel("False negatives excluded", "share of pairs", {"masked_pairs": ""}),
+    _Panel("Rows not finite", "rows per step, not written", {"non_finite": ""}),
 )
 
 
 def metrics(history: Sequence[Mapping[str, float | Tensor]], *, steps: Sequence[int] | None = None) -> "Figure":
-    """A cache's life: each known metric over the steps, one small picture each.
+    """A training run: each known metric over the steps, in a panel of its own.
 
     Args:
-        history: the `metrics` of each step, or of every so many; the values are numbers or 0-d tensors. What is no
-            metric of `step` is not shown, and a metric may be missing in some of them.
-        steps: the number of each one's step; 0, 1, 2, ... by default.
+        history: the `metrics` of each step, or of every n-th; the values are numbers or 0-d tensors. Names that `step`
+            does not have are ignored, and a metric may be missing in some entries.
+        steps: the step number of each entry; 0, 1, 2, ... by default.
 
     Returns:
-        The figure. In a long history each point is the mean of a stretch of steps.
+        The figure. In a long history each point is the mean over several steps.
 
     Raises:
         ValueError: an empty history, one without a known metric, or another number of steps.
-        ImportError: matplotlib is not there.
+        ImportError: matplotlib is not installed.
 
     Examples:
         >>> history = [{"exact_loss": 2.0, "occupancy": torch.tensor(0.5)}, {"exact_loss": 1.5, "occupancy": 1.0}]
@@ -99,7 +99,7 @@ def metrics(history: Sequence[Mapping[str, float | Tensor]], *, steps: Sequence[
 
 
 def ages(state: TensorDictBase, *, bins: int = 30) -> "Figure":
-    """How long ago the documents of a cache were embedded, and how long ago they came in.
+    """How long ago the documents of a cache were embedded, and how long ago they were inserted.
 
     Args:
         state: the cache; of a sharded one, this rank's part.
@@ -110,7 +110,7 @@ def ages(state: TensorDictBase, *, bins: int = 30) -> "Figure":
 
     Raises:
         ValueError, TypeError: as `age_histogram`.
-        ImportError: matplotlib is not there.
+        ImportError: matplotlib is not installed.
 
     Examples:
         >>> figure = ages(update(init_cache(8, 4, torch.zeros(1, 3)), torch.ones(2, 3), torch.ones(2, 4)))
@@ -120,7 +120,7 @@ def ages(state: TensorDictBase, *, bins: int = 30) -> "Figure":
     check_state(state)
     check_size("bins", bins)
     now, inserted_at = scalar(state, "step").view(1), stored(state, "inserted_at")
-    width = bin_width(inserted_at, now, bins)  # nothing is embedded before it comes in
+    width = bin_width(inserted_at, now, bins)  # no document is embedded before it is inserted
     edges = [int(width) * place for place in range(bins + 1)]
     embedded, inserted = (
         [int(count) for count in count_ages(written_at, now, width, bins)]
@@ -181,6 +181,6 @@ def _style(axes: "Axes", title: str, unit: str) -> None:
 
 
 def _start_at_zero(axes: "Axes") -> None:
-    """From 0 on, a little above the highest value; to 1 where all are 0."""
+    """From 0 to a little above the highest value; to 1 where all are 0."""
     highest = max(axes.dataLim.y1, 0.0)
     axes.set_ylim(0, 1.08 * highest if 0 < highest < float("inf") else 1)

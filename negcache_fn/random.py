@@ -51,7 +51,7 @@ def philox(
 def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, *, level: int) -> Tensor:
     """Standard Gumbel variates for the four columns `4 * quad ... 4 * quad + 3`.
 
-    One Philox call gives four words, hence the quads. With `v` uniform on the midpoints of 2**32 cells,
+    One Philox call gives four words, so columns come in quads. With `v` uniform on the midpoints of 2**32 cells,
     `-log(-log1p(-v))` is Gumbel and keeps full relative precision where it is large (`v` small): the upper tail
     reaches 22.9, where a 23-bit `-log(-log(u))` stops at 16.6.
 

@@ -27,11 +27,11 @@ TITLES = {
     "occupancy": "Occupancy",
     "cache_age_steps": "Mean age of embeddings",
     "draw_age_steps": "Mean age of embeddings",
-    "drift": "Drift of the drawn",
-    "draw_noise": "Noise of drawing",
+    "drift": "Drift of the draws",
+    "draw_noise": "Noise of the draws",
     "effective_sample_size": "Effective sample size",
     "unique_draws": "Distinct documents drawn",
-    "masked_pairs": "False negatives left out",
+    "masked_pairs": "False negatives excluded",
     "non_finite": "Rows not finite",
 }
 

@@ -46,7 +46,7 @@ def messages(step: Step) -> list[tuple[str, str, int, int]]:
     outcome = 8  # what became of the encoder's call
     found = [
         ("agreeing on sizes", "all_gather", 1, 8 * 15),
-        ("queries, ids that are no negatives", "all_gather", 1, 4 * step.batch * dim + 8 * excluded),
+        ("queries, excluded ids", "all_gather", 1, 4 * step.batch * dim + 8 * excluded),
         ("slots drawn", "all_gather", 1, 8 * draws),
         (
             "their stale embeddings, numbers and features",

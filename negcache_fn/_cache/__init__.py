@@ -1,3 +1,3 @@
-"""The cache: what a state is, and every function that writes to it."""
+"""The cache: the definition of a state, and every function that writes to it."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""The documents that come into the cache at a step, from this rank or from all."""
+"""The documents that a step inserts, from this rank or from all."""
 
 from typing import Any, NamedTuple, cast
 
@@ -15,7 +15,7 @@ __all__ = ["Arrivals", "capacity_of", "check_facts"]
 
 
 class Arrivals(NamedTuple):
-    """The documents that come in."""
+    """The documents to insert."""
 
     features: Features
     embeddings: Tensor  # [N, D]
@@ -34,7 +34,7 @@ class Arrivals(NamedTuple):
         *,
         fits: Tensor | None,
     ) -> "Arrivals":
-        """With the defaults of what is not given: anonymous, a log-weight of 0, cacheable if the features fit."""
+        """With defaults for missing facts: anonymous, a log-weight of 0, cacheable if the features fit."""
         rows, device = embeddings.shape[0], embeddings.device
         ids = torch.full((rows,), -1, device=device) if ids is None else ids
         log_weights = torch.zeros(rows, device=device) if log_weights is None else log_weights
@@ -46,8 +46,8 @@ class Arrivals(NamedTuple):
     ) -> "Arrivals":
         """The documents of all ranks: first the positives of each rank, then the others.
 
-        With a gradient for the embeddings where the loss uses them, at the price of a message. What became of the
-        `attempts` to make them is compared before other embeddings are sent.
+        With a gradient for the embeddings where the loss uses them, at the price of a message. The ranks compare the
+        outcome of their `attempts` before other embeddings are sent.
         """
         if ranks.name is None:
             return self
@@ -69,7 +69,7 @@ class Arrivals(NamedTuple):
 
 
 def capacity_of(ranks: Ranks) -> str:
-    """What bounds the documents of a batch, for messages."""
+    """The bound on the documents of a batch, for messages."""
     return "the capacity of the cache" if ranks.name is None else "the capacity of the cache per rank"
 
 
@@ -81,7 +81,7 @@ def check_facts(
     cacheable: Tensor | None,
     priorities: Tensor | None,
 ) -> None:
-    """Raises unless what is said of a batch's documents, and of the slots, has their shapes."""
+    """Raises unless the facts about a batch's documents, and about the slots, have their shapes."""
     facts: tuple[tuple[str, Any, torch.dtype | None], ...] = (
         ("ids", ids, torch.int64),
         ("log_weights", log_weights, None),

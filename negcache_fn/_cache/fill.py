@@ -1,4 +1,4 @@
-"""Filling and resizing: what happens to a cache outside of a training step."""
+"""Filling and resizing: changes of a cache outside a training step."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias, cast
@@ -32,20 +32,20 @@ def prefill(
     """The cache after the documents of many batches, embedded without gradient.
 
     Equivalent to `update(state, features, encode(features), ids=ids)` for every batch, with one copy in all. Put the
-    encoder into evaluation mode if its dropout should not be in what is cached; wrap `batches` in tqdm for progress.
+    encoder into evaluation mode to keep dropout out of the cached embeddings; wrap `batches` in tqdm for progress.
 
     Args:
         state: the cache.
         batches: features of some documents each, or pairs of features and ids [N] int64.
         encode: the document encoder.
-        options: of the steps to come, for their eviction and placement.
+        options: options of the following steps; `evict` and `placement` are used.
         group: as in `update`.
 
     Returns:
         The new state; its `step` is one further for every batch.
 
     Raises:
-        ValueError, TypeError: as `update`, at the first batch that does not fit.
+        ValueError, TypeError: as `update`, at the first invalid batch.
 
     Examples:
         >>> state = init_cache(8, 4, torch.zeros(1, 3))
@@ -58,7 +58,7 @@ def prefill(
     check_encoder(encode)
     if not isinstance(batches, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not check types
         raise TypeError(f"batches is a {type(batches).__name__}; expected batches of features, to iterate over")
-    with torch.no_grad():  # what is cached is a constant
+    with torch.no_grad():  # cached embeddings are constants
         for batch in batches:
             features, ids = batch if isinstance(batch, tuple) else (batch, None)
             with checking_arguments(ranks):  # the others are in `update_`
@@ -70,7 +70,7 @@ def prefill(
 
 
 def reset(state: TensorDictBase) -> TensorDictBase:
-    """An empty cache of the same shape, with the `step` and `seed` of the given one: its noise goes on.
+    """An empty cache of the same shape, with the `step` and `seed` of the given one, so that its noise continues.
 
     Examples:
         >>> state = update(init_cache(8, 4, torch.zeros(1, 3)), torch.ones(2, 3), torch.ones(2, 4))
@@ -83,19 +83,19 @@ def reset(state: TensorDictBase) -> TensorDictBase:
 
 
 def resize(state: TensorDictBase, capacity: int) -> TensorDictBase:
-    """A cache of another capacity with the same documents; the freshest embeddings, if not all have room.
+    """A cache of another capacity with the same documents; those with the freshest embeddings, if not all fit.
 
     Documents that stay keep their order; ties go to the lower slot. Growing leaves every document in its slot.
 
     Args:
-        state: the cache, C slots. Of a sharded one, `distributed.unshard` makes the whole first.
+        state: the cache, C slots. Join a sharded one by `distributed.unshard` first.
         capacity: number of slots of the new one.
 
     Returns:
         The new state.
 
     Raises:
-        ValueError, TypeError: a `capacity` that is no positive integer.
+        ValueError, TypeError: a `capacity` that is not a positive integer.
 
     Examples:
         >>> state = update(init_cache(8, 4, torch.zeros(1, 3)), torch.ones(2, 3), torch.ones(2, 4))

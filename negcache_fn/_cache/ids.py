@@ -1,4 +1,4 @@
-"""Document ids: where the cache has them, and which rows of a batch share one. -1 is anonymous and equals nothing.
+"""Document ids: their slots in the cache, and the rows of a batch that share one. -1 is anonymous and equals nothing.
 
 Every other number is an id, negative ones too: half of all 64-bit hashes are negative.
 """

@@ -1,11 +1,11 @@
-"""Where the features of a cache are: on another device than its embeddings, or in files.
+"""Storage of the features of a cache on another device than its embeddings, or in files.
 
-A step reads all embeddings, but of the features only the drawn rows, and writes the new ones: so features may be where
-memory is plenty. Nothing else changes: the leaves are plain tensors still, and draws, losses and states are the same.
-Rows that are read go to the device of the embeddings, where the encoder gets them; rows that are written go to that of
-the features. The CPU waits for the device in each step, for the drawn slots and for those to write.
+A step reads all embeddings but only the drawn rows of the features, and writes the new rows. So the features may be
+stored where memory is plentiful. Nothing else changes: the leaves are still plain tensors, and draws, losses and states
+are the same. Rows that are read go to the device of the embeddings, where the encoder gets them; written rows go to the
+device of the features. The CPU waits for the device in each step, for the drawn slots and for the slots to write.
 
-Features in CPU memory are not pinned: the rows of a step are gathered into new memory first, and that is what is sent.
+Features in CPU memory are not pinned: the rows of a step are gathered into new memory first, and sent from there.
 """
 
 import os
@@ -32,15 +32,15 @@ _COPY_BYTES = 2**26  # at a time
 
 
 def offload_features(state: TensorDictBase, *, device: torch.device | str = "cpu") -> TensorDictBase:
-    """The same cache with its features on another device than the rest.
+    """The same cache with its features on another device than its embeddings.
 
-    All functions take such a state. Batches may come on the device of the embeddings or of the features; ids, masks and
-    everything else stay on that of the embeddings, and so does what the encoder gets. For a cache whose features never
+    All functions accept such a state. Batches may come on the device of the embeddings or of the features; ids, masks,
+    everything else and the inputs of the encoder stay on the device of the embeddings. For a cache whose features never
     fit on the device, make a small one, offload it and `resize` it: every tensor grows where it is.
 
     Args:
         state: the cache.
-        device: where the features are to be.
+        device: the device for the features.
 
     Returns:
         The new state, which shares no storage with the given one.
@@ -62,25 +62,25 @@ def offload_features(state: TensorDictBase, *, device: torch.device | str = "cpu
 
 
 def memory_mapped(state: TensorDictBase, folder: str | Path, *, capacity: int | None = None) -> TensorDictBase:
-    """The same cache with its features in files, of which the system keeps in memory what was used last.
+    """The same cache with its features in files; the system keeps recently used parts in memory.
 
-    For `step_`, `update_` and what only reads; `step`, `update`, `prefill` and `resize` copy a state, and so its
-    features into memory. The files are sparse: they take disk space as slots are filled. They are no checkpoint, for
-    they run ahead of the last one saved: save the whole state with `torch.save`, load it with
+    Use it with `step_`, `update_` and functions that only read; `step`, `update`, `prefill` and `resize` copy a state
+    and so its features into memory. The files are sparse: they take disk space as slots are filled. They are not a
+    checkpoint, because they run ahead of the last saved one: save the whole state with `torch.save`, load it with
     `torch.load(..., mmap=True)`, which reads no features yet, and map that.
 
     Args:
         state: the cache, C slots.
-        folder: of the files, one for each leaf, on a local disk; made if need be. Files of the same names are replaced;
-            a state mapped to those keeps them until it is gone. A folder of its own for each rank.
-        capacity: of the new state, C or more slots; C by default. A cache whose features never fit into memory starts
+        folder: folder for the files, one per leaf, on a local disk; created if missing. Files with the same names are
+            replaced; a state mapped to those keeps them until it is deleted. Each rank needs its own folder.
+        capacity: slots of the new state, C or more; C by default. A cache whose features never fit into memory starts
             as a small one.
 
     Returns:
         The new state, which shares no storage with the given one; its features are on the CPU.
 
     Raises:
-        ValueError, TypeError: a `capacity` that is no integer or below C; a folder without so much free space.
+        ValueError, TypeError: a `capacity` that is not an integer or below C; a folder without enough free space.
 
     Examples:
         >>> import tempfile
@@ -117,7 +117,7 @@ def memory_mapped(state: TensorDictBase, folder: str | Path, *, capacity: int | 
 
 
 def _without_features(state: TensorDictBase) -> TensorDictBase:
-    """The state with features of no bytes, the rest shared."""
+    """The state with empty features, everything else shared."""
     return _with_features(state, stored(state, "id").new_empty(stored(state, "id").shape[0], 0))
 
 
@@ -127,12 +127,12 @@ def _with_features(state: TensorDictBase, features: Tensor | TensorDictBase) -> 
 
 
 def _path(folder: Path, number: int, name: str) -> Path:
-    """Of a leaf's file: its number tells it from others whose name differs by signs only."""
+    """The name of a leaf's file: the number distinguishes names that differ by punctuation only."""
     return folder / f"{number}-{re.sub(r'[^0-9A-Za-z]+', '-', name).strip('-')}.bin"
 
 
 def _map_file(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros in a new file, which gets its name when it is there: what is mapped to an older one stays as it is."""
+    """Zeros in a new file, renamed once it is complete, so that tensors mapped to an older file keep their values."""
     partial = path.with_suffix(".partial")
     partial.unlink(missing_ok=True)
     mapped = torch.from_file(str(partial), shared=True, size=prod(shape), dtype=dtype)

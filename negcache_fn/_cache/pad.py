@@ -25,14 +25,14 @@ Padding: TypeAlias = "float | Mapping[str, Padding]"
 def pad_features(state: TensorDictBase, features: FeaturesT, *, values: Padding) -> FeaturesT:
     """A batch as wide as the slots of the cache, padded on the right with given values.
 
-    To be called on a batch before `step` or `update`, which pad with zeros: for features whose padding is not 0, such
-    as the token ids of a tokenizer with another `pad_token_id`. What a cache holds of a document does then not depend
-    on the width of the batch with which it came.
+    Call it on a batch before `step` or `update`, which pad with zeros, if the padding of a feature is not 0, such as
+    the token ids of a tokenizer with another `pad_token_id`. The cached features of a document then do not depend on
+    the width of its batch.
 
     Args:
         state: the cache.
         features: a batch, nested as in the cache, each leaf [rows, ...]; no wider than the slots.
-        values: nested like the features: the number to pad with, for each leaf that is not to be padded with 0.
+        values: nested like the features: the number to pad with, for each leaf whose padding is not 0.
 
     Returns:
         The features, each leaf [rows, *slot].
@@ -63,7 +63,7 @@ def pad_features(state: TensorDictBase, features: FeaturesT, *, values: Padding)
 
 
 def _padding(features: Features, values: Padding, name: str) -> list[float]:
-    """What to pad each leaf with, in the order of `leaves`."""
+    """The padding of each leaf, in the order of `leaves`."""
     if isinstance(features, Tensor):
         if not isinstance(values, (int, float)):
             raise TypeError(f"{name} is a {type(values).__name__}; expected a number to pad the tensor with")

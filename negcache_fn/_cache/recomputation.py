@@ -1,7 +1,7 @@
 """Activation checkpointing around a whole step: `backward` calls the step again, which must see the same state.
 
-`step_` has written its state by then, and would draw, and write, once more; so it is refused. `step` draws the same
-again, as long as what it is given is the state of the first call, and not one that has replaced it in a variable.
+`step_` has written its state by then, and would draw and write once more, so it raises. `step` draws the same again, as
+long as it is given the state of the first call, and not one that has replaced it in a variable.
 """
 
 from typing import Any, cast
@@ -19,15 +19,15 @@ def check_not_recomputed() -> None:
 
     With `use_reentrant=True` the first call is under `no_grad` and writes nothing, so that one is right.
     """
-    # No public way says so. A graph is made without the hooks around it.
+    # There is no public way to ask. A graph is made without the hooks around it.
     if torch.compiler.is_compiling():
         return
     hooks = cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportPrivateUsage]
     if hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint":
         raise ValueError(
             "step_ is called under torch.utils.checkpoint, which calls it again in the backward pass, when state is "
-            "written; expected a step outside of the checkpoint, whose encoder may be checkpointed "
-            "(negcache_fn.chunked), or the pure `step` of a state that stays what it is"
+            "written; expected a step outside the checkpoint, whose encoder may be checkpointed "
+            "(negcache_fn.chunked), or the pure `step` on a state that is kept unchanged"
         )
 
 
@@ -39,7 +39,7 @@ def same_when_recomputed(loss: Tensor, step: Tensor) -> Tensor:
 
 
 class _SameStep(torch.autograd.Function):
-    """The identity. What it saves is what a recomputation replaces; its attribute is what the first call had."""
+    """The identity. A recomputation replaces the saved tensor; the attribute keeps that of the first call."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, step: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class _SameStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (step,) = ctx.saved_tensors
-        # The same tensor unless hooks for saved tensors are at work: only then it is worth a look at the values.
+        # The same tensor unless hooks for saved tensors are active: only then compare the values.
         if step is not ctx.step and not torch.equal(step, ctx.step):
             raise RuntimeError(
                 f"the backward pass computes the step again from a state of step {int(step)}; expected that of step "

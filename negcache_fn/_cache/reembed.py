@@ -1,10 +1,10 @@
-"""Freshness: every cached document embedded again, by the encoder as it is now.
+"""Freshness: every cached document embedded again, by the current encoder.
 
-A step renews what it draws and, with `refresh_stalest`, the oldest. This renews all, between steps: after a phase of a
-large learning rate, or where another encoder takes over.
+A step refreshes its draws and, with `refresh_stalest`, the oldest documents. This refreshes all, between steps: after a
+phase with a large learning rate, or after a change of encoder.
 
-The state's `step` stays, and with it the noise of the next one. Then ages are right: what a step embeds is one update
-of the encoder old at the next one, and has age 1 there; what is embedded after that update, between the two, has age 0.
+The state's `step` stays, and with it the noise of the next step. Ages stay right: an embedding of a step is one update
+of the encoder old at the next step, and has age 1 there; one computed between the two, after the update, has age 0.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,8 @@ def reembed(state: TensorDictBase, encode: Callable[[Any], Tensor], *, batch_siz
     """The cache with all embeddings computed again, without gradient.
 
     Naive equivalent: `embedding[slot] = encode(take(state, slot))` and `embedded_at[slot] = step` for every live slot.
-    A row that is not finite (as stored) stays as it was, with its age. Put the encoder into evaluation mode if its
-    dropout should not be in what is cached. It is not for compiled steps: its sizes depend on the occupancy.
+    A row that is not finite (as stored) stays as it was, with its age. Put the encoder into evaluation mode to keep
+    dropout out of the cached embeddings. Do not compile it: its sizes depend on the occupancy.
 
     Args:
         state: the cache, C slots. Each rank re-embeds its part of a sharded one: nothing is sent, and parts may have
@@ -42,7 +42,7 @@ def reembed(state: TensorDictBase, encode: Callable[[Any], Tensor], *, batch_siz
         The new state; its `step` is that of the given one, and so are features, ids, weights and `inserted_at`.
 
     Raises:
-        ValueError, TypeError: an `encode` that cannot be called or gives another shape; a `batch_size` that is no
+        ValueError, TypeError: an `encode` that cannot be called or gives another shape; a `batch_size` that is not a
             positive integer.
 
     Examples:
@@ -70,7 +70,7 @@ def reembed_(state: TensorDictBase, encode: Callable[[Any], Tensor], *, batch_si
     check_encoder(encode)
     check_size("batch_size", batch_size)
     cached, embedded_at = stored(state, "embedding"), stored(state, "embedded_at")
-    with torch.no_grad():  # what is cached is a constant
+    with torch.no_grad():  # cached embeddings are constants
         documents = live(state).nonzero().flatten()
         for start in range(0, documents.shape[0], batch_size):
             slots = documents[start : start + batch_size]

@@ -41,7 +41,7 @@ def stalest(state: TensorDictBase, n: int) -> Tensor:
 
 
 def segments(capacity: int) -> list[tuple[int, int]]:
-    """First and last slot (exclusive) of the stretches in which what needs memory for every slot is done."""
+    """First and last slot (exclusive) of the stretches in which to do work that needs memory for every slot."""
     return [(start, min(start + _SEGMENT, capacity)) for start in range(0, capacity, _SEGMENT)]
 
 

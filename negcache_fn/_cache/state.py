@@ -5,11 +5,11 @@ Schema (C slots, D dimensions); the invariants hold in every state that this pac
 | key                 | shape    | dtype    | meaning and invariant                                                 |
 | ------------------- | -------- | -------- | --------------------------------------------------------------------- |
 | `items.embedding`   | [C, D]   | floating | stale embedding; finite                                               |
-| `items.features`    | [C, ...] | as given | what the document encoder takes: a nested TensorDict, or one tensor   |
+| `items.features`    | [C, ...] | as given | inputs of the document encoder: a nested TensorDict, or one tensor    |
 | `items.id`          | [C]      | int64    | document id; -1: anonymous; the others of live slots are unique        |
 | `items.embedded_at` | [C]      | int64    | step of the embedding; -1: empty slot                                 |
 | `items.log_weight`  | [C]      | float32  | added to the document's score; below +inf, never NaN                  |
-| `items.inserted_at` | [C]      | int64    | step at which the document came in; -1 exactly where `embedded_at` is |
+| `items.inserted_at` | [C]      | int64    | step at which it was inserted; -1 exactly where `embedded_at` is      |
 | `step`              | []       | int64    | number of updates so far                                              |
 | `seed`              | []       | int64    | key of the noise                                                      |
 
@@ -51,14 +51,14 @@ __all__ = [
 
 
 class Column(NamedTuple):
-    """A number of every slot."""
+    """A number stored for every slot."""
 
     dtype: torch.dtype
     empty: float  # the value in an empty slot
-    arriving: Literal["ids", "log_weights", "now"]  # the value of a document that comes in; "now": the step
+    arriving: Literal["ids", "log_weights", "now"]  # the value of an inserted document; "now": the step
 
 
-# The only place that lists them: `init_cache`, `update`, `reset`, `resize`, `validate` and the checks read it.
+# The only list of them: `init_cache`, `update`, `reset`, `resize`, `validate` and the checks read it.
 COLUMNS = {
     "id": Column(torch.int64, -1, "ids"),
     "embedded_at": Column(torch.int64, -1, "now"),
@@ -82,13 +82,13 @@ def init_cache(
     Args:
         capacity: number of slots, C.
         embedding_dim: D.
-        features: an example batch of what the document encoder takes: a tensor, or a (nested) mapping of tensors, each
+        features: an example batch of the document encoder's inputs: a tensor, or a (nested) mapping of tensors, each
             [rows, ...]. Only the shapes past the first dimension and the dtypes are used. Make variable-width
             features (token ids) as wide as they can get: narrower ones are padded with zeros on the right.
         embedding_dtype: storage of the embeddings: float32, bfloat16, float16 or float64. Scores are accumulated in
-            float32 or wider whatever it is.
+            float32 or wider in any case.
         seed: key of the noise. Caches whose draws are merged need different seeds.
-        device: where the state lives; the device of the features by default.
+        device: device of the state; the device of the features by default.
 
     Returns:
         The state, a locked TensorDict (see the schema of a state).
@@ -124,7 +124,7 @@ def init_cache(
 def assemble_state(
     embedding: Tensor, features: Tensor | TensorDictBase, step: Tensor, seed: Tensor, **columns: Tensor
 ) -> TensorDictBase:
-    """A locked state of these tensors; a column that is not given is that of empty slots."""
+    """A locked state of these tensors; missing columns are those of empty slots."""
     capacity, device = embedding.shape[0], embedding.device
     items: dict[str, Any] = {"embedding": embedding, "features": features}
     for name, column in COLUMNS.items():
@@ -223,7 +223,7 @@ def live(state: TensorDictBase) -> Tensor:
 
 
 def with_items(state: TensorDictBase, items: TensorDict) -> TensorDictBase:
-    """A state of other items that goes on where `state` is: its `step` and `seed`, locked like it."""
+    """A state of other items with the `step` and `seed` of `state`, locked like it."""
     scalars = {name: scalar(state, name).clone() for name in ("step", "seed")}
     new = TensorDict({"items": items, **scalars}, batch_size=[])
     return lock(new) if state.is_locked else new
@@ -233,8 +233,8 @@ def lock(state: TensorDict) -> TensorDict:
     """Locks the structure of a state.
 
     Inside a compiled graph `lock_` warns, because the parent references that it registers do not exist there; and a
-    state must leave a compiled step with the flag that it came with, else the next call recompiles. So there the flag
-    alone is set.
+    state must leave a compiled step with the flag that it entered with, or the next call recompiles. So only the flag
+    is set there.
     """
     if not torch.compiler.is_compiling():
         return state.lock_()

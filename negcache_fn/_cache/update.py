@@ -1,7 +1,7 @@
 """Writing: the next state of the cache.
 
-`update_` writes into the state it is given and `update` into a copy; they are otherwise the same. Shapes are fixed
-whatever the data, so that both compile: a row that must not be written repeats the write of one that must.
+`update_` writes into the given state and `update` into a copy; they are otherwise the same. Shapes do not depend on the
+data, so that both compile: a row that must not be written repeats the write of one that must.
 """
 
 from typing import NamedTuple, cast
@@ -49,12 +49,12 @@ def update(
     group: torch.distributed.ProcessGroup | None = None,
     placement: Placement = "sharded",
 ) -> TensorDictBase:
-    """The cache after one step: re-embeds `refresh`, then puts in the documents of a batch.
+    """The cache after one step: writes the fresh embeddings of `refresh`, then inserts the documents of a batch.
 
-    A document whose id is cached replaces that one. The others take, in order, empty slots first and then those that
-    `evict` names, ties by slot. Of several rows with one id the last counts. Rows with a non-finite embedding (as
-    stored), a log-weight that is NaN or +inf, or a feature that would become infinite in the cache's dtype never enter:
-    they are left out like those with `cacheable=False`.
+    A document whose id is cached replaces that entry. The others take, in order, empty slots first and then the slots
+    that `evict` chooses, ties by slot. Of several rows with one id the last counts. Rows with a non-finite embedding
+    (as stored), a log-weight that is NaN or +inf, or a feature that would become infinite in the cache's dtype never
+    enter: they are left out like rows with `cacheable=False`.
 
     Args:
         state: the cache, C slots.
@@ -65,21 +65,21 @@ def update(
         log_weights: [N] floating, added to the documents' scores from now on; 0 by default.
         cacheable: [N] bool, False for rows to leave out.
         refresh: slots [R] int64 and their fresh embeddings [R, D]; negative and empty slots are ignored, and of
-            several rows for one slot the last counts. The documents' age is that of their embedding from then on.
+            several rows for one slot the last counts. The age of these documents starts anew.
         evict: "lru" (oldest embedding) or "fifo" (oldest insertion).
         priorities: instead of `evict`, the priority of every slot here, [C] floating or int64: the lowest leave first.
-            NaN counts as -inf; floats are rounded to float32, integers beyond 32 bits count as the nearest within. If
+            NaN counts as -inf; floats are rounded to float32, integers beyond 32 bits to the nearest 32-bit integer. If
             the cache is replicated, the same on every rank.
-        group: of ranks that share a cache: the documents of all come in, in the order of ranks, and slots are numbers
-            of all its slots.
+        group: ranks that share a cache: the documents of all ranks are inserted, in the order of ranks, and slots are
+            numbered over the whole cache.
         placement: "sharded": each rank has a part of the cache; "replicated": each has the whole.
 
     Returns:
-        The new state, its `step` one further. The given one is untouched.
+        The new state, its `step` one further. The given one is unchanged.
 
     Raises:
-        ValueError, TypeError: features unlike those of the cache; N > C; shapes, dtypes or devices that do not fit; an
-            unknown `evict`; priorities of another shape, dtype or device. Nothing has been written then.
+        ValueError, TypeError: features unlike those of the cache; N > C; invalid shapes, dtypes or devices; an unknown
+            `evict`; priorities of another shape, dtype or device. Nothing has been written then.
 
     Examples:
         >>> state = init_cache(8, 4, {"input_ids": torch.zeros(1, 5, dtype=torch.int64)})
@@ -116,7 +116,7 @@ def update_(
     group: torch.distributed.ProcessGroup | None = None,
     placement: Placement = "sharded",
 ) -> TensorDictBase:
-    """`update` in place: writes the rows that change into `state` and returns it. Arguments and errors as there.
+    """`update` in place: writes the rows that change into `state` and returns it. Arguments and errors are the same.
 
     Examples:
         >>> state = init_cache(8, 4, torch.zeros(1, 3))
@@ -172,9 +172,9 @@ def write_(
     options: StepOptions,
     priorities: Tensor | None,
 ) -> TensorDictBase:
-    """`update_` with what all ranks bring; each writes what belongs into its slots."""
-    with torch.no_grad():  # what is cached is a constant
-        # Arguments may be views of the state: what is read after a write is copied, or used, before.
+    """`update_` with the documents of all ranks; each rank writes those that belong into its slots."""
+    with torch.no_grad():  # cached embeddings are constants
+        # Arguments may be views of the state: copy or use them before a write if they are read after it.
         key = None if priorities is None else eviction_key(state, options, priorities)
         if refresh is not None:
             arrivals = arrivals._replace(embeddings=arrivals.embeddings.clone())
@@ -193,7 +193,7 @@ def copy_state(state: TensorDictBase) -> TensorDictBase:
 
 
 def _check_refresh(refresh: tuple[Tensor, Tensor], cached: Tensor) -> None:
-    if not isinstance(refresh, tuple) or len(refresh) != 2:  # pyright: ignore[reportUnnecessaryIsInstance] - who calls may not check types
+    if not isinstance(refresh, tuple) or len(refresh) != 2:  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not check types
         raise TypeError(f"refresh is {type(refresh).__name__}; expected a pair (slots, embeddings)")
     slots, embeddings = refresh
     check_slots("refresh[0]", slots, cached.device)
@@ -224,7 +224,7 @@ def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, key: Ten
     ids = torch.where(wanted, ids, -1)
     wanted = wanted & last_of_each(ids)
     replaced_here = find_slots(state, torch.where(wanted, ids, -1))
-    # Slots that are replaced by id are not for others to take.
+    # Other documents must not take slots that are replaced by id.
     is_replaced = torch.zeros(capacity + 1, dtype=torch.bool, device=cached.device)
     is_replaced = is_replaced.scatter(0, torch.where(replaced_here >= 0, replaced_here, capacity), True)[:capacity]
     evicted = lowest_slots(key, ids.shape[0], skip=is_replaced, shards=shards)
@@ -246,7 +246,7 @@ def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, key: Ten
 class _Rows(NamedTuple):
     """Which rows of a batch are written, and where.
 
-    A row that goes nowhere repeats the first one that goes somewhere; if there is none, all rewrite what slot 0 holds.
+    A value without a row repeats the write of the first value with one; if there is none, all rewrite slot 0 as it is.
     """
 
     source: Tensor  # [M] rows of the batch

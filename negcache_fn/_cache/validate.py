@@ -16,14 +16,14 @@ __all__ = ["validate"]
 def validate(state: TensorDictBase) -> None:
     """Raises unless the values of a state keep the invariants of its schema.
 
-    For states that come from elsewhere: a checkpoint, a converter, your own hands. Of a sharded cache it looks at the
-    part that is here.
+    For states that come from elsewhere: a checkpoint, a converter, an edit by hand. Of a sharded cache it checks this
+    rank's part.
 
     Args:
         state: the cache.
 
     Raises:
-        ValueError: naming the tensor and the first slot that is wrong, or a structure that is not that of a state.
+        ValueError: the tensor and the first wrong slot, or a structure that is not that of a state.
 
     Examples:
         >>> state = init_cache(8, 4, torch.zeros(1, 3))

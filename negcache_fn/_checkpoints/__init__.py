@@ -1,3 +1,3 @@
-"""Files that outlive a run: whole, of this run, or refused."""
+"""Files that outlive a run: complete and of this run, or rejected."""
 
 __all__: list[str] = []

@@ -26,20 +26,22 @@ def save_checkpoint(
     keep: int = 2,
     identity: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Saves what all ranks hold, so that a run killed at any moment leaves the last whole checkpoint.
+    """Saves the state of all ranks, so that a run killed at any moment keeps its last complete checkpoint.
 
-    A checkpoint is a folder of its own, with a manifest of the sizes and checksums of its files. It appears there when
-    all of them are on the disk, and replaces none: saving a step again, or a lower one, makes a further checkpoint, and
+    A checkpoint is a folder of its own, with a manifest of the sizes and checksums of its files. It appears when all of
+    them are on the disk, and never replaces another: saving a step again, or a lower one, makes another checkpoint, and
     the newest is the one that was saved last.
 
     Args:
-        folder: where the checkpoints of this run are, which all ranks share.
-        step: its number.
-        state_dict: what `torch.distributed.checkpoint` saves: models, optimisers, `checkpointable(...)`, numbers. What
-            is not a part must be the same on every rank. The features of a cache are training data: so is the file.
+        folder: folder of this run's checkpoints, which all ranks share.
+        step: number of the step.
+        state_dict: as `torch.distributed.checkpoint` saves: models, optimisers, `checkpointable(...)`, numbers. Values
+            that are not sharded must be the same on every rank. The features of a cache are training data: so is the
+            file.
         group: the ranks; None: this process alone.
-        keep: how many checkpoints to leave there, the newest.
-        identity: of the run, such as its data and options, of numbers and strings: `load_checkpoint` compares it.
+        keep: how many of the newest checkpoints to keep.
+        identity: numbers and strings that identify the run, such as its data and options: `load_checkpoint` compares
+            them.
 
     Returns:
         The checkpoint's folder.
@@ -47,7 +49,7 @@ def save_checkpoint(
     Raises:
         ValueError: a `step` below 0, a `keep` below 1; arguments that differ between the ranks.
         TypeError: a value of `state_dict` that could not be loaded: neither tensor nor plain value.
-        OSError: on every rank, if one of them cannot write. The older checkpoints are as they were.
+        OSError: on every rank, if one of them cannot write. The older checkpoints are unchanged.
     """
     task = "the checkpoint was not saved"
     ranks = ranks_of(group)
@@ -76,25 +78,26 @@ def load_checkpoint(
     group: dist.ProcessGroup | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> int | None:
-    """Loads the newest whole checkpoint into `state_dict`, in place, on any number of ranks.
+    """Loads the newest complete checkpoint into `state_dict`, in place, on any number of ranks.
 
-    All of it is read and checked before anything is written: files against their checksums, entries, shapes and dtypes
-    against those of `state_dict`. If the newest one is damaged, the one before is taken, with a warning. What is read
-    waits in CPU memory, this rank's part of it. No code in the files is run.
+    All of it is read and checked before anything is written: files against their checksums; entries, shapes and dtypes
+    against those of `state_dict`. If the newest one is damaged, the one before is loaded, with a warning. Until then
+    this rank's part waits in CPU memory. No code in the files is run.
 
     Args:
         folder: as in `save_checkpoint`.
-        state_dict: as there, of this run: tensors are filled, other values replaced. It may leave out whole entries of
-            the outermost dict. A floating tensor may have another floating dtype, if no number becomes infinite.
+        state_dict: the same entries of this run: tensors are filled, other values replaced. It may leave out whole
+            entries of the outermost dict. A floating tensor may have another floating dtype, if no number becomes
+            infinite.
         group: the ranks; None: this process alone.
-        identity: of this run; None: that of any run will do.
+        identity: the identity of this run; None accepts a checkpoint of any run.
 
     Returns:
-        The number of its step; None, and nothing is loaded, where there is none.
+        The number of its step; None if there is no checkpoint, and nothing is loaded.
 
     Raises:
-        ValueError: on every rank, and `state_dict` is as it was: a checkpoint with another identity, or of something
-            else than `state_dict`; none that is whole; files that not all ranks see.
+        ValueError: on every rank, with `state_dict` unchanged: a checkpoint with another identity, or with other
+            entries than `state_dict`; no complete checkpoint; files that not all ranks see.
         OSError: on every rank, if one of them cannot read.
 
     Examples:
@@ -107,7 +110,7 @@ def load_checkpoint(
         >>> load_checkpoint(folder, state_dict, identity={"data": "b"})
         Traceback (most recent call last):
         ...
-        ValueError: identity is another than in the checkpoint of step 7: data is 'b', and 'a' there; expected ...
+        ValueError: identity differs from the checkpoint of step 7: data is 'b', and 'a' there; expected ...
     """
     task = "the checkpoint was not loaded"
     ranks_of(group)
@@ -142,6 +145,6 @@ def _check_identity(given: Any, saved: Any, step: int) -> None:
         if given.get(name) != saved.get(name)
     ]
     raise ValueError(
-        f"identity is another than in the checkpoint of step {step}: {'; '.join(told)}; expected that of the run that "
+        f"identity differs from the checkpoint of step {step}: {'; '.join(told)}; expected that of the run that "
         f"saved it, or a folder of its own for each run"
     )

@@ -1,9 +1,9 @@
-"""A folder of saves, each of which is whole or not there.
+"""A folder of saves. Each save is complete or absent.
 
 A save is a folder `step-<step>-save-<number>`. It is written under that name and `.partial`; when all of its files are
-on the disk, `manifest.json` is written, with their sizes and checksums, and the folder gets its name. So a save comes
-to be in one rename, and goes in one, back to `.partial`. It never replaces another: saves are numbered in their order,
-and the newest is the last one that was made, whatever its step.
+on the disk, `manifest.json` is written, with their sizes and checksums, and the folder gets its name. So one rename
+makes a save appear, and one rename back to `.partial` removes it. It never replaces another: saves are numbered in
+their order, and the newest is the one made last, for any step number.
 """
 
 import json
@@ -40,7 +40,7 @@ def saves_in(folder: Path) -> list[Save]:
 
 
 def begin(folder: Path, step: int) -> Path:
-    """Makes the partial folder of a new save, and clears what others left that were stopped."""
+    """Makes the partial folder of a new save, and clears the remains of interrupted ones."""
     folder.mkdir(parents=True, exist_ok=True)
     number = 1 + max((save.number for save in saves_in(folder)), default=0)
     for path in _entries(folder):
@@ -52,7 +52,7 @@ def begin(folder: Path, step: int) -> Path:
 
 
 def sums(folder: Path, names: Iterable[str], *, sync: bool = False) -> Sums:
-    """Size and checksum of each file. With `sync` it is then on the disk, and not only on its way there."""
+    """Size and checksum of each file. With `sync`, it is on the disk when the function returns."""
     found: Sums = {}
     for name in names:
         with (folder / name).open("rb") as file:
@@ -70,8 +70,8 @@ def finish(partial: Path, about: dict[str, Any], files: Sums) -> Path:
 
     Args:
         partial: as `begin` made it.
-        about: what the manifest says of the save.
-        files: their sums, as those who wrote them know them.
+        about: the entry of the save in the manifest.
+        files: their checksums, from the ranks that wrote them.
     """
     for name, (size, _) in files.items():
         if not (partial / name).exists() or (partial / name).stat().st_size != size:
@@ -89,7 +89,7 @@ def finish(partial: Path, about: dict[str, Any], files: Sums) -> Path:
 
 
 def discard(path: Path) -> None:
-    """Removes a save, or a partial one: it is gone at once, and its files then."""
+    """Removes a save, complete or partial: first its name, in one rename, then its files."""
     if not path.name.endswith(_PARTIAL):
         path = path.rename(path.with_name(path.name + _PARTIAL))
     shutil.rmtree(path)
@@ -99,7 +99,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a save, `about` and `files`.
 
     Raises:
-        ValueError: it is not there, or not as it was written.
+        ValueError: it is missing, or has changed since it was written.
     """
     try:
         found = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
@@ -114,7 +114,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def damage(path: Path, files: Sums) -> list[str]:
-    """What is wrong with files of a save; nothing, if they are as they were written."""
+    """The problems with files of a save; none, if they are as they were written."""
     told: list[str] = []
     for name, expected in files.items():
         try:
@@ -130,10 +130,10 @@ def damage(path: Path, files: Sums) -> list[str]:
 
 
 def made_plain(name: str, value: Any) -> Any:
-    """A value as JSON gives it back.
+    """A value as JSON returns it.
 
     Raises:
-        TypeError: JSON does not hold it; the error calls it by the name.
+        TypeError: JSON cannot represent it; the error uses the name.
     """
     try:
         return json.loads(json.dumps(value))
@@ -150,7 +150,7 @@ def _checksum(manifest: dict[str, Any]) -> int:
 
 
 def _sync(folder: Path) -> None:
-    """Has the names in a folder on the disk."""
+    """Writes the names in a folder to the disk."""
     if os.name == "posix":
         opened = os.open(folder, os.O_RDONLY)
         try:

@@ -1,11 +1,10 @@
-"""What `torch.distributed.checkpoint` writes and reads, made strict.
+"""Strict writing and reading in the format of `torch.distributed.checkpoint`.
 
-Torch's own readers unpickle anything, write to the tensors that they are given while they read, and do not compare
-dtypes. Here
+Torch's own readers unpickle anything, write to the given tensors while they read, and do not compare dtypes. Here
 
-- only the classes that a checkpoint's index is made of are unpickled, and values with `weights_only=True`;
-- what is read waits beside the tensors, until all ranks have all of it and it fits: then it is copied;
-- nothing is saved that could not be loaded.
+- only the classes of a checkpoint's index are unpickled, and values with `weights_only=True`;
+- loaded values are copied into the tensors only after all ranks have read all of them and they fit;
+- only values that can be loaded are saved.
 """
 
 import io
@@ -59,7 +58,7 @@ _INDEX_CLASSES = {
 
 
 def write_tensors(folder: Path, state_dict: dict[str, Any], group: dist.ProcessGroup | None, task: str) -> list[str]:
-    """Writes what all ranks hold; the names of the files that this rank wrote. `task` is what an error says of it."""
+    """Writes the tensors of all ranks; returns the names of this rank's files. `task` is for error messages."""
     plain = everywhere(group, task, lambda: _plain(state_dict, group))
     rank = 0 if group is None else group.rank()
     with _torch_checkpoint(group, task):
@@ -70,7 +69,7 @@ def write_tensors(folder: Path, state_dict: dict[str, Any], group: dist.ProcessG
 def read_tensors(
     folder: Path, files: Iterable[str], state_dict: dict[str, Any], group: dist.ProcessGroup | None, task: str
 ) -> None:
-    """Fills `state_dict` from a folder, in which these files are known to be whole, or raises and leaves it alone."""
+    """Fills `state_dict` from a folder whose files have been verified, or raises and leaves it unchanged."""
     plain = everywhere(group, task, lambda: _plain(state_dict, group))
     index = everywhere(group, task, lambda: _read_index(folder, set(files)))
     planner = _LoadPlanner(folder)
@@ -87,7 +86,7 @@ def read_tensors(
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Refuses what could not be loaded."""
+    """Rejects values that could not be loaded."""
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:  # noqa: A002 - torch's name
         if write_item.type != WriteItemType.BYTE_IO:
@@ -104,7 +103,7 @@ class _SavePlanner(DefaultSavePlanner):
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """Keeps what is read beside the tensors that it is for."""
+    """Keeps loaded values apart from the tensors they are for."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -123,7 +122,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         if told:
             more = f"; and {len(told) - 5} more" if len(told) > 5 else ""
             raise ValueError(
-                f"state_dict is not what {self.folder} holds: {'; '.join(told[:5])}{more}; expected the same entries, "
+                f"state_dict does not match {self.folder}: {'; '.join(told[:5])}{more}; expected the same entries, "
                 f"shapes and dtypes"
             )
         return create_default_local_load_plan(given, index)
@@ -143,7 +142,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         try:
             self.values[name] = torch.load(value, weights_only=True)
         except pickle.UnpicklingError as error:
-            raise ValueError(f"{name} in {self.folder} is no plain value; it was not unpickled") from error
+            raise ValueError(f"{name} in {self.folder} is not a plain value; it was not unpickled") from error
 
     def check(self) -> None:
         """Raises if a number would become infinite in the dtype of its place."""
@@ -165,7 +164,7 @@ class _LoadPlanner(DefaultLoadPlanner):
 
 
 class _Reader(FileSystemReader):
-    """With an index that is read already."""
+    """With an index that has been read already."""
 
     def __init__(self, folder: Path, index: Metadata) -> None:
         super().__init__(folder)
@@ -178,7 +177,7 @@ class _Reader(FileSystemReader):
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Of what an index is made of, which does nothing when it is made."""
+    """The classes of an index, none of which runs code when it is made."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         if global_name in _INDEX_CLASSES.get(module_name, ()):
@@ -193,7 +192,9 @@ def _read_index(folder: Path, files: set[str]) -> Metadata:
     try:
         index = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} names {error}, which is no part of a checkpoint; it was not unpickled") from error
+        raise ValueError(
+            f"{path} names {error}, which does not belong to a checkpoint; it was not unpickled"
+        ) from error
     if not isinstance(index, Metadata):
         raise ValueError(f"{path} is a {type(index).__name__}; expected the index of a checkpoint")
     for place in cast("dict[MetadataIndex, Any]", index.storage_data).values():
@@ -211,7 +212,7 @@ def _plain(state_dict: dict[str, Any], group: dist.ProcessGroup | None) -> dict[
 
 
 def _check_entries(name: str, value: Any, several: bool) -> None:
-    """Raises where torch would do something else than is meant."""
+    """Raises where torch would do something unintended."""
     if several and isinstance(value, TensorDictBase):  # it would take rank 0's part for the whole
         raise TypeError(
             f"{name} is a TensorDict; expected checkpointable(state, group), or checkpointable(state) of a cache that "
@@ -227,7 +228,7 @@ def _check_entries(name: str, value: Any, several: bool) -> None:
 def _misfit(name: str, value: Any, saved: Any) -> str | None:
     """How a value differs from the saved one."""
     if isinstance(saved, BytesStorageMetadata) and isinstance(value, Tensor):
-        return f"{name} is no tensor there"
+        return f"{name} is not a tensor there"
     if not isinstance(saved, TensorStorageMetadata):
         return None
     if not isinstance(value, Tensor):
@@ -241,7 +242,7 @@ def _misfit(name: str, value: Any, saved: Any) -> str | None:
 
 
 def _set(root: Any, path: tuple[Any, ...], value: Any) -> None:
-    """Torch's paths have every key as a string, also of dicts with other keys."""
+    """Torch's paths have every key as a string, even for dicts with other keys."""
     for part in path[:-1]:
         root = root[_key(root, part)]
     root[_key(root, path[-1])] = value
@@ -255,7 +256,7 @@ def _key(container: Any, part: Any) -> Any:
 
 @contextmanager
 def _torch_checkpoint(group: dist.ProcessGroup | None, task: str) -> Generator[None]:
-    """Torch's errors, which every rank has, as ours; no warning that a process alone is alone."""
+    """Turns torch's errors, which every rank raises, into ours; silences the warning about a single process."""
     with warnings.catch_warnings():
         if group is None:
             warnings.filterwarnings(

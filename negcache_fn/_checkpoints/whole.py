@@ -1,4 +1,4 @@
-"""Saves that several ranks write and read together: on all ranks whole, or not there."""
+"""Saves that several ranks write and read together: complete on all ranks, or absent."""
 
 import warnings
 from collections.abc import Callable
@@ -22,15 +22,15 @@ def write_whole(
     group: dist.ProcessGroup | None,
     task: str,
 ) -> Path:
-    """A further save in a folder, which all ranks share.
+    """Another save in a folder, which all ranks share.
 
     Args:
-        folder: of saves.
-        step: its number.
-        write: writes this rank's files into a folder, and gives their names.
-        about: what the manifest says of the save.
+        folder: folder of the saves.
+        step: number of the step.
+        write: writes this rank's files into a folder, and returns their names.
+        about: the entry of the save in the manifest.
         group: the ranks; None: this process alone.
-        task: what fails if a rank does, for the message.
+        task: the task that fails if a rank fails, for the message.
 
     Returns:
         The folder of the save.
@@ -55,7 +55,7 @@ def write_whole(
 
 
 def examine(save: Save, group: dist.ProcessGroup | None, task: str) -> tuple[dict[str, Any], list[str]]:
-    """The manifest of a save and what is wrong with it, the same on every rank; each reads some of its files."""
+    """The manifest of a save and its problems, the same on every rank; each rank reads some of its files."""
     ranks = ranks_of(group)
 
     def found() -> tuple[dict[str, Any], list[str]]:
@@ -71,7 +71,7 @@ def examine(save: Save, group: dist.ProcessGroup | None, task: str) -> tuple[dic
 
 
 def remove(path: Path) -> None:
-    """What cannot be removed is no reason to stop a run whose checkpoint is there."""
+    """A failed removal does not stop a run whose checkpoint was saved."""
     try:
         discard(path)
     except OSError as error:

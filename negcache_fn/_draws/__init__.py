@@ -1,3 +1,3 @@
-"""Draws: which cached documents are encoded again, and what is known of them."""
+"""Draws: the cached documents that are encoded again, with their scores and noise."""
 
 __all__: list[str] = []

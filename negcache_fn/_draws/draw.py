@@ -1,4 +1,4 @@
-"""A draw: which documents were drawn, for each query or for the batch, and what is known of them."""
+"""A draw: the documents drawn for each query or for the batch, with their scores and noise."""
 
 from typing import NamedTuple
 
@@ -16,10 +16,10 @@ _INFINITY = float("inf")
 
 
 class Draw(NamedTuple):
-    """The drawn documents, and what their weights need.
+    """The drawn documents, and everything their weights need.
 
-    For the batch, R = 1: m different documents, those of the largest perturbed masses, in descending order (with a
-    group this rank's part of them). For each query, R = B: the m = k documents that each has drawn, with replacement.
+    For the batch, R = 1: the m different documents with the largest perturbed masses, in descending order (with a
+    group, this rank's part of them). For each query, R = B: the m = k documents that each query drew, with replacement.
     """
 
     slot: Tensor  # [R, m] int64; -1: there is no document to draw, or no other one
@@ -45,7 +45,7 @@ class Draw(NamedTuple):
 
     @property
     def has_documents(self) -> Tensor:
-        """[B] bool: whether there is anything that the query could draw."""
+        """[B] bool: whether the query had any document to draw."""
         return self.log_normalizer > -_INFINITY  # not where it is NaN
 
 

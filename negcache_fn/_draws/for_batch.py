@@ -1,18 +1,18 @@
-"""Which slots are drawn for the whole batch: the largest perturbed masses, along the tree, after one streaming pass.
+"""Draws for the whole batch: the slots of the largest perturbed masses, along the tree, after one streaming pass.
 
-What the gradient of the batch needs of document j is proportional to at most its *mass*
+The contribution of document j to the gradient of the batch is at most proportional to its *mass*
 
     a_j = sum_i u_i p_i(j),     p_i(j) = exp(s_ij - L_i),
 
-with u_i the importance of query i, best the share of the cache in its softmax. The M documents drawn are those of the
-M largest `log a_j + Gumbel_j`, with one row of noise for the whole batch: they are all different, and each next one
-comes from the masses of those that are left.
+with u_i the importance of query i, ideally the share of the cache in its softmax. The M drawn documents have the M
+largest `log a_j + Gumbel_j`, with one row of noise for the whole batch: they are all different, and each next one is
+drawn from the masses of the remaining documents.
 
 They lie in the M groups of largest perturbed mass, and in the M blocks of those. A level takes the perturbed value of a
 parent as the largest one among its children, and changes their noise accordingly (`_given_maximum`). The masses of the
-blocks follow from the log-sum-exp that the pass leaves of every block, for each query; the slots of the M + 1 chosen
-blocks are scored again for all queries. A cache of several segments keeps those of groups only, and scores the chosen
-groups again as well, so that memory does not grow with C / BLOCK.
+blocks follow from the log-sum-exp of every block for each query, which the pass returns; the slots of the M + 1 chosen
+blocks are scored again for all queries. A cache of several segments keeps the log-sum-exp of groups only, and scores
+the chosen groups again as well, so that memory does not grow with C / BLOCK.
 
 Sources: Kool, van Hoof, Welling, "Stochastic beams and where to find them", ICML 2019, appendix B.3; the inclusion
 weights that go with it after Duffield, Lund, Thorup, "Priority sampling for estimation of arbitrary subset sums",
@@ -51,7 +51,7 @@ _SLAB = 2**22  # scores, or numbers of embeddings, of the slots scored again at 
 
 
 class Pass(NamedTuple):
-    """What a pass leaves."""
+    """The result of a pass."""
 
     log_normalizer: Tensor  # [B]; differentiable in the queries
     groups: Tensor  # [B, ceil(C / GROUP)] log-sum-exp of every group
@@ -59,17 +59,17 @@ class Pass(NamedTuple):
 
 
 class Importance(NamedTuple):
-    """What the documents' masses are sums over: `exp(log_weight_i + s_ij)` of each query."""
+    """The terms of the documents' masses: `exp(log_weight_i + s_ij)` of each query."""
 
     log_weight: Tensor  # [B] logarithm of the query's importance, less its log-normaliser; -inf: not in the sum
-    ranks: Ranks  # whose queries are in the sum besides those here
+    ranks: Ranks  # ranks whose queries are also in the sum
 
     def log_mass(self, values: Tensor) -> Tensor:
         """[B, n] -> [n]: logarithm of the masses, from scores or their log-sum-exp."""
         return self._of_all_ranks(sum_of_rows(values, self.log_weight))
 
     def log_mass_of_slots(self, matrix: ScoreMatrix) -> Tensor:
-        """[C, rounded up to whole blocks]: the same of every slot of a small matrix."""
+        """[C, rounded up to whole blocks]: the same for every slot of a small matrix."""
         return self._of_all_ranks(slot_masses(matrix, self.log_weight))
 
     def _of_all_ranks(self, mass: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def pass_over(matrix: ScoreMatrix) -> Pass:
     parts: list[Summary] = []
     for start, stop in stretches:
         if parts:
-            # Else the compiler may keep what all segments need at once.
+            # Otherwise the compiler may keep the buffers of all segments at once.
             matrix = matrix._replace(queries=sequenced_after(matrix.queries, parts[-1].stretches))
         parts.append(_summarize(matrix.of_slots(start, stop), GROUP))
     log_normalizer = logsumexp(torch.stack([part.log_normalizer for part in parts], dim=-1))
@@ -107,7 +107,7 @@ def draw_largest(
     matrix: ScoreMatrix, found: Pass, importance: Importance, noise: Noise, first_slot: int | Tensor, n: int
 ) -> Largest:
     """The `n` slots of largest perturbed mass, of a matrix whose first slot is `first_slot` in the whole cache."""
-    # Groups, blocks and slots have the numbers that they have in the whole cache: noise goes by them.
+    # Groups, blocks and slots are numbered over the whole cache, because their numbers determine the noise.
     first_group, first_block = first_slot // GROUP, first_slot // BLOCK
     log_mass = importance.log_mass(found.groups)
     perturbed = log_mass + noise.of_groups(first_group, log_mass.shape[0])[0, 0]
@@ -139,12 +139,12 @@ def draw_largest_among(scores: Tensor, slots: Tensor, log_weight: Tensor, noise:
 
 
 def largest_of_ranks(found: Largest, ranks: Ranks) -> Largest:
-    """Of what each rank has found in its shard: the largest of all."""
+    """The largest of all, from the largest of each rank's shard."""
     return found if ranks.name is None else _in_order(_gathered(found, ranks), found.slot.shape[0])
 
 
 def as_on_first_rank(found: Largest, ranks: Ranks) -> Largest:
-    """The same on every rank, although a device may add up masses in any order."""
+    """Makes the values equal on every rank, as a device may add up masses in any order."""
     if ranks.name is None:
         return found
     n = found.slot.shape[0]
@@ -181,14 +181,14 @@ def _scored_again(matrix: ScoreMatrix, number: Tensor, length: int, importance: 
 def _choose(
     parent: Tensor, perturbed: Tensor, log_mass: Tensor, noise: Noise, level: int, n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers (ascending), perturbed masses and masses of the children of largest perturbed mass, `n` if there are.
+    """Numbers (ascending), perturbed masses and masses of the (at most `n`) children of largest perturbed mass.
 
     Args:
         parent: [p] numbers, ascending.
         perturbed: [p] their perturbed masses.
         log_mass: [p, children].
-        noise: of the batch.
-        level: of the children.
+        noise: noise of the batch.
+        level: level of the children.
         n: how many.
     """
     children = log_mass.shape[1]
@@ -198,10 +198,10 @@ def _choose(
 
 
 def _given_maximum(perturbed: Tensor, maximum: Tensor) -> Tensor:
-    """[p, n] perturbed masses, changed into such whose largest one is `maximum` [p].
+    """[p, n] perturbed masses, changed so that the largest one is `maximum` [p].
 
-    With `Z` the largest, `G` becomes `-log(exp(-maximum) - exp(-Z) + exp(-G))`: of Gumbel variables it makes variables
-    with the law that those have given their maximum. Which one is the largest stays.
+    With `Z` the largest, `G` becomes `-log(exp(-maximum) - exp(-Z) + exp(-G))`: Gumbel variables become variables with
+    their law given the maximum. The place of the largest one stays the same.
     """
     below = perturbed - perturbed.amax(-1, keepdim=True)
     difference = maximum[:, None] - perturbed + torch.log(-torch.expm1(below))

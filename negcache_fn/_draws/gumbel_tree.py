@@ -1,11 +1,10 @@
-"""Which slots each query draws: Gumbel-Max along a tree, after one streaming pass.
+"""Draws of each query: Gumbel-Max along a tree, after one streaming pass.
 
 Slots form blocks of `BLOCK` slots, and blocks form groups of `GROUP` slots. The pass leaves the log-sum-exp of every
 block; then a group is chosen by Gumbel-Max among the groups, a block inside it, and a slot inside that, each level with
 noise of its own. This is exact, because the softmax factorises along the tree, and it needs noise for B * k * C / 1024
 groups, not for B * k * C slots. The largest perturbed log-sum-exp of the top level has the law of the largest perturbed
-score over all slots and is independent of which slot attains it, and that is what makes a draw a monoid
-(`merge_draws`).
+score over all slots and is independent of the slot that attains it, which makes a draw a monoid (`merge_draws`).
 
 Source: Gumbel-Max after Maddison, Tarlow, Minka, "A* sampling", NeurIPS 2014.
 """
@@ -46,12 +45,12 @@ def draw_slots(matrix: ScoreMatrix, noise: Noise, first_slot: int | Tensor) -> D
     best = None
     for start, stop in segments(capacity):
         if best is not None:
-            # Else the compiler may keep the blocks of all segments at once.
+            # Otherwise the compiler may keep the blocks of all segments at once.
             matrix = matrix._replace(queries=sequenced_after(matrix.queries, best.blocks))
         found = _choose_groups(matrix, noise, start, stop, first_slot)
         best = found if best is None else _better(best, found)
     assert best is not None  # a cache has a slot
-    # Groups, blocks and slots have the numbers that they have in the whole cache: noise goes by them.
+    # Groups, blocks and slots are numbered over the whole cache, because their numbers determine the noise.
     block, _ = _choose_child(best.group, best.blocks, noise, AMONG_BLOCKS)
     slot, score = _choose_child(block, score_blocks(matrix, block - first_slot // BLOCK), noise, AMONG_SLOTS)
     # A query without a document may have chosen a place past the end.
@@ -61,7 +60,7 @@ def draw_slots(matrix: ScoreMatrix, noise: Noise, first_slot: int | Tensor) -> D
 
 
 def draw_among(scores: Tensor, slots: Tensor, noise: Noise) -> DrawnSlots:
-    """Among the hardest documents [B, n + 1] but the last, see `restricted`."""
+    """Draws among the hardest documents [B, n + 1] except the last, see `restricted`."""
     scores, slots, cutoff = restricted(scores, slots)
     noisy = scores[:, None, :] + noise.of_slots(slots)
     perturbed, place = noisy.max(-1)
@@ -69,14 +68,14 @@ def draw_among(scores: Tensor, slots: Tensor, noise: Noise) -> DrawnSlots:
 
 
 def restricted(scores: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The n hardest documents of n + 1, of which the last is there to say where they end; the cutoff [B, 1]."""
+    """The n hardest documents of n + 1, whose last score only bounds the cutoff [B, 1]."""
     # Midway between the last document inside and the first outside: a score recomputed with other rounding stays on
     # its side.
     return scores[:, :-1], slots[:, :-1], (scores[:, -2] + scores[:, -1])[:, None] / 2
 
 
 def merge_shards(drawn: DrawnSlots, ranks: Ranks) -> DrawnSlots:
-    """Of what each rank has chosen for the queries of all: the best for this rank's own."""
+    """The best draws for this rank's queries, from the draws of each rank for the queries of all."""
     if ranks.name is None:
         return drawn
     # Slot numbers are exact in float64.

@@ -1,6 +1,6 @@
-"""Several caches as one softmax: draws from their union, the documents drawn, and what goes back to each.
+"""Several caches as one softmax: draws from their union, the drawn documents, and the fresh embeddings of each cache.
 
-A merged draw says of which cache (`draw.source`) each of its slots is. A slot means nothing in another cache, which may
+A merged draw names the cache (`draw.source`) of each of its slots. A slot means nothing in another cache, which may
 even be smaller; the functions here keep them apart.
 """
 
@@ -28,25 +28,25 @@ def merge_draws(a: Draw, b: Draw, *, group: torch.distributed.ProcessGroup | Non
     """The draws from the union of two disjoint sets of documents, from the draws of each.
 
     The larger perturbed values win (of each sample, or for the batch the M largest of both) and the normalisers add.
-    Associative, and commutative but for the numbers in `source`: those of `b` are counted on from those of `a`.
+    Merging is associative, and commutative apart from the numbers in `source`: those of `b` follow those of `a`.
 
     For the batch, masses stay as they are. So the result is the draw of the union with `importance` p + q, if the
-    `importance` p and q of `a` and `b` are each cache's share in the query's softmax over everything. With other ones
-    the M documents are not the best choice, but `loss` is right all the same.
+    `importance` p and q of `a` and `b` are each cache's share in the query's softmax over everything. With other values
+    the M documents are not the best choice, but `loss` is still right.
 
     Args:
         a: draws for B queries.
         b: draws for the same queries, exclusions and number of draws, from a cache with another seed: equal noise would
             favour the same places in both. On CUDA the check of seeds and exclusions waits for the device.
-        group: of the ranks that drew for the batch together, each of which has a part of both draws; of what they merge
-            to it gets a part too. Draws of each query need none.
+        group: ranks that drew for the batch together. Each has a part of both draws, and gets a part of the result.
+            Draws of each query need no group.
 
     Returns:
         Draws whose `slot` refers to the cache `source`.
 
     Raises:
-        ValueError: another number of queries, draws or dimensions; other exclusions; the same noise, which caches of
-            the same seed have; one for the batch and one for each query.
+        ValueError: another number of queries, draws or dimensions; other exclusions; the same noise, as in caches with
+            the same seed; one draw for the batch and one for each query.
 
     Examples:
         >>> left, right = (init_cache(8, 4, torch.zeros(1, 3), seed=seed) for seed in (0, 1))
@@ -82,13 +82,13 @@ def take_drawn(
     Naive equivalent: `take(states[source], slot)` for every drawn document.
 
     Args:
-        states: the caches, in the order in which their draws were merged. Their features are nested alike, and of the
-            same shapes and dtypes.
+        states: the caches, in the order in which their draws were merged. Their features have the same nesting, shapes
+            and dtypes.
         draw: the merged draw, [B, k].
-        group: of the ranks over which the caches are sharded.
+        group: ranks over which the caches are sharded.
 
     Returns:
-        Features of B * k documents, in the order of `draw.slot.flatten()`: what `loss` expects once they are encoded.
+        Features of B * k documents, in the order of `draw.slot.flatten()`. Encode them for `loss`.
 
     Raises:
         ValueError, TypeError: another number of caches than were merged; features that differ between the caches.
@@ -115,14 +115,14 @@ def take_drawn(
 
 
 def split_refresh(draw: Draw, embeddings: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What to give as `refresh` to the `update` of each cache.
+    """The argument `refresh` for the `update` of each cache.
 
     Args:
         draw: the merged draw, [B, k].
         embeddings: [B * k, D] the fresh embeddings of the drawn documents.
 
     Returns:
-        For each merged cache its slots [B * k], -1 where the document is of another one, and the embeddings.
+        For each merged cache its slots [B * k], -1 for documents of other caches, and the embeddings.
 
     Raises:
         ValueError, TypeError: embeddings of another shape.
@@ -165,7 +165,7 @@ def _check_pair(a: Draw, b: Draw) -> None:
 
 def _checked(a: Draw, b: Draw) -> Tensor:
     """The perturbed values of `a`, if the draws have different noise and the same exclusions."""
-    # What is excluded for all queries is not among the draws, and no query needs to know of it.
+    # Documents excluded for all queries are not among the draws, so the draws need not list them.
     of_each = a.exclude_ids.shape[0] == a.log_normalizer.shape[0]
     excluded = (a.exclude_ids, b.exclude_ids) if of_each else (a.exclude_ids[:0], b.exclude_ids[:0])
     return cast(Tensor, _checked_op(a.perturbed, a.noise, b.noise, *excluded, a.exclude_labels, b.exclude_labels))
@@ -201,7 +201,7 @@ def _(values: Tensor, *_: Tensor) -> Tensor:
 
 
 def _merged(a: Draw, b: Draw) -> Draw:
-    """From the whole of both."""
+    """Merges two whole draws."""
     samples = a.slot.shape[1]
     perturbed = torch.cat([a.perturbed, b.perturbed], dim=1)
     if not a.for_batch:
@@ -237,7 +237,7 @@ def _merged(a: Draw, b: Draw) -> Draw:
 
 
 def _merged_by_ranks(a: Draw, b: Draw, ranks: Ranks) -> Draw:
-    """From this rank's part of both, this rank's part."""
+    """Merges this rank's parts into this rank's part."""
     samples = a.slot.shape[1]
     parts = [[getattr(draw, name)[0] for name in _OF_DOCUMENTS] for draw in (a, b)]
     whole = [

@@ -1,8 +1,8 @@
-"""The noise of a draw: which variates are used at each level of the tree.
+"""The noise of a draw: the variates of each level of the tree.
 
 Every variate is a function of the state's seed and step, the row (query and sample, or the one row of the batch), the
-column and the level. Rows and columns have the numbers that they have in the whole batch and the whole cache, so the
-draws do not depend on how the work is divided.
+column and the level. Rows and columns are numbered over the whole batch and the whole cache, so the draws do not depend
+on how the work is divided.
 """
 
 from typing import NamedTuple, cast
@@ -69,7 +69,7 @@ class Noise(NamedTuple):
 
 @torch.library.custom_op("negcache_fn::gumbel", mutates_args=())
 def _gumbel_op(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor:
-    """`gumbel`, by a kernel if there is one: inline it is 130 operations, most of what a small step costs."""
+    """`gumbel`, by a kernel if there is one: inline it is 130 operations, most of the cost of a small step."""
     found = dispatch.gumbel(seed, step, row, quad, level)
     return gumbel(seed, step, row, quad, level=level) if found is None else found
 

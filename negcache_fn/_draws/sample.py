@@ -69,28 +69,28 @@ def sample_gumbel(
     Args:
         state: the cache.
         queries: [B, D] floating.
-        num_draws: M, for the batch; with a group for that of all ranks, a multiple of their number. None: as many as
-            there are queries (on all ranks), unless `draws_per_query` is given.
-        importance: [B] floating, positive: how much the batch needs of each query's softmax over the cache. Best is the
-            share of the cache in the query's softmax over batch and cache, which `step` takes; no choice biases `loss`.
-            All alike by default.
+        num_draws: M, for the batch; with a group for the batches of all ranks, a multiple of their number. None: as
+            many as there are queries (on all ranks), unless `draws_per_query` is given.
+        importance: [B] floating, positive: how much each query counts in the draw. The best choice, which `step` makes,
+            is the share of the cache in the query's softmax over batch and cache; no choice biases `loss`. All equal by
+            default.
         draws_per_query: k, instead of `num_draws`.
         scale: number or 0-d tensor.
         score_transform: elementwise function of the scaled inner products.
-        exclude_ids: int64 ids of documents that must not be drawn (positives, and what is a class already), [P] for
-            all queries or [B, P] for each; -1 means none.
+        exclude_ids: int64 ids of documents that must not be drawn (positives, and documents that are classes already),
+            [P] for all queries or [B, P] for each; -1 means none.
         false_negatives: further documents to exclude from a query's negatives, by id or by score.
         top_k: restricts each query's softmax to its `top_k` highest scores, exactly, ties by slot.
-        group: of ranks that draw together, each for its own queries: what they draw is what one rank draws that has
-            the queries of all, in the order of ranks. Ids [P] are excluded for the queries of every rank. Of M
+        group: ranks that draw together, each for its own queries. They draw the same documents as a single rank with
+            the queries of all ranks, in the order of ranks. Ids [P] are excluded for the queries of every rank. Of M
             documents each rank gets M / ranks.
-        placement: "sharded": each rank has a part of the cache, and slots are numbers of all its slots; "replicated":
-            each has the whole.
+        placement: "sharded": each rank has a part of the cache, and slots are numbered over the whole cache;
+            "replicated": each rank has the whole.
 
     Returns:
-        The draws. Where there are fewer than `num_draws` documents, all of them, then slot -1. A query that has no
-        document has the log-normaliser -inf and, with `draws_per_query`, slot -1. For the batch, `log_normalizer` is
-        differentiable in `queries` and `scale`; `loss` needs that.
+        The draws. If there are fewer than `num_draws` documents, all of them, then slot -1. A query without any
+        document to draw has the log-normaliser -inf and, with `draws_per_query`, slot -1. For the batch,
+        `log_normalizer` is differentiable in `queries` and `scale`; `loss` needs that.
 
     Raises:
         ValueError, TypeError: queries that are not [B, D] floating on the device of the state; non-positive
@@ -270,7 +270,7 @@ def _matrix(
 
 
 def _log_weight(log_normalizer: Tensor, log_importance: Callable[[Tensor], Tensor]) -> Tensor:
-    """[B] as `Importance` takes it: queries without documents, or diverged, have no say."""
+    """[B] as `Importance` takes it: queries without documents, or diverged ones, have no weight."""
     log_normalizer = log_normalizer.detach()
     weight = log_importance(log_normalizer) - log_normalizer
     return torch.where(log_normalizer.isfinite(), weight, -_INFINITY)

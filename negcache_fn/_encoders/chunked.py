@@ -1,8 +1,8 @@
 """Encoding in chunks: the memory of one chunk's activations for the price of a second forward pass.
 
-Each chunk is encoded under activation checkpointing: what its backward pass needs is computed again then, with the
-random numbers of the first time, so that dropout drops the same. All chunks are one graph: gradients are those of
-encoding in one piece, up to rounding, and a wrapper for data-parallel training synchronises them once.
+Each chunk is encoded under activation checkpointing: its backward pass computes the activations again, with the same
+random numbers, so that dropout drops the same. All chunks are one graph: gradients are those of encoding in one piece,
+up to rounding, and a wrapper for data-parallel training synchronises them once.
 
 Source of the idea: Gao, Zhang, Han, Callan, *Scaling deep contrastive learning batch size under memory limited setup*,
 RepL4NLP 2021 (GradCache).
@@ -28,8 +28,8 @@ def chunked(encode: Callable[[Any], Tensor], size: int) -> "Chunked":
     Equivalent to `encode(features)`, if rows do not depend on each other.
 
     Args:
-        encode: the encoder, a module or a function of features [N, ...] to [N, D]. One that depends on the other rows
-            (BatchNorm in training) sees those of its chunk.
+        encode: the encoder, a module or a function of features [N, ...] to [N, D]. An encoder that depends on the other
+            rows (BatchNorm in training) sees the rows of its chunk.
         size: rows of a chunk.
 
     Returns:
@@ -37,7 +37,7 @@ def chunked(encode: Callable[[Any], Tensor], size: int) -> "Chunked":
         `DistributedDataParallel(chunked(encoder, 32))`.
 
     Raises:
-        ValueError, TypeError: a `size` that is no positive integer; an `encode` that cannot be called, or is itself
+        ValueError, TypeError: a `size` that is not a positive integer; an `encode` that cannot be called, or is itself
             wrapped by DistributedDataParallel.
 
     Examples:

@@ -1,6 +1,6 @@
-"""A guard around an encoder: embeddings that are not finite are an error.
+"""A guard around an encoder: embeddings that are not finite raise an error.
 
-It reads values, so it costs a look at them. Everything else in this package checks metadata only. Rows that are not
+It reads values, which takes a pass over them. Everything else in this package checks metadata only. Rows that are not
 finite never enter a cache without this guard either: they are left out, and counted in `metrics["non_finite"]`.
 """
 
@@ -23,12 +23,12 @@ def require_finite(
 ) -> "RequireFinite":
     """An encoder whose embeddings are finite, or an error.
 
-    Equivalent to `encode(features)`, if all of it is finite. In `step_` the error comes before anything is written. On
+    Equivalent to `encode(features)`, if all rows are finite. In `step_` the error comes before anything is written. On
     CUDA it waits for the device at every call.
 
     Args:
         encode: the encoder, a module or a function of features [N, ...] to [N, D].
-        group: of ranks that should all raise when one has to; else the others wait for it.
+        group: ranks that all raise if one does; without it, the other ranks would wait for that one.
 
     Returns:
         A module whose parameters are those of `encode`, if it is one. It raises ValueError with the rows.

@@ -1,4 +1,4 @@
-"""What a step encodes, in one call: the documents of the batch, those drawn from the cache, and the stalest ones."""
+"""Encoding in a step, in one call: the documents of the batch, the draws, and the stalest documents."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -17,6 +17,7 @@ from negcache_fn._ranks.group import Ranks, Shards, fetch_rows
 __all__ = ["EncodedAgain", "Encoder", "Fresh", "encode_checked", "encode_in_one_pass", "told_to_all", "with_stalest"]
 
 Encoder = Callable[[Any], Tensor]
+"""A document encoder: from the features of R documents to embeddings [R, D]. A `torch.nn.Module` is one."""
 
 
 class EncodedAgain(NamedTuple):
@@ -67,9 +68,9 @@ def encode_in_one_pass(
 
 
 def told_to_all(encode: Encoder, attempts: Attempts, like: Tensor) -> Encoder:
-    """`encode`; if it raises, or gives something else than [rows, D], every rank is told, see `Attempts`.
+    """`encode`; if it raises, or does not return [rows, D], every rank raises, see `Attempts`.
 
-    `like` [B, D] has the kind of embeddings that it stands in for them.
+    `like` [B, D] has the dtype and device of the embeddings that stand in then.
     """
     if attempts.ranks.name is None:
         return encode
@@ -96,9 +97,9 @@ def _joined(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _with_stand_ins(batch: Features, cached: Features, slots: Tensor) -> Features:
-    """Features of cached documents; where there is no slot, those of a document of the batch.
+    """Features of cached documents; for a missing slot, those of a document of the batch.
 
-    A stand-in keeps the shapes fixed, and the zeros of an empty slot away from the encoder; the loss ignores it.
+    The stand-in keeps shapes fixed, and the zeros of an empty slot away from the encoder; the loss ignores it.
     """
 
     def stand_in(of_batch: Tensor, of_cache: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which kernel takes a problem. Every function returns None where none does, so that callers use plain torch.
+"""The choice of a kernel. Every function returns None if no kernel supports the problem, so callers use plain torch.
 
 A kernel for another device, or for another operation, is a file of its own beside `cpu` and `triton` and two lines
 here: whether it supports the problem, and the call.

@@ -1,4 +1,4 @@
-"""What every score kernel takes: the scores of a batch of queries against the cache, unevaluated."""
+"""The argument of every score kernel: the scores of a batch of queries against the cache, unevaluated."""
 
 from typing import NamedTuple
 

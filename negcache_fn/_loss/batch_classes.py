@@ -1,4 +1,4 @@
-"""The documents of a batch as classes: which of them a query's softmax has, and their scores.
+"""The documents of a batch as classes of each query's softmax, and their scores.
 
 With in-batch classes every document is a class of every query, except for its false negatives: another document with
 the id of its positive, a second document of any id, and those that `FalseNegatives` excludes by id or by score.

@@ -1,4 +1,4 @@
-"""The cache as one class: its logit `c_i`, estimated from the documents that were drawn.
+"""The cache as one class: its logit `c_i`, estimated from the drawn documents.
 
 With `L_i` the log-sum-exp of query i's scores over the cache, and `f_im` the fresh and `g_im` the stale score of its
 draw m, for draws of the batch
@@ -6,7 +6,7 @@ draw m, for draws of the batch
     staleness_correction="self_normalized"  c_i = L_i + log(sum_m r_m exp(f_im) / sum_m r_m exp(g_im))
     staleness_correction="none"             c_i = L_i + sum_m p_i(j_m) r_m (f_im - g_im)
 
-where `r_m` is the inverse of the chance that document j_m is among the drawn, given the noise of all other documents,
+where `r_m` is the inverse of the chance that document j_m is drawn, given the noise of all other documents,
 
     1 / r_m = 1 - exp(-exp(log a_m - threshold)),
 
@@ -14,7 +14,7 @@ where `r_m` is the inverse of the chance that document j_m is among the drawn, g
 `L_i`, `f_im` and `g_im` are differentiable in the query and the scale. Where nothing is stale `c_i` is `L_i`, whose
 gradient is exact, for every draw; only the gradient in the documents is estimated.
 
-For draws of each query, with weights `w_im` of the draws and nothing but `f_im` differentiable,
+For draws of each query, with weights `w_im` of the draws and only `f_im` differentiable,
 
     staleness_correction="self_normalized"  c_i = L_i + log(sum_m w_im exp(f_im - g_im) / sum_m w_im)
     staleness_correction="none"             c_i = L_i + sum_m w_im (f_im - stop_gradient f_im)
@@ -49,7 +49,7 @@ _FAR_BELOW = -40.0
 
 
 class SharedDraws(NamedTuple):
-    """The M draws that a query can use: those of its rank or of all, in the order of ranks."""
+    """The M draws that a query can use: those of its rank or of all ranks, in the order of ranks."""
 
     ranks: Ranks
     negatives: Tensor  # [M, D] fresh, with gradient
@@ -63,7 +63,7 @@ class SharedDraws(NamedTuple):
 
 
 class CacheClass(NamedTuple):
-    """The cache as a class of each query, and what is behind its logit."""
+    """The cache as a class of each query, and the weights behind its logit."""
 
     logit: Tensor  # [B]; -inf: the query has no document
     log_importance: Tensor  # [B, m] logarithm of the (unnormalised) weight that f_im gets in it, -inf for none
@@ -93,10 +93,10 @@ def estimate_cache_logit(
         negatives: [R * m, D] fresh embeddings of the drawn documents.
         draw: the draws.
         shared: the draws to share; None: each query uses its own.
-        options: of the step.
+        options: the options of the step.
 
     Returns:
-        The logits, with gradient to `queries`, `negatives` and the scale, and what is behind them.
+        The logits, with gradient to `queries`, `negatives` and the scale, and the weights behind them.
     """
     if draw.for_batch:
         assert shared is not None  # checked at the boundary
@@ -124,7 +124,7 @@ def _of_batch(
         has_draws = possible.any(-1)
     if options.staleness_correction == "none":
         weights = (log_probability + log_inverse).exp()
-        change = torch.where(possible, fresh - stale, 0.0)  # what is impossible may be infinite
+        change = torch.where(possible, fresh - stale, 0.0)  # impossible draws may be infinite
         logit = draw.log_normalizer + (weights * change).sum(-1)
         log_importance = log_probability + log_inverse
     else:
@@ -146,7 +146,7 @@ def _of_queries(
 ) -> CacheClass:
     """The draws of each query."""
     if shared is None:
-        # What was encoded in place of a draw that does not exist has no part in the loss, not even a NaN.
+        # The stand-in for a draw that does not exist takes no part in the loss, not even as a NaN.
         negatives = torch.where(draw.slot.flatten()[:, None] >= 0, negatives, 0.0)
         fresh = similarity.rowwise(queries, negatives.view(draw.embedding.shape)) + draw.log_weight
     else:
@@ -156,7 +156,7 @@ def _of_queries(
             products = similarity.pairwise(queries, shared.embedding)
             stale = products + shared.log_weight
             drawn = _drawn(draw, shared)
-            # What the query drew is no false negative, whatever rounding says here.
+            # A document that the query drew is not a false negative, even if rounding differs here.
             masked = _false_negatives(products, draw, shared) & ~drawn
             possible = _possible(stale, masked, draw, shared)
             possible = possible | drawn & (shared.slot >= 0) & draw.has_documents[:, None]
@@ -178,8 +178,8 @@ def _of_queries(
     else:
         change = (log_weights_of_draws + fresh - stale).logsumexp(-1) - log_weights_of_draws.logsumexp(-1)
         log_importance = log_weights_of_draws + fresh.detach() - stale
-    # A query that drew nothing, and can use no draw of others, knows of the cache what the log-normaliser says: -inf if
-    # it has no document; if the queries have diverged it is NaN, and should be seen.
+    # A query that drew nothing, and can use no draw of others, keeps the log-normaliser: -inf without documents. If the
+    # queries have diverged it is NaN, which must stay visible.
     logit = torch.where(has_draws[:, 0], draw.log_normalizer + change, draw.log_normalizer)
     log_importance = log_importance.masked_fill(~has_draws, -_INFINITY)
     return CacheClass(logit, log_importance, log_probability, masked)
@@ -187,13 +187,13 @@ def _of_queries(
 
 def _fresh_of_shared(similarity: Similarity, queries: Tensor, shared: SharedDraws) -> Tensor:
     """[B, M] fresh scores."""
-    # What was encoded in place of a draw that does not exist has no part in the loss, not even a NaN.
+    # The stand-in for a draw that does not exist takes no part in the loss, not even as a NaN.
     negatives = torch.where(shared.slot[:, None] >= 0, shared.negatives, 0.0)
     return similarity.pairwise(queries, negatives) + shared.log_weight
 
 
 def _drawn(draw: Draw, shared: SharedDraws) -> Tensor:
-    """[B, M] bool: whether the query has drawn the document itself, be it as another one of the draws."""
+    """[B, M] bool: whether the query has drawn the document itself, in this or another draw."""
     of_query, of_shared = (draws.source * _MORE_THAN_SLOTS + draws.slot for draws in (draw, shared))
     ordered = of_shared.sort().values
     number = torch.searchsorted(ordered, of_shared)  # equal for equal documents, below M
@@ -207,7 +207,7 @@ def _drawn(draw: Draw, shared: SharedDraws) -> Tensor:
 def _false_negatives(products: Tensor, draw: Draw, shared: SharedDraws) -> Tensor:
     """[B, M] bool: whether a draw is a false negative of the query; `products`: no log-weights."""
     masked = products > draw.max_score[:, shared.source]
-    if draw.exclude_ids.shape[0] == products.shape[0]:  # what is excluded for all is not among the draws
+    if draw.exclude_ids.shape[0] == products.shape[0]:  # documents excluded for all are not among the draws
         excluded = (shared.id[:, None] == draw.exclude_ids[:, None, :]) & named(shared.id)[:, None]
         masked = masked | excluded.any(-1)
     if draw.exclude_labels.shape[1]:
@@ -224,7 +224,7 @@ def _log_expected(log_probability: Tensor, draw: Draw, shared: SharedDraws) -> T
     """[M]: logarithm of how many draws of the document are expected of all queries, `sum_i k p_i(j_m)`."""
     log_expected = log_probability.logsumexp(0)
     if shared.ranks.name is not None:
-        # No overflow: probabilities. No underflow in float64: one of them is that of who drew.
+        # Probabilities cannot overflow. The sum cannot underflow in float64: the query that drew is one of its terms.
         log_expected = shared.ranks.all_sum(log_expected.double().exp()).log().to(log_probability.dtype)
     return log_expected + torch.full_like(log_probability[0], draw.slot.shape[1]).log_()
 

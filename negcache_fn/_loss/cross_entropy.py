@@ -72,8 +72,8 @@ def loss(
 ) -> Tensor:
     """Cross entropy of each query's positive against batch and cache, from the draws' fresh embeddings.
 
-    The cache is one class, with a logit `c_i` (see `docs/method.md`). With draws for the batch, value and gradients to
-    `queries` and `scale` are those of the exact softmax for every draw, where nothing is stale; the expected gradient
+    The cache is one class, with a logit `c_i` (see `docs/method.md`). If nothing is stale, draws for the batch give the
+    value of the exact softmax and its gradients to `queries` and `scale`, for any draw; the expected gradient
     to `negatives` is right ("none": exactly; "self_normalized": up to O(1/M)). With draws of each query the value is
     exact, and the expected gradients are those of the exact softmax ("none": exactly; "self_normalized": up to O(1/k)).
 
@@ -83,14 +83,14 @@ def loss(
             and count only with `in_batch`.
         negatives: [R * m, D] floating: the fresh embeddings of the drawn documents, in the order of
             `draw.slot.flatten()`.
-        draw: what `sample_gumbel` gave for these queries, with the same scale and transform. For the batch, its
-            `log_normalizer` carries the gradient that the whole cache has in `queries` and `scale`; so `queries` are
-            those of the draw, not detached there.
+        draw: the result of `sample_gumbel` for these queries, with the same scale and transform. For the batch, its
+            `log_normalizer` carries the gradient of the whole cache to `queries` and `scale`, so draw with the same
+            `queries`, not detached.
         scale: number or 0-d tensor, learnable.
         score_transform: elementwise function of the scaled inner products.
         in_batch: whether all documents are classes of every query; "global": those of all ranks.
-        ids: [N] int64 ids of the documents, -1 where anonymous. A document with the id of a query's positive is no
-            negative of it, and of several documents with one id the first alone is a class. Pass the same ids as
+        ids: [N] int64 ids of the documents, -1 where anonymous. A document with the id of a query's positive is not
+            among its negatives, and of several documents with one id only the first is a class. Pass the same ids as
             `exclude_ids` when drawing (all of them with `in_batch`, else `ids[:B, None]`); `step` does.
         log_weights: [N] floating, added to the documents' scores (log-Q correction, importance).
         false_negatives: documents of the batch to exclude from a query's negatives; the draw has excluded those of
@@ -106,16 +106,16 @@ def loss(
             "none": drift is not corrected for, except to first order with draws for the batch.
         weigh_positives: whether a document's log-weight counts where it is the positive, too; see `StepOptions`.
         reduction: "mean", "sum" or "none".
-        group: of ranks that share their draws. The loss is that of this rank's queries; the gradient that arrives in
-            this rank's embeddings is that of the sum of all ranks' losses.
+        group: ranks that share their draws. The loss is that of this rank's queries; the gradient of this rank's
+            embeddings is that of the sum of all ranks' losses.
 
     Returns:
         [] or, with reduction "none", [B]; float32 or wider. Differentiable in `queries`, `documents`, `negatives` and
-        `scale`. A query without cached documents gets the in-batch loss, or 0 where there is none. One that has some,
-        but whose softmax has none of the draws, gets the cache's log-sum-exp as it is.
+        `scale`. A query without cached documents gets the in-batch loss, or 0 without in-batch classes. A query whose
+        softmax contains cached documents but none of the draws gets the cache's log-sum-exp as it is.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit, fewer documents than queries, an unknown
+        ValueError, TypeError: invalid shapes, dtypes or devices, fewer documents than queries, an unknown
             `staleness_correction` or `reduction`.
 
     Examples:

@@ -1,4 +1,4 @@
-"""The cross entropy over the whole cache, exact and differentiable: what `loss` estimates, as the cache stands.
+"""The cross entropy over the whole cache, exact and differentiable: the target of `loss` for the cache as it is.
 
 Source: Lindgren, Reddi, Guo, Kumar, NeurIPS 2021, equation 1.
 """
@@ -55,18 +55,18 @@ def exact_loss(
     reduction: Reduction = "mean",
     group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
-    """The same cross entropy without sampling: the whole cache, as embedded in it.
+    """The cross entropy of `loss` without sampling, over the whole cache with its stale embeddings.
 
     Naive equivalent: `logsumexp(cat([batch_scores, score(state, queries)], 1), 1) - positive_score`. One streaming
     pass makes the value and the gradient, or two with a `score_transform`: no tensor of [B, C] (with `top_k`, one of
     [B, top_k, D]).
 
-    It takes every transform of torch.func (grad, hessian, jvp, vmap) and forward-mode differentiation, which the pass
-    cannot do: with one of them around it, all scores [B, C] are made by plain torch. `backward` works once: for second
-    derivatives, take `torch.func.hessian` or a `jvp` of `grad`.
+    It supports every transform of torch.func (grad, hessian, jvp, vmap) and forward-mode differentiation. The streaming
+    pass does not, so under one of them plain torch computes all scores [B, C]. `backward` works once: for second
+    derivatives, use `torch.func.hessian` or a `jvp` of `grad`.
 
     Args:
-        state: the cache; cached documents that `ids` names are left out, as in `loss`.
+        state: the cache; cached documents with one of the `ids` are left out, as in `loss`.
         queries: [B, D] floating.
         documents: [N, D] floating, N >= B, as in `loss`.
         scale: number or 0-d tensor, learnable.
@@ -79,7 +79,7 @@ def exact_loss(
         top_k: restricts the cache to each query's `top_k` highest scores.
         weigh_positives: as in `loss`.
         reduction: "mean", "sum" or "none".
-        group: of the ranks over which the cache is sharded; gradients as in `loss`.
+        group: ranks over which the cache is sharded; gradients as in `loss`.
 
     Returns:
         [] or, with reduction "none", [B]. Differentiable in `queries`, `documents` and `scale`; the cache is constant.

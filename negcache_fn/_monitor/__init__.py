@@ -1,3 +1,3 @@
-"""Monitoring: metrics of a step, and ages of what is cached."""
+"""Monitoring: metrics of a step, and ages of the cached embeddings."""
 
 __all__: list[str] = []

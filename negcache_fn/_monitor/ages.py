@@ -19,21 +19,21 @@ __all__ = ["age_histogram", "bin_width", "count_ages"]
 def age_histogram(
     state: TensorDictBase, *, bins: int = 10, group: torch.distributed.ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
-    """How many embeddings are how old: `counts[i]` live slots have `edges[i] <= step - embedded_at < edges[i + 1]`.
+    """A histogram of ages: `counts[i]` live slots have `edges[i] <= step - embedded_at < edges[i + 1]`.
 
-    All bins are equally wide, by the least whole number of steps with which they reach the oldest embedding.
+    All bins have the same width, the smallest whole number of steps with which they reach the oldest embedding.
 
     Args:
         state: the cache.
         bins: number of bins.
-        group: of the ranks over which the cache is sharded: the histogram is that of the whole. A replicated cache
-            needs none.
+        group: ranks over which the cache is sharded: the histogram covers the whole cache. A replicated cache needs no
+            group.
 
     Returns:
-        Counts [bins] int64 and edges [bins + 1] int64 in steps, from 0. Of an empty cache all counts are 0.
+        Counts [bins] int64 and edges [bins + 1] int64 in steps, from 0. For an empty cache all counts are 0.
 
     Raises:
-        ValueError, TypeError: `bins` is no positive integer; with a group, ranks that differ in it.
+        ValueError, TypeError: `bins` is not a positive integer; with a group, ranks that differ in it.
 
     Examples:
         >>> state = init_cache(8, 4, torch.zeros(1, 3))

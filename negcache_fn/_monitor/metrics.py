@@ -31,14 +31,14 @@ def step_metrics(
 
     Args:
         state: the cache.
-        draw: what was drawn for this rank's queries.
-        terms: their classes.
+        draw: the draws for this rank's queries.
+        terms: the classes of the queries.
         fresh: [M, D] the drawn documents, encoded again.
-        drawn_at: [M] the step at which they had been embedded.
+        drawn_at: [M] the step of their stale embeddings.
         drawn_by_all: [ranks * M] the slots that all ranks have drawn.
         not_written: [] number of rows of this rank that are not finite.
-        failures: [] of this rank, see `Attempts`: they go with the metrics.
-        ranks: of the group.
+        failures: [] failures of this rank, see `Attempts`: they are sent with the metrics.
+        ranks: the ranks of the group.
 
     Returns:
         0-d tensors by their names; [] the failures of all ranks.
@@ -87,10 +87,10 @@ def step_metrics(
 
 
 def draw_noise(queries: Tensor, draw: Draw, terms: Terms, shared: SharedDraws) -> Tensor:
-    """[]: the relative error of the documents' gradient that drawing for the batch makes, estimated from the draws.
+    """[]: the relative error of the documents' gradient from drawing for the batch, estimated from the draws.
 
-    With `v_m = sum_i u_i p_i(j_m) q_i`, which is up to the scale the gradient of the loss in document m where nothing
-    is stale (u_i being the share of the cache in the softmax), and the inclusion probability `1 / r_m`,
+    With `v_m = sum_i u_i p_i(j_m) q_i`, which is, up to the scale, the gradient of the loss in document m if nothing is
+    stale (u_i is the share of the cache in the softmax), and the inclusion probability `1 / r_m`,
 
         sqrt(sum_m (r_m - 1) r_m |v_m|^2) / |sum_m r_m v_m|.
 
@@ -98,7 +98,7 @@ def draw_noise(queries: Tensor, draw: Draw, terms: Terms, shared: SharedDraws) -
 
     Args:
         queries: [B, D].
-        draw: for the batch.
+        draw: the draws for the batch.
         terms: the classes of the queries.
         shared: the M draws of all ranks.
     """
@@ -120,7 +120,7 @@ def _distinct(slots: Tensor) -> Tensor:
 
 
 def _sum_where(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and number of the values that count."""
+    """Sum and number of the selected values."""
     return torch.where(where, values, torch.zeros_like(values)).sum(), where.sum()
 
 

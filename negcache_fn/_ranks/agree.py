@@ -1,8 +1,8 @@
-"""What ranks must agree on before anything is sent, and how an error on one rank reaches all of them.
+"""Agreement of the ranks before anything is sent, and errors of one rank raised on all of them.
 
 Every function with a `group` checks its arguments inside `checking_arguments` and then calls `check_ranks_agree`. So an
 argument that is invalid on one rank, or that differs between the ranks, is an error on every rank: no rank waits for a
-message that never comes, or takes another message for it.
+message that never comes, or mistakes another message for it.
 """
 
 import math
@@ -25,7 +25,7 @@ __all__ = ["check_ranks_agree", "checking_arguments", "device_of", "raise_for_ot
 _PROBES = (-100.0, -30.0, -1.0, -0.1, 0.0, 0.1, 1.0, 30.0, 100.0)  # scores at which transforms are compared
 _TOLERANCE = 1e-3  # of the transformed: GPUs of different kinds may round differently
 _HEAD = ("failed", "digest", "capacity", "seed", "step")
-_ROW = len(_HEAD) + 1 + len(_PROBES)  # numbers that each rank sends: then the scale, then what the transform makes
+_ROW = len(_HEAD) + 1 + len(_PROBES)  # numbers that each rank sends, followed by the scale and the transformed scores
 
 
 def checking_arguments(ranks: Ranks) -> AbstractContextManager[None]:
@@ -52,24 +52,24 @@ def check_ranks_agree(
     """Makes sure, before anything else is sent, that all ranks are about to do the same.
 
     Args:
-        ranks: of the group.
-        tensor: [rows, D], from which all that is sent later derives: the check cannot be reordered behind it.
-        capacity: slots here.
-        function: that was called.
-        name: of `tensor`, for messages.
-        options: must be equal; a sharded cache unless they say that it is replicated.
+        ranks: the ranks of the group.
+        tensor: [rows, D]. All later messages derive from it, so that the check cannot be reordered behind them.
+        capacity: slots of this rank.
+        function: the called function.
+        name: name of `tensor`, for messages.
+        options: must be equal; the cache is sharded unless they make it replicated.
         scale: must be equal.
         seed_and_step: of the cache, if there is one.
-        rows: further tensors of which rows are sent, by name: dtypes and row shapes must be equal, and whether there is
-            a gradient to send back.
+        rows: further tensors whose rows are sent, by name: dtypes and row shapes must be equal, and whether there is a
+            gradient to send back.
         numbers: further integers that must be equal, by name.
         choices: further constants that must be equal, by name.
 
     Returns:
-        `tensor`, and where the slots are.
+        `tensor`, and the place of the slots.
 
     Raises:
-        ValueError: on every rank, if anything differs, or shards cannot be those of one cache.
+        ValueError: on every rank, if anything differs, or the shards cannot form one cache.
     """
     if ranks.name is None:
         return tensor, unsharded(capacity)
@@ -111,10 +111,10 @@ def _of_rows(name: str, tensor: Tensor) -> dict[str, Any]:
 
 
 def _transformed(options: StepOptions, scale: float | Tensor, device: torch.device) -> Tensor:
-    """[1 + probes] float64: the scale, and what the transform makes of some scores."""
+    """[1 + probes] float64: the scale, and the transform of some scores."""
     probes = torch.tensor(_PROBES, device=device)
     with torch.no_grad():  # compared, not trained
-        made: Any = options.transformed(probes)  # whatever a user's function gives
+        made: Any = options.transformed(probes)  # any result of a user's function
         if not isinstance(made, Tensor) or made.shape != probes.shape:
             found = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
             raise ValueError(f"score_transform gave {found} for {tuple(probes.shape)}; expected one number for each")
@@ -123,7 +123,7 @@ def _transformed(options: StepOptions, scale: float | Tensor, device: torch.devi
 
 
 class _Announcing:
-    """Tells the other ranks of an error here; they are told in `check_ranks_agree`."""
+    """Reports an error of this rank to the others, which receive it in `check_ranks_agree`."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -255,7 +255,7 @@ def _check_capacities(capacities: list[int], replicated: bool) -> None:
 
 
 def device_of(group: dist.ProcessGroup) -> torch.device:
-    """Where numbers of this process can be sent from."""
+    """The device from which this process can send numbers."""
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

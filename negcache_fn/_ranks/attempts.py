@@ -1,9 +1,9 @@
-"""Errors between two messages of a step, in functions that the user gives: told to every rank with the next message.
+"""Errors of the user's functions between two messages of a step, reported to every rank with the next message.
 
-A rank that raised at once would leave the others waiting. So it goes on with a stand-in of the right shape, messages
-that are sent anyway carry the outcome of its attempts, and then every rank raises. Nothing has been written by then.
+A rank that raised at once would leave the others waiting. So it continues with a stand-in of the right shape, the next
+regular messages carry the outcome of its attempts, and then every rank raises. Nothing has been written by then.
 
-While a step is compiled there is nothing to catch: errors of that time stay on their rank.
+While a step is being compiled nothing is caught: errors then stay on their rank.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # and a
 
 
 class Attempts:
-    """The calls that a step makes of functions that the user gives."""
+    """A step's calls of the user's functions."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -37,7 +37,7 @@ class Attempts:
         return self.ranks.name is not None and not torch.compiler.is_compiling()
 
     def result(self, function: Callable[[], Tensor], stand_in: Callable[[], Tensor]) -> Tensor:
-        """Of the function or, if it raises, the stand-in."""
+        """The result of the function or, if it raises, the stand-in."""
         if not self.watched:
             return function()
         try:
@@ -61,7 +61,7 @@ class Attempts:
     def compare(self, outcomes: Tensor) -> None:
         """Raises on every rank, if an attempt failed or embeddings differ in kind, by the outcomes [ranks].
 
-        On an accelerator nothing waits for them: failures are raised by `raise_if_any`.
+        On an accelerator this does not wait for the outcomes: `raise_if_any` raises later.
         """
         if not self.watched or outcomes.device.type != "cpu":
             return

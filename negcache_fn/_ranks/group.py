@@ -1,8 +1,8 @@
-"""The ranks of a process group, and which slots of a cache each of them holds.
+"""The ranks of a process group, and the slots of a cache that each of them holds.
 
-`Ranks` is a process group or, with `ALONE`, none: then every collective is the identity, so sharded code is unsharded
-code. `Shards` says which of the cache's slots lie where: rank r has `r * chunk ... (r + 1) * chunk - 1` of a numbering
-of all slots, and the last rank the remaining ones.
+`Ranks` is a process group or, with `ALONE`, none: then every collective is the identity, so sharded code also runs
+unsharded. `Shards` describes the place of the slots: of all slots, rank r has the numbers
+`r * chunk ... (r + 1) * chunk - 1`, and the last rank the remaining ones.
 """
 
 from typing import Any, NamedTuple, cast
@@ -86,10 +86,9 @@ class Ranks(NamedTuple):
         return self._received(cast(Tensor, all_reduce(self._in_turn(values.detach()), operation, self.name)))
 
     def _in_turn(self, values: Tensor) -> Tensor:
-        """The values, to be sent after the last message has arrived; their gradients the other way round.
+        """The values, to be sent after the last message has arrived; their gradients in reverse order.
 
-        A compiler may order messages that do not depend on each other differently on each rank, and then the wrong
-        ones meet.
+        A compiler may order independent messages differently on each rank, and then they would not match.
         """
         for last in self.last.values():
             values = sequenced_after(values, last)
@@ -101,7 +100,7 @@ class Ranks(NamedTuple):
 
 
 class Shards(NamedTuple):
-    """Where the slots are."""
+    """The place of the slots."""
 
     ranks: Ranks  # that hold a part each
     first: int | Tensor  # number of the first slot here
@@ -130,12 +129,12 @@ def ranks_of(group: Any) -> Ranks:
 
 
 def fetch_rows(leaves: list[Tensor], slots: Tensor, shards: Shards) -> list[Tensor]:
-    """Rows of tensors [C, ...] that are spread over the ranks, wherever they are.
+    """Rows of tensors [C, ...] that are spread over the ranks, from any rank.
 
     Args:
-        leaves: the part of each tensor that is here, on any device.
-        slots: [M] int64, numbers of the rows wanted here. Negative ones read some row.
-        shards: where they are.
+        leaves: this rank's part of each tensor, on any device.
+        slots: [M] int64, numbers of the rows to fetch. Negative ones read some row.
+        shards: the place of the slots.
 
     Returns:
         [M, ...] of each, on the device of `slots`.

@@ -1,6 +1,6 @@
 """Collectives as operators, around public functions of torch.distributed; the only file that calls those in a step.
 
-Being custom operators, they compile into one graph with the rest of a step, and nothing depends on torch's functional
+As custom operators, they compile into one graph with the rest of a step, and nothing depends on torch's functional
 collectives, which are private and change from release to release. Shapes must be the same on all ranks:
 `check_ranks_agree` makes sure of that before anything else is sent.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# There is no public way from a group's name, all that an operator can take, to the group.
+# There is no public way from a group's name, the only argument an operator can take, to the group.
 from torch.distributed.distributed_c10d import (
     GroupName,
     _resolve_process_group,  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] - nothing public does it

@@ -1,4 +1,4 @@
-"""Order for what a compiler could otherwise reorder: neither side needs the other's result, but one must come first."""
+"""Order for work that a compiler could reorder: neither side needs the other's result, but one must come first."""
 
 from typing import Any, cast
 

@@ -1,4 +1,4 @@
-"""Work outside of a step that one rank may fail at: every rank learns of it at once, and none waits.
+"""Work outside a step that may fail on one rank: every rank learns of it at once, and none waits.
 
 For files, which one rank may be unable to write or to see. Arguments of a step go through `agree`.
 """
@@ -14,16 +14,16 @@ Result = TypeVar("Result")
 
 
 def of_all_ranks(group: dist.ProcessGroup | None, task: str, function: Callable[[], Result]) -> list[Result]:
-    """What the function returns on each rank.
+    """The results of the function on each rank.
 
     Args:
         group: the ranks; None: this process alone.
-        task: what fails if the function does, for the message.
-        function: of small results that can be pickled.
+        task: the task that fails with the function, for the message.
+        function: returns a small result that can be pickled.
 
     Raises:
-        OSError, ValueError, RuntimeError: on every rank, if the function raised on one of them; names the rank. Of a
-            process alone, the function's own error.
+        OSError, ValueError, RuntimeError: on every rank, if the function raised on one of them; names the rank. In a
+            single process, the function's own error.
     """
     if group is None:
         return [function()]
@@ -43,7 +43,7 @@ def of_all_ranks(group: dist.ProcessGroup | None, task: str, function: Callable[
 
 
 def everywhere(group: dist.ProcessGroup | None, task: str, function: Callable[[], Result]) -> Result:
-    """What the function returns here, if it returns on every rank. Errors as those of `of_all_ranks`."""
+    """The function's result on this rank, if it returns on every rank. Errors are those of `of_all_ranks`."""
     results: list[Result] = []
     of_all_ranks(group, task, lambda: results.append(function()))
     return results[0]

@@ -1,11 +1,11 @@
-"""The score of a query and a document, defined once: product, transform, log-weight, and what is excluded.
+"""The score of a query and a document, defined once: product, transform, log-weight, and exclusions.
 
     score[i, j] = transform(scale * queries[i] . embeddings[j]) + log_weight[j]
 
 `Similarity` is the part without the log-weight, for embeddings at hand: the documents of a batch, fresh embeddings of
 drawn documents. `ScoreMatrix` is all of it for a whole cache, never evaluated at once: slots that are empty or excluded
 have score -inf. `stream` reads the matrix by parts. Another similarity changes this file, and the kernels in
-`negcache_fn._kernels` if they are to compute it.
+`negcache_fn._kernels` that should compute it.
 """
 
 from typing import NamedTuple
@@ -47,7 +47,7 @@ class Similarity(NamedTuple):
 
     @classmethod
     def of(cls, options: StepOptions, scale: float | Tensor, dtype: torch.dtype) -> "Similarity":
-        """As the options of a step say."""
+        """With the transform of a step's options."""
         return cls(dtype, scale, options.score_transform)
 
     def pairwise(self, queries: Tensor, documents: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Similarity(NamedTuple):
         return self.of_products((self.scaled(queries)[:, None, :] * documents.to(self.dtype)).sum(-1))
 
     def scaled(self, queries: Tensor) -> Tensor:
-        """The queries, of which only inner products are left to make."""
+        """The queries, scaled, for inner products."""
         return queries.to(self.dtype) * self.scale
 
     def of_products(self, products: Tensor) -> Tensor:
@@ -158,8 +158,8 @@ class ScoreMatrix(NamedTuple):
     def scores_at(self, row: Tensor, slots: Tensor) -> Tensor:
         """[n, BLOCK]: the scores of the queries `row` [n] in blocks of slots [n, BLOCK], -inf past the end.
 
-        The lowest score of a block is never above `max_score`: a block that was chosen has something to draw, even
-        where rounding here differs from that of the pass that chose it.
+        The lowest score of a block is never above `max_score`: a chosen block has a document to draw, even if rounding
+        here differs from that of the pass that chose it.
         """
         capacity = self.embeddings.shape[0]
         outside = slots >= capacity
@@ -217,7 +217,7 @@ def score(
 def check_search(
     state: TensorDictBase, queries: Tensor, scale: float | Tensor, exclude_ids: Tensor | None = None
 ) -> None:
-    """The checks that all functions share that score queries against the cache."""
+    """The checks shared by all functions that score queries against the cache."""
     check_state(state)
     check_embeddings("queries", queries, stored(state, "embedding"), of="the cache")
     check_scale(scale, queries.device)
@@ -261,12 +261,12 @@ def dtype_of_scores(state: TensorDictBase, queries: Tensor) -> torch.dtype:
 
 
 def in_dtype(queries: Tensor, scale: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, float | Tensor]:
-    """Both in the dtype of the softmax, for all their uses: the gradients are added up in it, and rounded once."""
+    """Both in the dtype of the softmax, for all their uses: gradients are added up in that dtype, and rounded once."""
     return queries.to(dtype), scale.to(dtype) if isinstance(scale, Tensor) else scale
 
 
 def full_precision(like: Tensor) -> torch.autocast:
-    """A context without autocast: scores are accumulated in float32 or wider whatever surrounds the call."""
+    """A context without autocast: scores are accumulated in float32 or wider in any surrounding context."""
     return torch.autocast(like.device.type, enabled=False)
 
 

@@ -1,7 +1,7 @@
 """False negatives: documents that a query's softmax leaves out.
 
-`FalseNegatives` is how a user names them, the same for drawing, loss and mining; `Exclusions` is how a search of the
-cache takes them.
+`FalseNegatives` is the user's argument, the same for drawing, loss and mining; `Exclusions` is the form in which a
+search of the cache takes them.
 """
 
 from collections.abc import Callable
@@ -55,8 +55,8 @@ class Labels(NamedTuple):
 class FalseNegatives(NamedTuple):
     """Documents to exclude from a query's negatives in addition to its positive.
 
-    They are left out of its softmax: of the cache's part (they are not drawn, not in the normaliser, and have no weight
-    when another query draws them) and, with in-batch classes, of the batch's.
+    They are left out of its softmax: of the cache's part (they are not drawn, not in the normaliser, and have weight 0
+    when another query draws them) and, with in-batch classes, of the batch's part.
 
     Examples:
         >>> state = update(init_cache(8, 4, torch.zeros(1, 3)), torch.ones(3, 3), torch.eye(4)[:3], ids=torch.arange(3))
@@ -72,13 +72,13 @@ class FalseNegatives(NamedTuple):
     """
 
     ids: Tensor | None = None
-    """[B, P] int64: all that is positive for each query, -1 where there are fewer."""
+    """[B, P] int64: ids of all known positives of each query, padded with -1."""
 
     max_score: float | Tensor | Callable[[Tensor], Tensor] | None = None
-    """Documents of a higher score are excluded. A number or [B], in units of the scores (scaled and transformed,
-    without log-weights), or a function that gives it for the scores [B] of the positives, such as `lambda positive:
-    positive + 1.0`. It goes by the scores as they are: stale ones in the cache, fresh ones in the batch. No gradient.
-    (-inf excludes every document; given to `sample_gumbel` alone, it shuts the query out of that cache.)"""
+    """Documents with a higher score are excluded. A number or [B], in units of the scores (scaled and transformed,
+    without log-weights), or a function of the positives' scores [B] that returns it, such as `lambda positive:
+    positive + 1.0`. The limit applies to stale scores in the cache and to fresh scores in the batch, without gradient.
+    (-inf excludes every document; passed to `sample_gumbel` alone, it excludes the whole cache for that query.)"""
 
     labels: Labels | None = None
     """Documents of a query's own label are excluded."""
@@ -88,7 +88,7 @@ NO_FALSE_NEGATIVES = FalseNegatives()
 
 
 class Exclusions(NamedTuple):
-    """What is not to be found in the cache."""
+    """The documents that a search of the cache must not find."""
 
     for_all: Tensor  # [P] int64 ids; P may be 0
     for_each: Tensor  # [B, P] int64 ids; P may be 0
@@ -195,7 +195,7 @@ def needs_positives(false_negatives: FalseNegatives) -> bool:
 
 
 def limits_by(function: Callable[[Tensor], Tensor], positives: Tensor) -> Tensor:
-    """[B] what a user's function gives for the positives' scores [B], checked."""
+    """[B] the checked result of a user's function for the positives' scores [B]."""
     given: Any = function(positives.detach())
     if not isinstance(given, Tensor) or given.shape != positives.shape:
         found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
@@ -208,7 +208,7 @@ def limits_by(function: Callable[[Tensor], Tensor], positives: Tensor) -> Tensor
 def max_score_of(
     false_negatives: FalseNegatives, like: Tensor, dtype: torch.dtype, positives: Tensor | None = None
 ) -> Tensor | None:
-    """[B] the limit in `dtype`, from the positives' scores [B] where it depends on them; None: there is none.
+    """[B] the limit in `dtype`, from the positives' scores [B] if it depends on them; None if there is no limit.
 
     `like` [B, ...] has its rows and device.
     """

@@ -43,7 +43,7 @@ def top_negatives(
     false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The `n` cached documents of highest score of every query: exact, streaming, ties by slot.
+    """The `n` cached documents with the highest scores for every query: exact, streaming, ties by slot.
 
     Args:
         state: the cache.
@@ -53,11 +53,11 @@ def top_negatives(
         score_transform: elementwise function of the scaled inner products.
         exclude_ids: int64 ids of documents to leave out, [P] for all queries or [B, P] for each; -1 means none.
         false_negatives: further documents to leave out, by id or by score.
-        group: of the ranks over which the cache is sharded; each asks for its own queries, and slots are numbers of all
-            the cache's slots. Ids [P] are left out for the queries of every rank.
+        group: ranks over which the cache is sharded; each passes its own queries, and slots are numbered over the whole
+            cache. Ids [P] are left out for the queries of every rank.
 
     Returns:
-        Scores [B, n] in descending order, without gradient, and slots [B, n] int64; (-inf, -1) where there are fewer.
+        Scores [B, n] in descending order, without gradient, and slots [B, n] int64, padded with (-inf, -1).
 
     Raises:
         ValueError, TypeError: as `score`; `n` not in 1 ... C; `exclude_ids` or `false_negatives` of another shape or
@@ -104,7 +104,7 @@ def hardest_of_all(matrix: ScoreMatrix, n: int, shards: Shards) -> tuple[Tensor,
     if ranks.name is None:
         return scores, slots
     slots = torch.where(slots >= 0, slots + shards.first, -1)
-    # Slot numbers are exact in float64, so that one exchange does.
+    # Slot numbers are exact in float64, so one exchange is enough.
     of_ranks = ranks.by_rank(ranks.exchange(torch.stack([scores.double(), slots.double()], dim=1)))
     all_scores, all_slots = of_ranks.permute(2, 1, 0, 3).flatten(2)  # [2, B, ranks * n]
     # Slots ascend from rank to rank, so that a stable sort breaks ties by slot.
@@ -137,8 +137,8 @@ def hardest(matrix: ScoreMatrix, n: int) -> tuple[Tensor, Tensor]:
 def _hardest(matrix: ScoreMatrix, n: int) -> tuple[Tensor, Tensor]:
     """`hardest` in plain torch.
 
-    The `n` blocks of largest maximum, ties by block, hold them all: a block outside is preceded by `n` others, each of
-    which has an element that precedes every element of it.
+    The `n` blocks of largest maximum, ties by block, hold them all: any other block is preceded by `n` blocks that each
+    have an element that precedes every element of it.
     """
     maxima = reduce_blocks(matrix, "max")
     blocks = _top(maxima, maxima.new_empty(maxima.shape[0], 0), n)[1].sort(dim=1).values

@@ -62,13 +62,13 @@ def slot_masses(matrix: ScoreMatrix, log_weight: Tensor) -> Tensor:
 
 
 def sum_of_rows(values: Tensor, log_weight: Tensor) -> Tensor:
-    """[B, n] -> [n]: `(values + log_weight[:, None]).logsumexp(0)`, over the rows whose weight is not -inf."""
+    """[B, n] -> [n]: `(values + log_weight[:, None]).logsumexp(0)`, over rows with a weight above -inf."""
     counts = log_weight > -_INFINITY
     return torch.where(counts[:, None], values + log_weight[:, None], -_INFINITY).logsumexp(0)
 
 
 class Summary(NamedTuple):
-    """What a pass leaves of the scores."""
+    """The result of a pass over the scores."""
 
     stretches: Tensor  # [B, ceil(C / length)] log-sum-exp of every stretch of scores; without a gradient
     log_normalizer: Tensor  # [B] log-sum-exp of every row; differentiable in the queries
@@ -122,7 +122,7 @@ def _reduce_blocks(matrix: ScoreMatrix, by: str) -> Tensor:
 
 
 def _summarize_transformed(matrix: ScoreMatrix) -> tuple[Tensor, Tensor]:
-    """By recomputation in the backward pass: a transform may have parameters, and their gradients are exact too."""
+    """Recomputes in the backward pass, as a transform may have parameters, whose gradients are exact too."""
 
     def summarize_chunk(start: int, *fields: Any) -> tuple[Tensor, Tensor]:
         scores = _chunk(ScoreMatrix(*fields), start).scores()

@@ -1,8 +1,8 @@
 """The summary of transformed scores, with the queries' gradient computed in the pass itself.
 
-The embeddings may be overwritten before the backward pass (`step_`), which therefore must not need them: what it takes
-is the gradient `sum_j p_ij t'(x_ij) e_j` [B, D] of the log-sum-exp in each query, accumulated relative to the largest
-score so far.
+The embeddings may be overwritten before the backward pass (`step_`), which therefore must not need them. It uses the
+gradient `sum_j p_ij t'(x_ij) e_j` [B, D] of the log-sum-exp in each query, accumulated relative to the largest score so
+far.
 """
 
 import torch
@@ -16,7 +16,7 @@ __all__ = ["summarize_transformed"]
 
 def summarize_transformed(matrix: ScoreMatrix, length: int = BLOCK) -> Summary:
     """`summarize` of a matrix with a transform; its parameters, if it has any, are constants here."""
-    with torch.no_grad():  # the gradient is put in below
+    with torch.no_grad():  # the gradient is added below
         blocks, log_normalizer, mean = blocks_and_mean(matrix)
     if torch.is_grad_enabled() and matrix.queries.requires_grad:
         # The value of the sum is 0, its gradient in the queries their mean.

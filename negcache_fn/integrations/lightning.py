@@ -1,7 +1,7 @@
-"""What Lightning does not do for a loss with a cache: log its metrics, and save the caches of all ranks.
+"""A Lightning callback for losses with a cache: it logs their metrics, and saves the caches of all ranks.
 
-For `lightning.pytorch`, which nothing else of this package imports. With one process a checkpoint has the cache
-already, in the module's `state_dict`. With several, Lightning writes rank 0's; so the others send theirs there:
+For `lightning.pytorch`, which nothing else in this package imports. With one process a checkpoint has the cache
+already, in the module's `state_dict`. With several, Lightning writes rank 0's, so the others send their caches there:
 
 | cache                       | in the checkpoint                    | on another number of ranks         |
 | --------------------------- | ------------------------------------ | ---------------------------------- |
@@ -36,17 +36,17 @@ class NegativeCacheCallback(Callback):
     """Logs the metrics of every `negcache_fn.nn.NegativeCacheLoss` in the module, and saves and restores all caches.
 
     Metrics go through `log_dict` after each training batch that used the loss, so Lightning writes them every
-    `log_every_n_steps`: as `cache/drift`, or `cache/<path of the loss>/drift` where there are several losses. With a
-    group they are those of all ranks, without one those of rank 0.
+    `log_every_n_steps`: as `cache/drift`, or `cache/<path of the loss>/drift` if there are several losses. With a group
+    they cover all ranks, without one rank 0.
 
-    A resumed run equals the uninterrupted one, on the same number of ranks bit for bit. Rank 0 holds all caches in CPU
-    memory while it saves, and every rank reads the whole file. Beside a `WeightAveraging`, as `EMAWeightAveraging` is,
-    weights are averaged, and the cache is that of the training.
+    A resumed run equals the uninterrupted one, bit for bit on the same number of ranks. Rank 0 holds all caches in CPU
+    memory while it saves, and every rank reads the whole file. Beside a `WeightAveraging`, such as
+    `EMAWeightAveraging`, weights are averaged, and the cache stays that of the training.
 
     Args:
-        prefix: of the names under which metrics are logged.
-        save: whether checkpoints get the caches of all ranks. With False they have that of rank 0 alone: for caches
-            too large for one rank, which `negcache_fn.distributed.save_checkpoint` saves by part.
+        prefix: prefix of the names of logged metrics.
+        save: whether checkpoints get the caches of all ranks. With False they have only rank 0's: for caches too large
+            for one rank, which `negcache_fn.distributed.save_checkpoint` saves by parts.
 
     Raises:
         ValueError: at the start of `fit`, with `save` and several ranks: a strategy whose checkpoints are not rank 0's
@@ -82,7 +82,7 @@ class NegativeCacheCallback(Callback):
         self._losses, self._seen = {}, {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finds the losses, and checks that what they hold can be saved."""
+        """Finds the losses, and checks that their caches can be saved."""
         self._losses = _losses(pl_module)
         if not self.save or trainer.world_size == 1:
             return
@@ -139,7 +139,7 @@ class NegativeCacheCallback(Callback):
                     checkpoint["state_dict"][f"{path}.cache.{name}"] = whole
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Gives each rank the cache that it had, where each has its own; `state_dict` gave all of them rank 0's."""
+        """Restores each rank's own cache, if each has one; `state_dict` restored rank 0's on all of them."""
         for path, loss in _losses(pl_module).items():
             others = checkpoint.get(_OTHERS, {}).get(path, [])
             if self.save and 0 < trainer.global_rank <= len(others):
@@ -172,9 +172,9 @@ def _averages(trainer: Trainer) -> list[WeightAveraging]:
 
 
 def _share_caches(average: WeightAveraging, losses: dict[str, NegativeCacheLoss]) -> None:
-    """Gives the averaged copy of the model, which checkpoints have as `state_dict`, the cache of the training.
+    """Gives the averaged copy of the model, which checkpoints save as `state_dict`, the cache of the training.
 
-    Its own is empty, and nobody fills it.
+    Its own cache is empty and never filled.
     """
     model = average._average_model  # pyright: ignore[reportPrivateUsage] - it is nowhere else
     if model is not None:

@@ -1,19 +1,19 @@
 """From the PyTorch port of the paper's code (marceljahnke/negative-cache): its caches as states of this package.
 
 The port is not imported. Its `NegativeCache` is a pair of `data`, a tensor [C, ...] for each key of its specs, and
-`age` [C] int32: the number of updates since a slot was written. What becomes of them, with `step` the least number of
-updates that fits the ages:
+`age` [C] int32: the number of updates since a slot was written. They are converted as follows, with `step` the smallest
+number of updates that fits the ages:
 
 | the port                           | the state                                                                      |
 | ---------------------------------- | ------------------------------------------------------------------------------ |
 | `data[embedding_key]`              | `items.embedding`                                                              |
 | the other keys of `data`           | `items.features`                                                               |
 | `age`                              | `items.embedded_at` and `items.inserted_at`: `step - 1 - age`                  |
-| a slot that never held a document  | an empty slot; it has no mark there, and is told by its zeros (`empty`)        |
+| a slot that never held a document  | an empty slot; it has no mark there, and is recognised by its zeros (`empty`)  |
 | copies of a document, with an id   | the one of least age stays, ties by slot; the others are empty slots           |
 
 The port keeps one age. With `use_lru=True` it is that of the embedding, with `use_lru=False` that of the document;
-going on with `evict="lru"` or "fifo" respectively keeps the order in which documents leave.
+continue with `evict="lru"` or "fifo" respectively to keep the order in which documents leave.
 
 As a script: `python -m negcache_fn.integrations.port cache.pt state.pt`, see `--help`.
 """
@@ -53,26 +53,26 @@ def convert_cache(
     """A cache of the port as a state.
 
     Args:
-        cache: the port's `NegativeCache` (`handler.cache`), or a dict {"data": ..., "age": ...}. Everything is copied:
-            the port writes into the tensors that it has.
-        embedding_key: the key of the embeddings, [C, D] floating; stored in the dtype that they have.
-        data_keys: the keys of the features, what the encoder takes; None: all but the embeddings'.
+        cache: the port's `NegativeCache` (`handler.cache`), or a dict {"data": ..., "age": ...}. Everything is copied,
+            as the port writes into its tensors.
+        embedding_key: the key of the embeddings, [C, D] floating; stored in their dtype.
+        data_keys: the keys of the features, the inputs of the encoder; None: all except the embeddings'.
         id_key: a key of integers [C] or [C, 1] that are the documents' ids (-1: anonymous); it need not be one of
             `data_keys`. None: all documents are anonymous.
-        dtypes: of features that are to have another dtype than there: what the batches of `step` come with.
-        empty: which slots hold no document. "zeros": those whose embedding is all zero, and those of whose data all but
-            the embedding is zero: empty slots that were drawn, encoded and written back, as the port does. Where such
-            data is that of a document, such as an index: "zero_embeddings", the first kind only; or a tensor [C] bool.
+        dtypes: new dtypes for features, if the batches of `step` have another dtype than the port's cache.
+        empty: the slots that hold no document. "zeros": those whose embedding is all zero, and those whose features are
+            all zero, since the port draws, encodes and writes back empty slots. "zero_embeddings": the first kind only,
+            if zeros can be the features of a document, such as an index. Or a tensor [C] bool.
         seed: key of the noise from now on.
 
     Returns:
-        The state, locked and valid. Embeddings and features are on the devices where they were, the rest is on that of
-        the embeddings.
+        The state, locked and valid. Embeddings and features stay on their devices, everything else is on that of the
+        embeddings.
 
     Raises:
         ValueError: missing keys; tensors that are not [C, ...]; a negative age, as in the cache that was given to the
             port's `update_cache`, which writes into it; embeddings of documents that are not finite.
-        TypeError: something that is no cache of the port; embeddings that are not floating, ids or ages that are no
+        TypeError: an object that is not a cache of the port; embeddings that are not floating; ids or ages that are not
             integers.
 
     Examples:
@@ -117,9 +117,10 @@ def convert_caches(caches: Mapping[str, Any], *, seed: int = 0, **options: Any) 
 
     Args:
         caches: `handler.cache`: caches by name.
-        seed: of the first in the order of names; each further one has one more, since caches that are merged need
-            different seeds.
-        **options: those of `convert_cache` but `seed`. Ids are unique within a cache; a document in two stays in both.
+        seed: seed of the first cache in the order of names; each further one adds 1, since merged caches need different
+            seeds.
+        **options: those of `convert_cache` except `seed`. Ids are unique within a cache; a document in two stays in
+            both.
 
     Returns:
         The states in the order of names, in which the port concatenates its caches.
@@ -222,14 +223,14 @@ def _ages(age: Tensor, capacity: int) -> Tensor:
         raise ValueError(f"age has shape {tuple(age.shape)}; expected [{capacity}], one for each slot")
     if int(age.min()) < 0:
         raise ValueError(
-            f"age is {int(age.min())} somewhere; expected 0 or more: the port's update_cache writes into what it is "
-            f"given, so that only what it returned is a cache"
+            f"age is {int(age.min())} somewhere; expected 0 or more: the port's update_cache writes into its argument, "
+            f"so that only its result is a cache"
         )
     return age.to(torch.int64)
 
 
 def _rest(data: Mapping[str, Any], embedding_key: str, capacity: int) -> dict[str, Tensor]:
-    """All but the embeddings."""
+    """All keys except the embeddings'."""
     rest = {key: _tensor(data, key, "data") for key in data if key != embedding_key}
     for key, leaf in rest.items():
         if leaf.ndim == 0 or leaf.shape[0] != capacity:
@@ -242,7 +243,7 @@ def _features(
 ) -> dict[str, Tensor]:
     keys = list(rest) if data_keys is None else list(data_keys)
     if not keys:
-        raise ValueError("data_keys is empty; expected the keys of what the encoder takes")
+        raise ValueError("data_keys is empty; expected the keys of the encoder's inputs")
     features = {key: _tensor(rest, key, "data_keys") for key in keys}
     if not dtypes.keys() <= features.keys():
         raise ValueError(f"dtypes has keys {sorted(dtypes)}; expected some of {keys}")

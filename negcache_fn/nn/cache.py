@@ -29,11 +29,11 @@ class Cache(nn.Module):
     `double` and the like change the dtype of the embeddings alone. Its entries in a `state_dict` are named as in the
     schema of a state: `items/embedding`, `items/features/input_ids`, ..., `step`, `seed`.
 
-    It cannot be made on the meta device, where `from_pretrained` and the like make a model before they load it: they
-    do not know of a cache. Put it into the model afterwards.
+    It cannot be made on the meta device, where `from_pretrained` makes a model before it loads the weights, because
+    the weights have no cache. Put it into the model afterwards.
 
     Args:
-        state: the cache, which is the module's from now on.
+        state: the cache; the module owns it from now on.
 
     Raises:
         ValueError, TypeError: a `state` that is not a cache, or on the meta device.
@@ -44,8 +44,8 @@ class Cache(nn.Module):
         check_state(state)
         if "meta" in (stored(state, "embedding").device.type, torch.get_default_device().type):
             raise ValueError(
-                "state is to be a module's on the meta device, as under from_pretrained(...) or torch.device('meta'), "
-                "which would leave it without values; expected a cache that is put into the model when that is loaded"
+                "state would be on the meta device, as under from_pretrained(...) or torch.device('meta'), and have no "
+                "values; expected a cache that is put into the model after the model is loaded"
             )
         self.state: TensorDictBase = state
 
@@ -56,7 +56,7 @@ class Cache(nn.Module):
         return copy
 
     def __getattr__(self, name: str) -> Any:
-        # torch.distributed.checkpoint's helpers look up what a `state_dict` names.
+        # torch.distributed.checkpoint's helpers look up the names in a `state_dict`.
         if "state" in self.__dict__:
             for leaf_name, leaf in _named(self.state):
                 if leaf_name == name:
@@ -64,7 +64,7 @@ class Cache(nn.Module):
         return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # What the function does is asked of nothing, so that numbers never pass through another dtype.
+        # The function is applied to an empty tensor, so that numbers never pass through another dtype.
         embedding = stored(self.state, "embedding")
         like = fn(embedding.new_empty(0))
         if embedding.is_meta and not like.is_meta:
@@ -130,7 +130,7 @@ class Cache(nn.Module):
                 leaf.copy_(given[key])
 
     def _losses(self, given: dict[str, Tensor], prefix: str) -> list[str]:
-        """What would be lost if the values were copied into this state."""
+        """The values that would be lost if they were copied into this state."""
         embedding = stored(self.state, "embedding")
         if embedding.is_meta and not given[f"{prefix}items/embedding"].is_meta:
             return [f"{prefix}items/embedding is on the meta device and takes no values: load with assign=True"]
@@ -140,7 +140,7 @@ class Cache(nn.Module):
         return [] if slot is None else [lost]
 
     def _assign(self, given: dict[str, Tensor], prefix: str) -> None:
-        """The tensors themselves, as `load_state_dict(assign=True)` has it."""
+        """The given tensors themselves, as with `load_state_dict(assign=True)`."""
         new = self.state.clone(recurse=False).unlock_()
         for key, _ in cast(Any, list(self.state.items(include_nested=True, leaves_only=True))):
             new[key] = given[prefix + _name(key)].detach()

@@ -1,4 +1,4 @@
-"""The step as a module: a shell that owns a cache, for code that is made of modules."""
+"""The step as a module that owns a cache."""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,16 +30,16 @@ class NegativeCacheLoss(nn.Module):
     metrics of the step are in `state` and `metrics`. With gradients off, nothing is written.
 
     Args:
-        state: the cache, from `init_cache`, which is the module's from now on: it is written in place.
-        scale: of the inner products, above 0.
+        state: the cache, from `init_cache`. The module owns it from now on and writes it in place.
+        scale: scale of the inner products, above 0.
         learnable_scale: whether the scale is a parameter, of at most 100, see `Scale`. With a `group` its gradient is
-            averaged over the ranks, for DistributedDataParallel does not know of it.
-        options: of the step.
-        group: of ranks that train together, see `step`.
+            averaged over the ranks, since DistributedDataParallel does not know the parameter.
+        options: options of the step.
+        group: ranks that train together, see `step`.
 
     Raises:
         ValueError, TypeError: a `state` that is not a cache, or on the meta device (put the module into a model after
-            `from_pretrained`); a `scale` not above 0; `options` that are not `StepOptions`; a `group` that is none.
+            `from_pretrained`); a `scale` not above 0; `options` that are not `StepOptions`; an invalid `group`.
 
     Examples:
         >>> encoder = torch.nn.Linear(3, 4)
@@ -75,7 +75,7 @@ class NegativeCacheLoss(nn.Module):
 
     @property
     def state(self) -> TensorDictBase:
-        """The cache. What is assigned must be a state too: a resized or a prefilled one, say."""
+        """The cache. You may assign another state, such as a resized or prefilled one."""
         return self.cache.state
 
     @state.setter
@@ -85,7 +85,7 @@ class NegativeCacheLoss(nn.Module):
 
     @property
     def scale(self) -> float | Tensor:
-        """Of the inner products: a number, or a 0-d tensor if it is learnable."""
+        """Scale of the inner products: a number, or a 0-d tensor if it is learnable."""
         return self.scaling()
 
     @property
@@ -106,7 +106,7 @@ class NegativeCacheLoss(nn.Module):
         priorities: Tensor | None = None,
         positive_rows: Tensor | None = None,
     ) -> Tensor:
-        """The loss: [] or, with reduction "none", [B]. Arguments and errors as those of `step`.
+        """The loss: [] or, with reduction "none", [B]. It has the arguments and errors of `step`.
 
         Args:
             queries: [B, D] embeddings, with gradient.

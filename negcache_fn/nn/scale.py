@@ -17,15 +17,15 @@ __all__ = ["Scale"]
 class Scale(nn.Module):
     """The scale of inner products, a number or learnable.
 
-    If it is learnable, its logarithm is the parameter. That stays float32 or wider when the module is cast, because the
-    steps of an optimizer vanish in the 8 bits of bfloat16. Its name has "bias" in it, and so the Trainer of
-    transformers leaves it out of weight decay, which would pull the scale towards 1. With other training loops, leave
-    it out yourself, as below.
+    A learnable scale has its logarithm as the parameter. The parameter stays float32 or wider when the module is cast,
+    because the steps of an optimizer vanish in the 8 bits of bfloat16. Weight decay would pull the scale towards 1. The
+    Trainer of transformers leaves the parameter out of weight decay, because its name contains "bias". In other
+    training loops, leave it out yourself, as below.
 
     Args:
         scale: above 0.
         learnable: whether its logarithm is a parameter.
-        max_scale: what a learnable scale never exceeds, as in CLIP.
+        max_scale: upper bound of a learnable scale, as in CLIP.
 
     Raises:
         ValueError, TypeError: a scale that is not a number above 0; a learnable one above `max_scale`.

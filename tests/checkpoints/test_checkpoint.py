@@ -100,7 +100,7 @@ MISFITS = {
     other_feature_dtype: "cache.items.features.tokens has dtype torch.int64 there, and torch.int32 here",
     untrained_optimizer: "it has optimizer.state.0.step too",
     lambda: {"nothing": 1}: "it has no nothing",
-    lambda: {"number": torch.zeros(())}: "number is no tensor there",
+    lambda: {"number": torch.zeros(())}: "number is not a tensor there",
     lambda: {"weights": 3}: "weights is a tensor there, and here a int",
     lambda: {"weights": torch.zeros(2, device="meta")}: r"state_dict\['weights'\] is on the meta device",
 }
@@ -214,7 +214,7 @@ def test_nothing_in_a_folder_is_run(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patched:  # a value that torch.load would run
         patched.setattr("torch.load", lambda *_, **__: None)
         path = distributed.save_checkpoint(tmp_path / "b", 2, {"tensor": torch.ones(2), "value": Malicious(evidence)})
-    with pytest.raises(ValueError, match=r"value in .* is no plain value; it was not unpickled"):
+    with pytest.raises(ValueError, match=r"value in .* is not a plain value; it was not unpickled"):
         distributed.load_checkpoint(tmp_path / "b", {"tensor": tensor, "value": ""})
 
     path = distributed.save_checkpoint(tmp_path / "c", 1, {"tensor": torch.ones(2)})

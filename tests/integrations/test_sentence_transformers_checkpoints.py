@@ -89,7 +89,7 @@ def test_other_settings_are_refused(folder: Path, tmp_path: Path) -> None:
         made.append(NegativeCacheLoss(model, 32, similarity_fct=dot_score, embedding_dtype=torch.float16, seed=5))
         return made[0]
 
-    with pytest.raises(ValueError, match="is another than in the checkpoint: ") as told:
+    with pytest.raises(ValueError, match="differs from the checkpoint: ") as told:
         run(tmp_path, folder, loss=loss, resume=str(folder / "first" / "checkpoint-2"))
     for text in (
         "cache_size is 32, and 64 there",

@@ -70,7 +70,7 @@ def test_rows_that_are_too_wide() -> None:
 
 def test_embeddings_for_features() -> None:
     state = negcache_fn.init_cache(8, 4, {"x": torch.zeros(1, 3)})
-    with pytest.raises(TypeError, match="features is a Tensor; expected a mapping of what the encoder takes"):
+    with pytest.raises(TypeError, match="features is a Tensor; expected a mapping of the encoder's inputs"):
         negcache_fn.step(state, unit(2, 4, 0), unit(2, 4, 0), torch.nn.Linear(3, 4))  # pyright: ignore[reportArgumentType]
 
 

@@ -135,7 +135,7 @@ def test_not_loaded(tmp_path: Path) -> None:
         "features": "features['c'].dtype differs between the ranks of the group",
         "whole": "features['c'].dtype differs between the ranks of the group",
         "no state": "state has keys",
-        "misfit": "rank 1: ValueError: state_dict is not what",
+        "misfit": "rank 1: ValueError: state_dict does not match",
     }
     for of_rank in of_ranks:
         assert {kind for kind, _ in of_rank.values()} == {"ValueError"}, of_rank

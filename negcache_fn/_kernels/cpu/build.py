@@ -2,7 +2,7 @@
 
 They need no header of torch, so building takes a few seconds and one build serves every version of torch.
 (`torch.utils.cpp_extension.load` is not used: it also needs ninja, and a build that is killed leaves a lock that later
-builds wait for.) Where they cannot be built, or with NEGCACHE_FN_NATIVE=0 in the environment, plain torch computes the
+builds wait for.) If they cannot be built, or with NEGCACHE_FN_NATIVE=0 in the environment, plain torch computes the
 same in two to three times the time.
 """
 
@@ -43,7 +43,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The kernels, built if need be; None, with one warning in the log, where they cannot be had."""
+    """The kernels, built if necessary; None, with one warning in the log, if they are not available."""
     with _ONE_AT_A_TIME:  # threads that come here together
         return _load()
 
@@ -55,7 +55,7 @@ def _load() -> ctypes.CDLL | None:
     try:
         return _find_or_build()
     except (BuildError, OSError) as error:
-        # In the log, and not by `warnings`: where those are errors, it would end a step that plain torch can do.
+        # In the log, and not by `warnings`: if those are errors, it would end a step that plain torch can run.
         _LOGGER.warning(
             "negcache_fn runs in plain torch on this CPU, two to three times slower, without its C++ kernels: %s. "
             "NEGCACHE_FN_NATIVE=0 silences this warning.",
@@ -114,7 +114,7 @@ def _open(path: Path, folder: Folder) -> ctypes.CDLL:
 
 
 def _sources() -> list[Path]:
-    """All that is compiled or included."""
+    """All compiled and included files."""
     return sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
 
 
@@ -123,7 +123,7 @@ def _units() -> list[Path]:
 
 
 def _fingerprint(compiler: Sequence[str]) -> str:
-    """Covers all that the build depends on: machines of several kinds may share a home folder."""
+    """A hash of everything the build depends on: machines of several kinds may share a home folder."""
     inputs = [part for source in _sources() for part in (source.name.encode(), source.read_bytes())]
     inputs += [os.fsencode(part) for part in (*describe_compiler(compiler), *_FLAGS, *describe_cpu())]
     return hashlib.sha256(b"\n".join(inputs)).hexdigest()[:16]

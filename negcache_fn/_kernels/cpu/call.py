@@ -72,7 +72,7 @@ def blocks_and_sums(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def score_blocks(problem: Problem, blocks: Tensor) -> Tensor:
-    """[B, m, BLOCK]: the scores in the blocks [B, m], read where they lie."""
+    """[B, m, BLOCK]: the scores in the blocks [B, m], read in place."""
     out = problem.queries.new_empty(*blocks.shape, BLOCK)
     blocks = blocks.contiguous()
     _score("negcache_score_blocks", problem, blocks.data_ptr(), blocks.shape[1], out.data_ptr())
@@ -80,7 +80,7 @@ def score_blocks(problem: Problem, blocks: Tensor) -> Tensor:
 
 
 def slot_masses(problem: Problem, log_weight: Tensor) -> Tensor:
-    """[ceil(C / BLOCK) * BLOCK]: `(scores + log_weight[:, None]).logsumexp(0)`, over rows whose weight is not -inf."""
+    """[ceil(C / BLOCK) * BLOCK]: `(scores + log_weight[:, None]).logsumexp(0)`, over rows with a weight above -inf."""
     out = problem.queries.new_empty(-(-problem.embeddings.shape[0] // BLOCK) * BLOCK)
     log_weight = log_weight.contiguous()
     tiles, _ = _arithmetic(problem)  # in full precision: few slots are scored again
@@ -210,5 +210,5 @@ def _arithmetic(problem: Problem) -> tuple[int, int]:
     tiles = problem.queries.shape[0] > _FEW_QUERIES and _multiplies_tiles()
     parts = _PARTS[torch.get_float32_matmul_precision()]
     if problem.embeddings.dtype == torch.float16:
-        parts = max(parts, 2)  # one bfloat16 has less precision than what is stored
+        parts = max(parts, 2)  # one bfloat16 has less precision than the stored numbers
     return int(tiles), parts

@@ -78,7 +78,7 @@ def describe_compiler(compiler: Sequence[str]) -> list[str]:
 
 
 def describe_cpu() -> list[str]:
-    """What the instructions of a native build depend on; where that is not known, this machine's name."""
+    """The CPU features on which a native build depends; if they are not known, this machine's name."""
     found: set[str] = set()
     known = False
     if _CPU_INFO.exists():

@@ -6,7 +6,7 @@
 
 namespace negcache {
 
-// What a kernel returns; call.py raises an error for anything but kDone.
+// The status that a kernel returns; call.py raises an error for anything except kDone.
 enum Status : int { kDone = 0, kUnknownStorage = 1, kNoMemory = 2 };
 
 // Calls a kernel, all of whose exceptions are of the memory that it asks for.

@@ -1,4 +1,4 @@
-"""Folders that hold builds: this user's own, so that no other user's code is ever loaded.
+"""Folders for builds, owned by this user, so that no other user's code is ever loaded.
 
 A build is found only if this user owns the folder and the file, nobody else may write to either, and the file still
 has the checksum that its name ends in. Writing a build is one rename, so nobody finds half of one.
@@ -32,7 +32,7 @@ def candidates() -> Iterator[Path]:
 
 
 class Folder:
-    """A private folder, made if it is not there. OSError if it cannot be had or is not safe to load code from."""
+    """A private folder, created if missing. OSError if it cannot be created or is not safe to load code from."""
 
     def __init__(self, path: Path) -> None:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ class Folder:
         return os.access(self.inside, os.W_OK | os.X_OK)
 
     def find(self, name: str) -> Path | None:
-        """The build of this name, None if there is none that is still as it was stored."""
+        """The build of this name; None if there is none, or if it has changed since it was stored."""
         return next((path for path in sorted(self.inside.glob(f"{name}-*.so")) if _is_as_stored(path)), None)
 
     def store(self, built: Path, name: str) -> Path:
@@ -73,7 +73,7 @@ class Folder:
 
     @contextmanager
     def locked(self, name: str, deadline: float) -> Generator[None]:
-        """Meanwhile no other process builds what has this name. TimeoutError if one still does at the deadline."""
+        """Keeps other processes from building this name. TimeoutError if one still does at the deadline."""
         import fcntl  # not on Windows, where nothing is built
 
         with (self.inside / f"{name}.lock").open("w") as file:

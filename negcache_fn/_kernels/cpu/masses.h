@@ -8,8 +8,8 @@
 
 namespace negcache {
 
-// A consumer of `stream`: out[slot] = logaddexp(out[slot], logsumexp over the rows of score + weight). A row whose
-// weight is -inf does not count, whatever its scores are.
+// A consumer of `stream`: out[slot] = logaddexp(out[slot], logsumexp over the rows of score + weight). A row with the
+// weight -inf does not count, for any scores.
 class SlotMasses {
  public:
   SlotMasses(const float* weight, float* out) : weight_(weight), out_(out) {}
@@ -39,7 +39,7 @@ class SlotMasses {
   }
 
  private:
-  // The lanes of each slot together, and with what is there from rows before.
+  // Adds up the lanes of each slot, and the sums of earlier rows.
   void finish() {
     if (block_ < 0) return;
     float* out = out_ + block_ * kBlock;

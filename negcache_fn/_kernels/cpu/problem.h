@@ -1,4 +1,4 @@
-// What every score kernel reads, and how products become scores.
+// The input of every score kernel, and the step from products to scores.
 #pragma once
 
 #include <algorithm>

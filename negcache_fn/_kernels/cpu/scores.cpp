@@ -46,7 +46,7 @@ void score_blocks(const T* embeddings, const Problem& problem, const int64_t* bl
     for (int64_t j = 0; problem.row_labels && j < count; ++j)
       if (problem.slot_labels[first + j] == problem.row_labels[row]) scores[j] = -kInfinity;
     if (!problem.max_score) continue;
-    // A block that was chosen has a document below the limit, whatever rounding says here: the lowest stays.
+    // A chosen block has a document below the limit, even if rounding differs here: the lowest one stays.
     float lowest = kInfinity;
     for (int64_t j = 0; j < count; ++j)
       if (scores[j] > -kInfinity) lowest = std::min(lowest, products[j]);

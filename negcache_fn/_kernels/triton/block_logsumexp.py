@@ -4,9 +4,9 @@
 """The Triton kernel behind `call.block_logsumexp`: product, bias, exclusions and block log-sum-exp in one pass.
 
 A program scores BLOCK_M queries against BLOCK_N slots, a few whole blocks, in float32 accumulators, reduces every block
-where it lies and writes one number for each: no score reaches memory. On wish it also writes the softmax inside every
-block, of which `call.py` makes a mean of the embeddings. Programs that share embeddings run side by side, so that these
-are read once and the queries stay in the L2 cache. `call.py` imports this file only where Triton is.
+in registers and writes one number for each: no score reaches memory. On request it also writes the softmax inside every
+block, from which `call.py` computes a mean of the embeddings. Programs that share embeddings run side by side, so that
+the embeddings are read once and the queries stay in the L2 cache. `call.py` imports this file only if Triton is there.
 """
 
 from typing import Any

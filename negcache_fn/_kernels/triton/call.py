@@ -35,7 +35,7 @@ _LOGGER = logging.getLogger(__name__)
 
 @functools.cache
 def kernel() -> ModuleType | None:
-    """The module of the kernel; None where it cannot be had."""
+    """The module of the kernel; None if it is not available."""
     if os.environ.get("NEGCACHE_FN_NATIVE", "1") == "0":
         return None
     try:
@@ -91,7 +91,7 @@ def blocks_and_sums(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Pass:
-    """A problem as the kernel takes it."""
+    """A problem in the form that the kernel takes."""
 
     def __init__(self, problem: Problem) -> None:
         module = kernel()

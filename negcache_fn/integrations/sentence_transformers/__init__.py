@@ -1,4 +1,4 @@
-"""The cache as a loss of sentence-transformers, and what saves it with the trainer's checkpoints."""
+"""The cache as a loss of sentence-transformers, and a callback that saves it with the trainer's checkpoints."""
 
 from negcache_fn.integrations.sentence_transformers.callback import NegativeCacheCallback
 from negcache_fn.integrations.sentence_transformers.filters import FalseNegativeFilter

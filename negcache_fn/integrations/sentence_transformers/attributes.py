@@ -1,4 +1,4 @@
-"""The arguments of the loss as its attributes: what is set is checked as it was when the loss was made."""
+"""The arguments of the loss as its attributes, checked when they are set as when the loss is made."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -35,7 +35,7 @@ class Attributes(nn.Module):
     def __init__(self, model: Any, settings: Settings, scale: float, *, learnable_scale: bool) -> None:
         super().__init__()
         self._made_by = (sentence_transformer(model),)  # a tuple: not a child
-        self.model: nn.Module = model  # the trainer replaces it by what wraps it
+        self.model: nn.Module = model  # the trainer replaces it by its wrapper
         self._settings = settings
         self.scaling: Scale = Scale(check_scale(scale), learnable=learnable_scale)
         self._cache: Cache | None = None
@@ -65,7 +65,7 @@ class Attributes(nn.Module):
 
     @property
     def scale(self) -> float | Tensor:
-        """Of the similarities: a number, or a 0-d tensor if it is learnable."""
+        """Scale of the similarities: a number, or a 0-d tensor if it is learnable."""
         return self.scaling()
 
     @scale.setter
@@ -84,7 +84,7 @@ class Attributes(nn.Module):
 
     @property
     def state(self) -> TensorDictBase | None:
-        """The cache, or this rank's part; None before the first batch, which tells what features a document has."""
+        """The cache, or this rank's part; None before the first batch, which shows the features of a document."""
         return None if self._cache is None else self._cache.state
 
     @state.setter

@@ -1,4 +1,4 @@
-"""What the trainer does not do for a loss with a state: save it, restore it, show its metrics."""
+"""A callback of the trainer for a loss with a state: saves it, restores it, and logs its metrics."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -22,10 +22,10 @@ class NegativeCacheCallback(TrainerCallback):
     """Saves caches with the trainer's checkpoints, restores them, and logs their metrics.
 
     `NegativeCacheCallback.attach(trainer)` finds the losses. A resumed run equals the uninterrupted one. The cache of
-    `<output_dir>/checkpoint-<step>` is in `<output_dir>/_negative_cache`: it holds training data, and what is in a
-    checkpoint's own folder is uploaded by `push_to_hub`. It goes when the checkpoint goes, and is not written with
-    `save_only_model`. On another number of ranks a shared cache is spread anew, and of separate ones each rank takes
-    the one of its number, if there is one.
+    `<output_dir>/checkpoint-<step>` is in `<output_dir>/_negative_cache`: it holds training data, and `push_to_hub`
+    uploads a checkpoint's own folder. It is deleted with the checkpoint, and is not written with `save_only_model`. On
+    another number of ranks a shared cache is distributed anew, and of separate caches each rank takes the one of its
+    number, if there is one.
 
     Args:
         trainer: with a `NegativeCacheLoss`, made already.
@@ -43,10 +43,10 @@ class NegativeCacheCallback(TrainerCallback):
 
     @classmethod
     def attach(cls, trainer: SentenceTransformerTrainer) -> "NegativeCacheCallback":
-        """Gives a trainer the callback, before those that report what is logged."""
+        """Gives a trainer the callback, in front of those that report the logs."""
         callback = cls(trainer)
         trainer.callback_handler.callbacks.insert(0, callback)
-        trainer.train = functools.partial(callback._train, trainer.train)  # which alone knows what is resumed from
+        trainer.train = functools.partial(callback._train, trainer.train)  # the only place that knows the checkpoint
         return callback
 
     def on_log(
@@ -57,7 +57,7 @@ class NegativeCacheCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds the metrics of the last step to what is logged of the training."""
+        """Adds the metrics of the last step to the training logs."""
         if logs is None or "loss" not in logs:
             return
         for name, loss in self.losses.items():
@@ -77,7 +77,7 @@ class NegativeCacheCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes the caches of the checkpoint that is resumed from."""
+        """Restores the caches of the resumed checkpoint."""
         if state.global_step == 0:
             return
         given = self._resumed_from or args.resume_from_checkpoint
@@ -92,7 +92,7 @@ class NegativeCacheCallback(TrainerCallback):
     def _train(
         self, train: Callable[..., Any], resume_from_checkpoint: str | bool | None = None, *rest: Any, **options: Any
     ) -> Any:
-        """The trainer's `train`, which does not tell its callbacks what it resumes from."""
+        """The trainer's `train`, which does not pass the resumed checkpoint to its callbacks."""
         given: Any = resume_from_checkpoint
         if isinstance(given, bool):
             given = cast(Any, get_last_checkpoint)(str(self._trainer.args.output_dir)) if given else None

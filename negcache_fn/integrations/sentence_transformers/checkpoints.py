@@ -1,7 +1,7 @@
-"""The caches of a trainer's checkpoint: whole, of its weights and made with the same settings, or not taken.
+"""The caches of a trainer's checkpoint, restored only if complete and made with its weights and the same settings.
 
-A save has a file for each rank, and its manifest says with which settings each cache was made, on how many ranks, and
-which weights the model had. `negcache_fn._checkpoints` has what makes it whole.
+A save has a file for each rank. Its manifest holds the settings of each cache, the number of ranks, and a checksum of
+the model's weights. `negcache_fn._checkpoints` makes it complete or absent.
 """
 
 import zlib
@@ -34,11 +34,11 @@ def save_caches(folder: Path, run: Path, step: int, losses: Losses, model: nn.Mo
     """Saves the caches of all ranks, and removes those of checkpoints that are no longer there.
 
     Args:
-        folder: of saves.
-        run: where the checkpoints are, `checkpoint-<step>`.
-        step: of the checkpoint.
-        losses: by name.
-        model: whose weights the checkpoint has; None: not known here.
+        folder: folder of the saves.
+        run: folder of the checkpoints, `checkpoint-<step>`.
+        step: step of the checkpoint.
+        losses: the losses by name.
+        model: the model whose weights the checkpoint has; None if they are not known here.
     """
     group, task = all_ranks(), "the caches were not saved"
     ranks = ranks_of(group)
@@ -146,7 +146,7 @@ def _names(given: list[str], saved: list[str]) -> dict[str, str]:
 
 
 def _settings(loss: NegativeCacheLoss) -> dict[str, Any]:
-    """With what a cache was made, and what it holds."""
+    """The settings and the contents of a cache."""
     return {
         "cache_size": loss.cache_size,
         "embedding_dtype": str(loss.embedding_dtype),
@@ -164,7 +164,7 @@ def _check_settings(name: str, given: dict[str, Any], saved: dict[str, Any], pat
     ]
     if told:
         raise ValueError(
-            f"the loss{f' {name!r}' if name else ''} is another than in the checkpoint: {'; '.join(told)}; expected "
+            f"the loss{f' {name!r}' if name else ''} differs from the checkpoint: {'; '.join(told)}; expected "
             f"the same, or that {path} is removed, to go on with an empty cache"
         )
 

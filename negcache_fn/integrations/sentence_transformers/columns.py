@@ -1,4 +1,4 @@
-"""What is in a column: its features as a collator gives them, each a tensor of some kind or a constant.
+"""The features of a column as a collator returns them, each a tensor of some kind or a constant.
 
 - *tokens*: tensors [rows, width, ...] along a text, as wide as the longest of them: `input_ids`, `attention_mask`;
 - *pieces*: tensors [total, ...] that hold so many entries for each document, one document after the other: the tokens
@@ -34,9 +34,9 @@ class Leaf(NamedTuple):
 
 
 def own_features(columns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The columns, each without what it has of another one.
+    """The columns, each without the features of another one.
 
-    The trainer takes for features of "negative" all that begins with "negative_", those of "negative_1" too.
+    The trainer assigns all names that begin with "negative_" to "negative", even those of "negative_1".
     """
     cleaned: list[dict[str, Any]] = []
     for column in columns:
@@ -54,7 +54,7 @@ def own_features(columns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def leaves_of(column: Mapping[str, Any]) -> dict[str, Leaf]:
-    """The tensors that documents have; ValueError for one that has nothing for each of them."""
+    """The tensors of the documents; ValueError for one without an entry for each of them."""
     if _FLATTENED in column:
         raise ValueError(
             f"the features have {_FLATTENED}: the texts are flattened into one row; expected a row for each, from a "
@@ -77,7 +77,7 @@ def leaves_of(column: Mapping[str, Any]) -> dict[str, Leaf]:
         elif value.shape[0] != rows:
             raise ValueError(
                 f"{key} has shape {tuple(value.shape)} in a column of {rows} documents; expected {rows} rows, one for "
-                f"each document: a cache keeps nothing that it cannot assign to a document"
+                f"each document: a cache only keeps tensors with an entry for each document"
             )
         elif width is not None and value.ndim >= 2 and value.shape[1] == width and _is_along_a_text(key, value, column):
             leaves[key] = Leaf("tokens", value.dtype, tuple(value.shape[2:]))
@@ -97,7 +97,7 @@ def _is_along_a_text(key: str, value: Tensor, column: Mapping[str, Any]) -> bool
 
 
 def constants_of(column: Mapping[str, Any]) -> dict[str, Any]:
-    """What is the same for all of its documents."""
+    """The values shared by all of its documents."""
     constants: dict[str, Any] = {}
     for key, value in column.items():
         if isinstance(value, Tensor):

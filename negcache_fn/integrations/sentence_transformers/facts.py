@@ -1,4 +1,4 @@
-"""What the loss knows of the documents of a batch: ids, log-weights, which to cache, and which are false negatives."""
+"""Facts about the documents of a batch: ids, log-weights, whether to cache them, and false negatives."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -83,7 +83,7 @@ def _shorter(guide: SentenceTransformer, model: SentenceTransformer) -> bool:
 
 
 def _of_documents(name: str, function: OfDocuments, ids: Tensor) -> Tensor:
-    given: Any = function(ids)  # whatever a user's function gives
+    given: Any = function(ids)  # any result of a user's function
     if not isinstance(given, Tensor) or given.shape != ids.shape:
         found = tuple(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
         raise ValueError(f"{name} gave {found} for the ids [{ids.shape[0]}] of documents; expected [{ids.shape[0]}]")

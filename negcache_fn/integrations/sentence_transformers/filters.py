@@ -1,4 +1,4 @@
-"""Which documents are left out of a query's negatives because they score so high that they may be positives."""
+"""Filters of a query's negatives: documents that score so high that they may be positives."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ _SLOTS_AT_A_TIME = 65_536
 
 @dataclass(frozen=True, kw_only=True)
 class FalseNegativeFilter:
-    """Documents of a higher similarity to the query than a limit are not its negatives, in the batch and in the cache.
+    """Excludes documents whose similarity to the query is above a limit, in the batch and in the cache.
 
-    With a `guide` it is its cosine similarity that counts, as in `GISTEmbedLoss`: the cache then keeps the guide's
-    embedding of each document. Without, it is the model's own, as in the positive-aware mining of NV-Retriever.
+    With a `guide`, its cosine similarity counts, as in `GISTEmbedLoss`: the cache then keeps the guide's embedding of
+    each document. Without, the model's own similarity counts, as in the positive-aware mining of NV-Retriever.
 
     | `margin_strategy` | limit                                         |
     | ----------------- | --------------------------------------------- |
@@ -38,10 +38,10 @@ class FalseNegativeFilter:
         guide: a model, in evaluation mode, that reads the tokens of the trained one.
         margin_strategy: "absolute", "relative" or None.
         margin: at least 0.
-        max_score: a limit in any case.
+        max_score: an upper bound of the limit, or the limit itself without a margin.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, named.
+        ValueError, TypeError: an invalid argument, which the message names.
 
     Examples:
         >>> FalseNegativeFilter(margin_strategy="relative", margin=0.05).limit(torch.tensor([0.8]))
@@ -82,7 +82,7 @@ class FalseNegativeFilter:
         return torch.stack(limits).amin(0)
 
     def by_score(self, scale: float | Tensor) -> FalseNegatives:
-        """As a step takes it, of a filter without a guide."""
+        """The argument of a step, for a filter without a guide."""
         fixed = scale.detach() if isinstance(scale, Tensor) else scale
 
         def limit(positive: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def guided(guide: SentenceTransformer, features: Mapping[str, Any], decode: Any 
 def guided_negatives(
     chosen: FalseNegativeFilter, queries: Tensor, documents: Tensor, ids: Tensor, state: TensorDictBase | None
 ) -> FalseNegatives:
-    """The documents of the batch and of the cache that the guide finds too similar to a query, by id.
+    """The ids of documents of the batch and of the cache that the guide finds too similar to a query.
 
     Args:
         chosen: the filter.

@@ -1,4 +1,4 @@
-"""The id of a document, made of what the model takes of it: equal documents have equal ids."""
+"""The id of a document, made from its features: equal documents have equal ids."""
 
 from collections.abc import Mapping
 
@@ -18,7 +18,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def content_ids(layout: Layout, rows: Mapping[str, Tensor]) -> Tensor:
-    """[N] int64, not negative: a function of all features of a document, but of neither its padding nor its side.
+    """[N] int64, not negative: a function of all features of a document, except its padding and the side of padding.
 
     Different documents have different ids, up to a chance of 2^-63 for each pair.
     """
@@ -36,7 +36,7 @@ def content_ids(layout: Layout, rows: Mapping[str, Tensor]) -> Tensor:
             place = there.long().cumsum(1)
         of_key = _mixed(_sums(values.flatten(2) if values.ndim > 2 else values[..., None], there, place) + number)
         total = of_key if total is None else _mixed(total * _GOLDEN + of_key)
-    assert total is not None  # a layout has a feature besides a mask
+    assert total is not None  # a layout has a feature that is not a mask
     return total & torch.iinfo(torch.int64).max
 
 
@@ -75,4 +75,4 @@ def _mixed(values: Tensor) -> Tensor:
 
 
 def _shifted(values: Tensor, bits: int) -> Tensor:
-    return (values >> bits) & ((1 << (64 - bits)) - 1)  # zeros come in from the left
+    return (values >> bits) & ((1 << (64 - bits)) - 1)  # zeros are shifted in from the left

@@ -1,4 +1,4 @@
-"""What a document is: the features of a column as rows that a cache can keep, and back as what the model takes.
+"""Documents as rows: the features of a column as rows that a cache can keep, and back as inputs of the model.
 
 Tokens and pieces (see `columns`) become rows of one width. Token ids are kept as int32 and the attention mask as bool.
 The constants of a column must be the same for all documents of a cache.
@@ -45,7 +45,7 @@ class Layout(NamedTuple):
     tokenizing: Tokenizing
     room: int | None  # tokens to which texts are cut and padded; None: as many as the longest has
     cuts: bool  # whether a longer text can be cut: not one that has images
-    asked: bool  # whether the room is what the user wants
+    asked: bool  # whether the user set the room
 
     @classmethod
     def of(cls, column: Mapping[str, Any], tokenizing: Tokenizing) -> "Layout":
@@ -59,7 +59,7 @@ class Layout(NamedTuple):
         return cls(leaves, constants, tokenizing, None, cuts, False)
 
     def with_room(self, max_length: int | None, most: int) -> "Layout":
-        """With so much room for a text as is asked for; else with what the tokenizer allows, up to `most` tokens.
+        """With the given room for a text, or with the tokenizer's limit, up to `most` tokens.
 
         A text that cannot be cut gets the room that it needs.
         """
@@ -71,8 +71,8 @@ class Layout(NamedTuple):
         """[N, ...] each, column after column.
 
         Args:
-            columns: of documents, with the same features.
-            least: the widths of tokens and pieces, by key, that must not be fallen below.
+            columns: columns of documents, with the same features.
+            least: the smallest allowed widths of tokens and pieces, by key.
 
         Raises:
             ValueError: a feature or a constant that the others do not have, or in another shape.
@@ -91,7 +91,7 @@ class Layout(NamedTuple):
         return joint
 
     def batch(self, rows: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What the model takes, without the padding that all rows share. The tensors are new: modules may edit them."""
+        """The inputs of the model, without the padding that all rows share, in new tensors that modules may edit."""
         kept = self._kept(rows[MASK]) if MASK in self.leaves and self.leaves[MASK].kind == "tokens" else slice(None)
         batch: dict[str, Any] = {}
         for key, leaf in self.leaves.items():
@@ -101,7 +101,7 @@ class Layout(NamedTuple):
                 if key == IDS:
                     batch["offsets"] = counts.cumsum(0) - counts
                 elif values.shape[0] == 0:
-                    continue  # as a batch without images has it
+                    continue  # as in a batch without images
             else:
                 values = rows[key][:, kept] if leaf.kind == "tokens" else rows[key]
             batch[key] = values.to(leaf.dtype, copy=True)

@@ -46,33 +46,34 @@ _ON_THE_CARD = (
 class NegativeCacheLoss(Attributes):
     """Cross entropy of each anchor's positive against the batch and a cache of earlier documents.
 
-    In place of `MultipleNegativesRankingLoss(model)`, whose arguments it takes: `NegativeCacheLoss(model)`. The first
-    column is the anchor, the second its positive, further ones are hard negatives; documents of all columns but the
-    first enter the cache, with all features that the model takes. With an empty cache the loss is that of
-    `MultipleNegativesRankingLoss`, and so it is in evaluation, where gradients are off.
+    Use `NegativeCacheLoss(model)` in place of `MultipleNegativesRankingLoss(model)`; it takes the same arguments. The
+    first column is the anchor, the second its positive, further ones are hard negatives. Documents of all columns
+    except the first enter the cache, with all features that the model takes. With an empty cache the loss equals
+    `MultipleNegativesRankingLoss`, and also in evaluation, where gradients are off.
 
-    All arguments are attributes, too. Those that say what the cache is made of are fixed by the first batch; the others
-    can be set during training, the scale in every step.
+    All arguments are attributes, too. The first batch fixes those that define the cache; the others can be set during
+    training, the scale in every step.
 
     The cache is not in the trainer's checkpoints: `NegativeCacheCallback` keeps it beside them. It belongs to the
     model: with another one, as `model_init` makes for each trial, the loss begins anew.
 
     Args:
-        model: whose columns of documents are preprocessed alike.
-        cache_size: slots; with `gather_across_devices` of all ranks together (rounded up to a multiple of 1024 for
-            each), else of each.
-        scale: of the similarities, 1 / temperature.
+        model: the trained model, which preprocesses all columns of documents alike.
+        cache_size: slots of each rank's cache; with `gather_across_devices`, of the cache of all ranks together
+            (rounded up to a multiple of 1024 for each).
+        scale: scale of the similarities, 1 / temperature.
         similarity_fct: `cos_sim` or `dot_score` of `sentence_transformers.util`.
-        gather_across_devices: whether the ranks share batches, draws and one cache, which is spread over them. Else
-            each has its own.
+        gather_across_devices: whether the ranks share batches, draws and one cache, which is spread over them.
+            Otherwise each has its own.
         directions: as in `MultipleNegativesRankingLoss`; the cache is in "query_to_doc".
         partition_mode: "joint" or "per_direction", as there.
         hardness_mode: None or "hard_negatives", as there.
         hardness_strength: as there.
-        negatives: besides those of the cache: "batch", all documents of the batch; "own", the query's hard negatives.
+        negatives: the negatives in addition to the cache: "batch", all documents of the batch; "own", the query's hard
+            negatives.
         false_negatives: a filter of documents that may be positives.
-        log_weights: a function from the documents' ids [N] to what is added to their scores [N], such as minus the
-            logarithm of how often each comes.
+        log_weights: a function from the documents' ids [N] to numbers [N] that are added to their scores, such as minus
+            the logarithm of their frequency.
         cacheable: a function from the documents' ids [N] to bool [N], False for documents not to be cached.
         learnable_scale: whether the scale is trained; its gradient is averaged over the ranks.
         mini_batch_size: documents that are embedded at a time, with activations computed again in the backward pass;
@@ -81,22 +82,22 @@ class NegativeCacheLoss(Attributes):
             them. The model's `max_seq_length` by default, up to 1024.
         document_ids: "tokens": documents with equal features are one. "labels": the label column has the ids, an
             integer for each positive, or [B, n] for all n documents of each row.
-        embedding_dtype: of the cached embeddings.
-        seed: of the draws.
-        options: of `negcache_fn.step`, except for `in_batch`, `reduction` and `placement`, which the loss decides.
+        embedding_dtype: dtype of the cached embeddings.
+        seed: seed of the draws.
+        options: options of `negcache_fn.step`, except for `in_batch`, `reduction` and `placement`, which the loss sets.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, named; so do attributes that are set.
+        ValueError, TypeError: an invalid argument, or attribute, which the message names.
 
     Reference: Lindgren et al., NeurIPS 2021.
     """
 
     # Read by MatryoshkaLoss: it then leaves `model.forward` alone, as drawn documents differ between its dimensions,
-    # and says what to do by decorating `calculate_loss`.
+    # and passes its dimensions by decorating `calculate_loss`.
     uses_gradient_cache = True
 
     metrics: dict[str, Tensor]  # of the last training step: see `negcache_fn.step`; `batch_loss` and `cache_loss`
-    model: nn.Module  # the trainer replaces it by what wraps it
+    model: nn.Module  # the trainer replaces it by its wrapper
 
     def __init__(
         self,
@@ -148,7 +149,7 @@ class NegativeCacheLoss(Attributes):
         return self._evaluated(anchors, columns, labels)
 
     def calculate_loss(self) -> Tensor:
-        """Where MatryoshkaLoss puts its dimensions."""
+        """The function that MatryoshkaLoss decorates with its dimensions."""
         raise NotImplementedError("calculate_loss is not called; expected a call of the loss itself")
 
     def prefill(
@@ -163,7 +164,7 @@ class NegativeCacheLoss(Attributes):
         """Puts documents into the cache before or during training, embedded in evaluation mode.
 
         Args:
-            documents: what the model's `preprocess` takes, such as texts. With `gather_across_devices` each rank gives
+            documents: inputs of the model's `preprocess`, such as texts. With `gather_across_devices` each rank passes
                 its own, as many as the others.
             batch_size: documents at a time.
             ids: [len(documents)] int64, as the labels will give them, with `document_ids="labels"`.
@@ -182,7 +183,7 @@ class NegativeCacheLoss(Attributes):
         training, reader = model.training, Reader(model, self._settings)
         model.eval()
         try:
-            with torch.no_grad():  # what is cached is a constant
+            with torch.no_grad():  # cached embeddings are constants
                 for number, column in enumerate(reader.batches(documents, batch_size, prompt, task)):
                     labels = None if ids is None else ids[number * batch_size :][:batch_size].to(model.device)
                     read = reader.documents([column], labels, self._layout, self.state, self.group)
@@ -201,7 +202,7 @@ class NegativeCacheLoss(Attributes):
             self.state = reset(self.state)
 
     def resize(self, cache_size: int) -> None:
-        """Gives the cache another size, in which the freshest documents stay. Not with `gather_across_devices`."""
+        """Gives the cache another size; the freshest documents stay. Not with `gather_across_devices`."""
         check_size("cache_size", cache_size)
         if self.group is not None:
             raise ValueError(
@@ -235,7 +236,7 @@ class NegativeCacheLoss(Attributes):
 """
 
     def _forget_other_models(self) -> None:
-        """Begins anew, scale included, where the trainer has made another model: by `model_init`, in each trial."""
+        """Begins anew, scale included, if the trainer has made another model, as `model_init` does in each trial."""
         if sentence_transformer(self.model) is not self.made_by:
             self.begin_anew()
             self._layout = None

@@ -1,7 +1,7 @@
 """One training step of the loss, in all dimensions of the embeddings and in the fewer ones of a MatryoshkaLoss.
 
 In fewer dimensions other documents are hard, and the normaliser is another: each size draws from the cache truncated to
-it. All that is drawn is encoded in the one pass of a step.
+it. All draws are encoded in the one pass of a step.
 """
 
 import random
@@ -51,7 +51,7 @@ class Sizes(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """The queries and documents of a batch, as the model embeds them, and what is known of the documents."""
+    """The queries and documents of a batch, as the model embeds them, and the facts about the documents."""
 
     queries: Tensor  # [B, D]
     documents: Tensor  # [N, D]
@@ -73,7 +73,7 @@ class Embedded(NamedTuple):
 
 
 def is_decorated(calculate_loss: Any) -> bool:
-    """Whether the loss is in a MatryoshkaLoss, which normalises embeddings whatever the similarity."""
+    """Whether the loss is in a MatryoshkaLoss, which normalises embeddings for any similarity."""
     return isinstance(calculate_loss, CachedLossDecorator)
 
 
@@ -120,7 +120,7 @@ def train_step(
     waiting = batch.documents  # until the encoder is asked for them
 
     def encode(rows: Rows) -> Tensor:
-        """What `step_` asks for; the draws in fewer dimensions too, where it asks for those in all."""
+        """Encodes the documents of `step_` and, with its draws, those of the smaller sizes."""
         nonlocal waiting
         known, waiting = waiting, waiting[:0]
         count = known.shape[0]
@@ -158,7 +158,7 @@ def train_step(
 
 
 class _Truncated:
-    """The first dimensions of a cache, and what the queries of a step draw there."""
+    """The first dimensions of a cache, and the draws of a step's queries in them."""
 
     draw: Draw
     features: Rows  # of the drawn documents

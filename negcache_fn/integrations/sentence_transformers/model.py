@@ -1,4 +1,4 @@
-"""What the loss has to know of a model: what is in its wrappers, how it tokenises, what cannot be trained."""
+"""Facts about a model: the module inside its wrappers, its tokenizer, and unsupported kinds."""
 
 from typing import Any, NamedTuple, cast
 
@@ -22,7 +22,7 @@ class Tokenizing(NamedTuple):
 
 
 def sentence_transformer(model: Any) -> SentenceTransformer:
-    """The model inside what compiles it or distributes it; TypeError if that is no `SentenceTransformer`."""
+    """The model inside its compiled or distributed wrapper; TypeError if it is not a `SentenceTransformer`."""
     inner = model
     while not isinstance(inner, BaseModel) and isinstance(inner, nn.Module):
         wrapped = [getattr(inner, name) for name in ("_orig_mod", "module") if hasattr(inner, name)]
@@ -38,7 +38,7 @@ def sentence_transformer(model: Any) -> SentenceTransformer:
 
 
 def refuse_layers(model: SentenceTransformer) -> None:
-    """Raises inside of an `AdaptiveLayerLoss`, which would fill one cache from all layers."""
+    """Raises inside an `AdaptiveLayerLoss`, which would fill one cache from all layers."""
     if isinstance(getattr(model[0], "forward", None), TransformerDecorator):
         raise ValueError(
             "the loss is in an AdaptiveLayerLoss or a Matryoshka2dLoss; expected the loss itself or a MatryoshkaLoss "
@@ -52,7 +52,7 @@ def excludes_prompts(model: SentenceTransformer) -> bool:
 
 
 def tokenizing(model: SentenceTransformer, task: Any, modality: Any) -> Tokenizing:
-    """How the module does it that takes inputs of this task and modality."""
+    """The tokenizing of the module that takes inputs of this task and modality."""
     first = cast(Any, model[0])
     if hasattr(first, "sub_modules"):
         first = first.sub_modules[first._resolve_route(task=task, modality=modality)][0]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["NUMBERS", "counts_of_pieces", "is_flat", "joined", "row_count", "split"]
 
-# Grids of patches, what the patches are in, and how many grids each document has.
+# Grids of patches, the feature with the patches, and the number of grids of each document.
 _GRIDS = (
     ("image_grid_thw", "pixel_values", "num_images_per_sample"),
     ("video_grid_thw", "pixel_values_videos", "num_videos_per_sample"),

@@ -23,7 +23,7 @@ from negcache_fn.integrations.sentence_transformers.slots import widest_of_ranks
 
 __all__ = ["Column", "Documents", "Reader"]
 
-_MOST_TOKENS = 1024  # of a slot, if nobody asks for more
+_MOST_TOKENS = 1024  # of a slot by default
 
 Column = Mapping[str, Any]
 
@@ -37,7 +37,7 @@ class Documents(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """What reads columns: a model, in whatever wraps it, and the settings of the loss."""
+    """Reads columns with a model, wrapped or not, and the settings of the loss."""
 
     model: nn.Module
     settings: Settings
@@ -50,7 +50,7 @@ class Reader(NamedTuple):
         state: TensorDictBase | None,
         group: dist.ProcessGroup | None,
     ) -> Documents:
-        """The documents of some columns. What a cache cannot keep is an error, before anything is written.
+        """The documents of some columns. A feature that a cache cannot keep is an error, before anything is written.
 
         Args:
             columns: one after the other.
@@ -90,7 +90,7 @@ class Reader(NamedTuple):
         return label_ids(labels, len(columns) * row_count(columns[0]), len(columns))
 
     def batches(self, documents: Sequence[Any], size: int, prompt: str | None, task: str | None) -> Iterator[Column]:
-        """Documents as the trainer's collator would give them, some at a time."""
+        """Documents as the trainer's collator would return them, some at a time."""
         check_size("batch_size", size)
         model = sentence_transformer(self.model)
         for start in range(0, len(documents), size):

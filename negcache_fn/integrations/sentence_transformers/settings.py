@@ -30,9 +30,9 @@ Negatives = Literal["batch", "own"]
 PartitionMode = Literal["joint", "per_direction"]
 OfDocuments = Callable[[Tensor], Tensor]
 
-# What the state of the cache was made with.
+# The settings that define the state of the cache.
 FIXED_WITH_THE_CACHE = ("cache_size", "gather_across_devices", "max_length", "embedding_dtype", "seed")
-# What the documents in it were embedded and named with.
+# The settings by which its documents are embedded and named.
 FIXED_WITH_DOCUMENTS = ("similarity_fct", "document_ids")
 
 

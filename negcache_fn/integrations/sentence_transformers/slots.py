@@ -57,7 +57,7 @@ def widest_of_ranks(found: Mapping[str, int], group: dist.ProcessGroup, device: 
 
 
 def widened(state: TensorDictBase, layout: Layout, documents: Rows, group: dist.ProcessGroup | None) -> TensorDictBase:
-    """The cache with room for these documents: itself, if it has that."""
+    """The cache with room for these documents: the same object, if it has room."""
     items = cast(TensorDictBase, state["items"])
     features = cast(TensorDictBase, items["features"])
     wanted = widths(layout, documents)

@@ -1,4 +1,4 @@
-"""What `MultipleNegativesRankingLoss` can add to a query's softmax over documents: directions, weights of hardness.
+"""Additions of `MultipleNegativesRankingLoss` to a query's softmax over documents: directions, weights of hardness.
 
 With `Z_i` the normaliser of query i over documents, those of the cache included, and `s_i` the score of its positive, a
 step gives `loss_i = log Z_i - s_i`. Everything here is a function of that:
@@ -7,7 +7,7 @@ step gives `loss_i = log Z_i - s_i`. Everything here is a function of that:
     "per_direction"  the mean of `log Z - s_i` over the directions
     hardness         Z_i + sum_j exp(s_ij) (exp(penalty_ij) - 1), j being the query's own hard negatives
 
-Another query whose positive has the same id, and that positive, are no negatives in any direction.
+Another query whose positive has the same id, and that positive, are not negatives in any direction.
 
 Sources: Guenther et al., "Jina Embeddings 2", 2023 ("per_direction"); Li et al., "Towards General Text Embeddings",
 2023 ("joint"); Schechter Vera et al., "EmbeddingGemma", 2025 (hardness of hard negatives).
@@ -33,7 +33,7 @@ _INFINITY = float("inf")
 
 
 class BatchFacts(NamedTuple):
-    """What is known of the documents of a batch."""
+    """Facts about the documents of a batch."""
 
     ids: Tensor | None  # [N]
     log_weights: Tensor | None  # [N]
@@ -41,7 +41,7 @@ class BatchFacts(NamedTuple):
     false_negatives: FalseNegatives
 
     def without_own(self, queries: int) -> "BatchFacts":
-        """The same, where each query's own hard negatives are classes of it already, and not to be drawn for it."""
+        """The same, with each query's own hard negatives excluded from its draws, as they are classes already."""
         known = self.false_negatives
         if self.ids is None or self.ids.shape[0] == queries:
             return self

@@ -1,4 +1,4 @@
-"""Texts in rows of another width: padded on their side, or cut as the tokenizer would have cut them."""
+"""Texts in rows of another width: padded on their own side, or cut as the tokenizer would have cut them."""
 
 import torch
 from torch import Tensor
