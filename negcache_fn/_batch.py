@@ -64,7 +64,7 @@ def agree_on_batch(
 ) -> tuple[Tensor, Shards]:
     """`check_ranks_agree` on everything that a step is given."""
     known, device = batch.false_negatives, queries.device.type
-    autocast = torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = _knows_autocast(device) and torch.is_autocast_enabled(device)
     return check_ranks_agree(
         ranks,
         queries,
@@ -89,6 +89,11 @@ def agree_on_batch(
             "autocast": torch.get_autocast_dtype(device) if autocast else None,
         },
     )
+
+
+@torch.compiler.assume_constant_result  # which torch 2.11 cannot trace
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.autocast_mode.is_autocast_available(device)
 
 
 def limits_told_to_all(batch: Batch, attempts: Attempts) -> Batch:

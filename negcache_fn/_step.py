@@ -236,7 +236,9 @@ def _stepped(
                 slots = torch.cat([slots, again.stalest])
                 embeddings = torch.cat([embeddings, ranks.gather(fresh.stalest)])
             write_(state, known.arrivals, (slots, embeddings), shards, options, batch.priorities)
-    return StepOutput(loss, state, metrics, draw._replace(log_normalizer=draw.log_normalizer.detach()))
+    # Not `draw._replace`, whose result torch 2.11 cannot return from a graph.
+    constant = Draw(**{**draw._asdict(), "log_normalizer": draw.log_normalizer.detach()})
+    return StepOutput(loss, state, metrics, constant)
 
 
 class _Classes(NamedTuple):

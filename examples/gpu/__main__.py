@@ -24,7 +24,7 @@ __all__ = ["main"]
 
 OUT = Path("runs/gpu")
 _TESTS = ("tests/cuda", "tests/kernels/triton_cases.py")
-_PARTS = ("tests", "kernels", "steps", "compiled")
+_PARTS = ("tests", "kernels", "steps", "profile", "compiled")
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def _parts(options: argparse.Namespace) -> tuple[list[Part], list[Part]]:
         after.append(Part("kernels", ("examples.gpu.kernels", *dry), 150))
     if "steps" in wanted:
         after.append(Part("steps", ("examples.gpu.steps", *reference, *dry), 100))
+    if "profile" in wanted:
+        after.append(Part("profile", ("examples.gpu.profile", *dry), 60))
     if "compiled" in wanted and not options.dry_run:
         after.append(Part("compiled", ("examples.gpu.steps", "--compiled"), 200))
     return beside, after

@@ -20,7 +20,7 @@ from examples.benchmarks.memory import peak_bytes_on_cuda
 from examples.benchmarks.methods import BASELINE, OURS, Call, Method, UnavailableError
 from examples.benchmarks.problem import Problem
 from examples.benchmarks.registry import select
-from examples.benchmarks.shapes import SIZES, Shape
+from examples.benchmarks.shapes import SIZES, Shape, parse_size
 from examples.benchmarks.timing import Rounds, interleave, summarize
 from examples.command_line import CommandParser, run
 
@@ -51,18 +51,18 @@ def captured(make: Callable[[Problem], Call]) -> Callable[[Problem], Call]:
 
 
 def methods(reference: Path | None, *, compiled: bool) -> list[Method]:
-    """Those of the CPU's table that make sense here, and the graphs."""
-    kept = [
-        method
-        for method in select(reference=reference, compiled=compiled)
-        if method not in OURS or method.name in _EAGER + _COMPILED
-    ]
-    graphs = [
-        Method(f"{method.name}-graph", method.label.replace("eager", "CUDA graph"), captured(method.make))
-        for method in kept
-        if "eager" in method.name and not compiled
-    ]
-    return kept + graphs
+    """Those of the CPU's table that make sense here, and their graphs; or what is compiled, and the bare product."""
+    known = {method.name: method for method in select(reference=reference, compiled=compiled)}
+    ours = _COMPILED if compiled else _EAGER
+    others = [method for method in known.values() if method not in OURS]
+    kept = [known[BASELINE]] if compiled else others
+    kept += [known[name] for name in ours]
+    return kept + [_as_graph(known[name]) for name in ours]
+
+
+def _as_graph(method: Method) -> Method:
+    label = method.label.replace("eager", "CUDA graph").replace("compiled", "compiled, CUDA graph")
+    return Method(f"{method.name}-graph", label, captured(method.make))
 
 
 def measure(shape: Shape, kept: list[Method], device: str, rounds: Rounds) -> list[dict[str, Any]]:
@@ -109,15 +109,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = CommandParser("gpu.steps", description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="a tiny shape, on any device")
     parser.add_argument("--reference", type=Path, metavar="DIR", help="the port as published")
+    parser.add_argument("--sizes", nargs="+", type=parse_size, default=SHAPES, metavar="BxCxD", help="other sizes")
     parser.add_argument("--compiled", action="store_true", help="what torch.compile compiles, and the bare product")
 
     def command(options: Any) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         kept = methods(options.reference, compiled=options.compiled)
-        if options.compiled:
-            kept = [method for method in kept if method.name in (BASELINE, *_COMPILED)]
         rounds = Rounds(0.1, 3, 3) if options.dry_run else Rounds(2.0, 15, 60)
-        for shape in (Shape(8, 1024, 16),) if options.dry_run else SHAPES:
+        for shape in (Shape(8, 1024, 16),) if options.dry_run else options.sizes:
             for row in measure(shape, kept, device, rounds):
                 print(json.dumps(row), flush=True)
 

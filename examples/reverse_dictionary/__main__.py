@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         "define": _define,
         "prepare": _prepare,
         "compare": _compare,
+        "report": _report,
         "experiments": _experiments,
     }
     return run(commands[options.command], options, resumes=options.command in ("train", "experiments"))
@@ -39,6 +40,14 @@ def _parser() -> CommandParser:
     prepare.add_argument("--wordnet", type=Path, metavar="PATH", help="as `train` takes it")
     prepare.add_argument("--data", type=Path, default=OUT / "prepared", metavar="DIR", help="where to write")
     _add_compare(commands.add_parser("compare", help="compare ways to find negatives at equal wall time"))
+    report = commands.add_parser("report", help="tables and a picture of what `compare` found")
+    report.add_argument(
+        "results", type=Path, nargs="+", help="files of `compare`; of two with a method the later counts"
+    )
+    report.add_argument(
+        "--pages", type=Path, nargs="+", default=[], metavar="FILE", help="fill the tables of these pages"
+    )
+    report.add_argument("--pictures", type=Path, metavar="DIR", help="where to draw")
     return parser
 
 
@@ -207,6 +216,21 @@ def _compare(options: argparse.Namespace) -> None:
         ),
         options.out,
     )
+
+
+def _report(options: argparse.Namespace) -> None:
+    from examples.benchmarks.report import fill_page
+    from examples.pictures.drawing import save
+    from examples.reverse_dictionary.report import picture, read, tables
+
+    first, rows = read(options.results)
+    made = tables(first, rows)
+    print(made["encoder_gpu"])
+    for page in options.pages:
+        text = page.read_text(encoding="utf-8")
+        fill_page(page, {name: table for name, table in made.items() if f"<!-- begin {name} -->" in text})
+    if options.pictures is not None:
+        save("evidence_encoder_gpu", picture(rows, first["untrained"]["test"]["mrr@10"]), options.pictures)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ from torch import Tensor
 from examples.code_search.evaluate import summarize
 from examples.reverse_dictionary.corpus import Corpus
 from examples.reverse_dictionary.encoder import Encoder
-from examples.reverse_dictionary.methods import Method, loss_of
+from examples.reverse_dictionary.methods import Method
+from examples.reverse_dictionary.training import Training
 from examples.whole_files import written_whole
 
 __all__ = ["Options", "batches", "compare", "evaluate", "train"]
 
 _ASKED = 3000
 _WARM_UP = 0.05
-_STEPS_TO_START = 3
 _STEPS_AHEAD = 8
 _LAST_STEPS = 50
 _ROWS_AT_ONCE = 4096
@@ -46,7 +46,6 @@ def compare(encoder: Encoder, corpus: Corpus, methods: Sequence[Method], options
     The result is written after every run. A run that would go over the total time is not begun.
     """
     started = time.perf_counter()
-    pretrained = {name: values.clone() for name, values in encoder.state_dict().items()}
     found: dict[str, Any] = {
         "device": _device_name(corpus.documents.device),
         "torch": torch.__version__,
@@ -57,8 +56,7 @@ def compare(encoder: Encoder, corpus: Corpus, methods: Sequence[Method], options
         "tuning": [],
         "runs": [],
     }
-    for method in methods:
-        _start_up(encoder, corpus, method)
+    trainings = {method.name: Training(method, encoder, corpus) for method in methods}
     found["start_seconds"] = time.perf_counter() - started
 
     for tuning, method, seed in _plan(methods, options):
@@ -70,8 +68,7 @@ def compare(encoder: Encoder, corpus: Corpus, methods: Sequence[Method], options
                 found["stopped"] = "total_seconds"
                 _write(found, out)
                 return found
-            encoder.load_state_dict(pretrained)  # in place, which keeps what is compiled
-            measured = train(encoder, corpus, method, seconds, rate, seed)
+            measured = train(trainings[method.name], corpus, seconds, rate, seed)
             split = "validation" if tuning else "test"
             measured[split] = evaluate(encoder, corpus, split)
             measured["with_evaluation_seconds"] = time.perf_counter() - began
@@ -81,29 +78,22 @@ def compare(encoder: Encoder, corpus: Corpus, methods: Sequence[Method], options
     return found
 
 
-def train(encoder: Encoder, corpus: Corpus, method: Method, seconds: float, rate: float, seed: int) -> dict[str, Any]:
-    """Trains the encoder for so many seconds of wall time; returns what was measured.
+def train(trained: Training, corpus: Corpus, seconds: float, rate: float, seed: int) -> dict[str, Any]:
+    """Trains for so many seconds of wall time; returns what was measured.
 
     The learning rate rises over the first 5 % of the time and falls to 0 over the rest.
     """
-    device = corpus.documents.device
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=rate, fused=True)
+    method, device = trained.method, corpus.documents.device
     stream = batches(corpus.rows_of("train"), method.batch_size, seed)
     losses: list[Tensor] = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    trained.restart()
     _wait(device)
     started = time.perf_counter()
-    loss_function = loss_of(method, encoder, corpus, seed)
+    trained.loss.restart(seed)
+    _wait(device)
     prefilled = time.perf_counter() - started
     while (used := (time.perf_counter() - started) / seconds) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(used / _WARM_UP, (1 - used) / (1 - _WARM_UP))
-        loss = loss_function(next(stream))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
+        losses.append(trained.step(next(stream), rate * min(used / _WARM_UP, (1 - used) / (1 - _WARM_UP))))
         if len(losses) % _STEPS_AHEAD == 0:
             _wait(device)  # so that the clock is that of the device
     _wait(device)
@@ -118,7 +108,6 @@ def train(encoder: Encoder, corpus: Corpus, method: Method, seconds: float, rate
         "steps": steps,
         "texts_per_second": steps * method.texts_per_step / elapsed,
         "loss": torch.stack(losses[-_LAST_STEPS:]).mean().item(),
-        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
     }
 
 
@@ -155,16 +144,6 @@ def _best_rate(tuning: list[dict[str, Any]], method: Method, options: Options) -
     if not tried:
         return options.learning_rates[0]
     return float(max(tried, key=lambda row: row["validation"]["mrr@10"])["learning_rate"])
-
-
-def _start_up(encoder: Encoder, corpus: Corpus, method: Method) -> None:
-    """A few passes, so that libraries are loaded and kernels built before the clock starts."""
-    loss_function = loss_of(method, encoder, corpus, seed=0)
-    stream = batches(corpus.rows_of("train"), method.batch_size, seed=0)
-    for _ in range(_STEPS_TO_START):
-        loss_function(next(stream)).backward()
-    encoder.zero_grad()
-    _wait(corpus.documents.device)
 
 
 def _write(found: dict[str, Any], out: Path) -> None:

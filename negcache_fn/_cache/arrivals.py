@@ -56,13 +56,13 @@ class Arrivals(NamedTuple):
         if not differentiable:
             parts.append(self.embeddings)
         if attempts is not None:
-            *parts, outcomes = ranks.gather_all(*parts, attempts.outcome(self.ids.device))
-            attempts.compare(outcomes)
-        else:
-            parts = ranks.gather_all(*parts)
+            parts.append(attempts.outcome(self.ids.device))
+        gathered = list(ranks.gather_all(*parts))  # a list: torch 2.11 compiles no other starred target
+        if attempts is not None:
+            attempts.compare(gathered.pop())
         if differentiable:
-            parts.append(ranks.gather(self.embeddings))
-        *found, ids, log_weights, cacheable, embeddings = parts
+            gathered.append(ranks.gather(self.embeddings))
+        *found, ids, log_weights, cacheable, embeddings = gathered
         features = nested_as(cast(Features, self.features), [positives_first(rows, positives, ranks) for rows in found])
         rest = (positives_first(rows, positives, ranks) for rows in (embeddings, ids, log_weights, cacheable))
         return Arrivals(features, *rest)

@@ -16,6 +16,7 @@ from negcache_fn._kernels import dispatch
 __all__ = ["find_slots", "first_of_each", "last_of_each", "named", "without"]
 
 _ANONYMOUS = -1
+_FEW = 1024
 
 
 def named(ids: Tensor) -> Tensor:
@@ -38,6 +39,9 @@ def without(state: TensorDictBase, ids: Tensor) -> Tensor:
 
 def last_of_each(ids: Tensor) -> Tensor:
     """[M] bool: whether no later row has the same id."""
+    if ids.device.type == "cuda" and ids.shape[0] <= _FEW:  # where a sort of few takes as long as one of many
+        later = torch.ones(ids.shape[0], ids.shape[0], dtype=torch.bool, device=ids.device).triu_(1)
+        return ~((ids == ids[:, None]) & later).any(1) | ~named(ids)
     ordered, order = ids.sort(stable=True)
     last = torch.ones_like(ordered, dtype=torch.bool)
     last[:-1] = (ordered[1:] != ordered[:-1]) | ~named(ordered[:-1])
@@ -55,11 +59,15 @@ def _find_slots_op(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
         return slots
     # The few ids are sorted, not the cache.
     ordered = ids.sort().values
-    found = torch.full_like(ordered, -1)
-    for start, stop in segments(cached.shape[0]):
+    count = ordered.shape[0]
+    stretches = segments(cached.shape[0])
+    found = ordered.new_full((count + stretches[0][1],), -1)
+    for start, stop in stretches:
         known = cached[start:stop].masked_fill(embedded_at[start:stop] < 0, _ANONYMOUS)
-        place = torch.searchsorted(ordered, known).clamp(max=ordered.shape[0] - 1)
-        slots = torch.arange(start, stop, device=ids.device).masked_fill((ordered[place] != known) | ~named(known), -1)
+        place = torch.searchsorted(ordered, known).clamp(max=count - 1)
+        slots = torch.arange(start, stop, device=ids.device)
+        # The others have a place each: atomic writes of many to one would wait for each other.
+        place = torch.where((ordered[place] == known) & named(known), place, slots + (count - start))
         found.scatter_reduce_(0, place, slots, "amax")
     return found[torch.searchsorted(ordered, ids)].masked_fill(~named(ids), -1)
 

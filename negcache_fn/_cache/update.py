@@ -4,7 +4,7 @@
 data, so that both compile: a row that must not be written repeats the write of one that must.
 """
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -211,8 +211,9 @@ def _refresh_(state: TensorDictBase, slots: Tensor, embeddings: Tensor, shards: 
     wanted = inside & (embedded_at[slots.clamp(0, cached.shape[0] - 1)] >= 0) & storable(embeddings, cached.dtype)
     target = torch.where(wanted, slots, -1)
     target = torch.where(last_of_each(target), target, -1)
-    _write_(cached, target, encode(embeddings, cached.dtype))
-    _write_(embedded_at, target, scalar(state, "step").expand_as(target))
+    rows = _Rows.of(target)
+    rows.write_(cached, encode(embeddings, cached.dtype))
+    rows.write_(embedded_at, scalar(state, "step").expand_as(target))
 
 
 def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, key: Tensor) -> None:
@@ -234,27 +235,33 @@ def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, key: Ten
     target = target - shards.first
     target = torch.where((target >= 0) & (target < capacity), target, -1)
 
-    now = scalar(state, "step").expand_as(target)
-
-    def write_rows_(leaf: Tensor, new: Tensor) -> Tensor:
-        return _write_(leaf, target, new)
-
-    map_features(write_rows_, stored_features(state), cast(Features, arrivals.features))
-    _write_(cached, target, encode(arrivals.embeddings, cached.dtype))
+    rows, now = _Rows.of(target), scalar(state, "step").expand_as(target)
+    map_features(rows.write_, stored_features(state), cast(Features, arrivals.features))
+    rows.write_(cached, encode(arrivals.embeddings, cached.dtype))
     values = {"ids": arrivals.ids, "log_weights": arrivals.log_weights, "now": now}
     for name, column in COLUMNS.items():
-        _write_(stored(state, name), target, values[column.arriving])
+        rows.write_(stored(state, name), values[column.arriving])
 
 
-def _write_(stored_rows: Tensor, target: Tensor, values: Tensor) -> Tensor:
-    """Writes `values` [M, ...] into the rows `target` [M], which are distinct, except for -1: no row.
+class _Rows(NamedTuple):
+    """The rows of a batch that are written, and their slots.
 
-    A value without a row repeats the write of the first value with one; if there is none, all rewrite slot 0 as it is.
+    A row without a slot repeats the write of the first row with one; if there is none, all rewrite slot 0 as it is.
     """
-    target, values = moved(target, stored_rows.device), moved(values, stored_rows.device)
-    somewhere = target >= 0
-    source = torch.where(somewhere, torch.arange(target.shape[0], device=target.device), somewhere.int().argmax())
-    slots = target[source].clamp(min=0)
-    new = values[source].to(stored_rows.dtype)
-    new = torch.where(somewhere.any(), new, stored_rows[slots])
-    return stored_rows.index_copy_(0, slots, new)
+
+    source: Tensor  # [M] rows of the batch
+    slots: Tensor  # [M]
+    any: Tensor  # [] bool: whether any row has a slot
+
+    @classmethod
+    def of(cls, target: Tensor) -> "_Rows":
+        """The rows for the slots `target` [M], which are distinct, except for -1: no slot."""
+        somewhere = target >= 0
+        source = torch.where(somewhere, torch.arange(target.shape[0], device=target.device), somewhere.int().argmax())
+        return cls(source, target[source].clamp(min=0), somewhere.any())
+
+    def write_(self, stored_rows: Tensor, values: Tensor) -> Tensor:
+        """Writes `values` [M, ...] into rows of the cache [C, ...]."""
+        source, slots, any_ = (moved(part, stored_rows.device) for part in self)
+        new = moved(values, stored_rows.device)[source].to(stored_rows.dtype)
+        return stored_rows.index_copy_(0, slots, torch.where(any_, new, stored_rows[slots]))

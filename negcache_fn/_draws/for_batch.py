@@ -47,7 +47,7 @@ __all__ = [
 
 _BLOCKS = GROUP // BLOCK  # of a group
 _INFINITY = float("inf")
-_SLAB = 2**12  # slots scored again at a time
+_SLAB = 2**22  # scores, or numbers of embeddings, of the slots scored again at a time
 
 
 class Pass(NamedTuple):
@@ -167,7 +167,8 @@ def _gathered(found: Largest, ranks: Ranks) -> Largest:
 def _scored_again(matrix: ScoreMatrix, number: Tensor, length: int, importance: Importance) -> Tensor:
     """[n, length / its parts] log-masses of the blocks of groups, or of the slots of blocks, by their numbers [n]."""
     parts: list[Tensor] = []
-    for some in torch.split(number, _SLAB // length):
+    slots = _SLAB // max(matrix.queries.shape)
+    for some in torch.split(number, max(1, slots // length)):
         chosen = matrix.of_stretches(some, length)
         if length == BLOCK:
             mass = importance.log_mass_of_slots(chosen)

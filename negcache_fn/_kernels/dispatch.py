@@ -53,8 +53,12 @@ def slot_masses(problem: Problem, log_weight: Tensor) -> Tensor | None:
 
     A row whose weight is -inf does not count, whatever its scores are.
     """
-    if cpu.supports(problem) and log_weight.dtype == problem.queries.dtype:
+    if log_weight.dtype != problem.queries.dtype:
+        return None
+    if cpu.supports(problem):
         return cpu.slot_masses(problem, log_weight)
+    if triton.supports(problem):
+        return triton.slot_masses(problem, log_weight)
     return None
 
 

@@ -70,16 +70,14 @@ def step_metrics(
     }
     if not draw.for_batch:
         ratios["unique_draws"] = (_distinct(drawn_by_all), draws)
-    totals = [value for ratio in ratios.values() for value in ratio] + [not_written, failures]
+    totals, counts = map(list, zip(*ratios.values(), strict=True))
     if ranks.name is not None:
-        totals = list(ranks.all_sum(torch.stack([value.double() for value in totals])).unbind())
-    dtype = exact.dtype
-    metrics = {
-        name: total.to(dtype) / count.to(dtype).clamp(min=1)
-        for name, total, count in zip(ratios, totals[:-2:2], totals[1:-2:2], strict=True)
-    }
-    metrics["non_finite"] = totals[-2].to(not_written.dtype)
-    return metrics, totals[-1]
+        parts = [value.double() for value in (*totals, *counts, not_written, failures)]
+        summed = list(ranks.all_sum(torch.stack(parts)).unbind())
+        totals, counts = summed[: len(ratios)], summed[len(ratios) : -2]
+        not_written, failures = (value.to(torch.int64) for value in summed[-2:])
+    values = (torch.stack(totals) / torch.stack(counts).clamp(min=1)).to(exact.dtype)
+    return {**dict(zip(ratios, values.unbind(), strict=True)), "non_finite": not_written}, failures
 
 
 def draw_noise(queries: Tensor, draw: Draw, terms: Terms, shared: SharedDraws) -> Tensor:

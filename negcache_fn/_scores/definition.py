@@ -96,14 +96,15 @@ class ScoreMatrix(NamedTuple):
         capacity = self.embeddings.shape[0]
         slots = (number[:, None] * length + torch.arange(length, device=number.device)).flatten()
         rows = slots.clamp(max=capacity - 1)
+        chosen = self._replace(
+            embeddings=self.embeddings[rows], bias=self.bias[rows].masked_fill(slots >= capacity, -_INFINITY)
+        )
+        if self.excluded.shape[1] == 0:
+            return chosen
         wanted = self.excluded.clamp(min=0) // length
         place = torch.searchsorted(number, wanted).clamp(max=number.shape[0] - 1)
         here = (self.excluded >= 0) & (number[place] == wanted)
-        return self._replace(
-            embeddings=self.embeddings[rows],
-            bias=self.bias[rows].masked_fill(slots >= capacity, -_INFINITY),
-            excluded=torch.where(here, place * length + self.excluded % length, -1),
-        )
+        return chosen._replace(excluded=torch.where(here, place * length + self.excluded % length, -1))
 
     def similarities(self, products: Tensor) -> Tensor:
         """The similarities, from inner products of the queries, which are scaled already."""

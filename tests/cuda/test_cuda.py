@@ -81,7 +81,9 @@ def train(device: str, variant: dict[str, Any], dtype: torch.dtype) -> tuple[lis
 def test_training_is_that_of_a_cpu(name: str, dtype: torch.dtype) -> None:
     """The same draws, losses, metrics, weights and state, step after step; float32 takes the kernel."""
     expected, given = (train(device, VARIANTS[name], dtype) for device in ("cpu", "cuda"))
-    close = {"atol": 1e-9, "rtol": 1e-9} if dtype == torch.float64 else {"atol": 2e-4, "rtol": 2e-4}
+    # Noise is float32 whatever the dtype, and with it the threshold that weighs the draws for the batch.
+    tolerance = 2e-4 if dtype == torch.float32 else 1e-7 if "num_draws" in VARIANTS[name] else 1e-9
+    close = {"atol": tolerance, "rtol": tolerance}
     for one, other in zip(given[0], expected[0], strict=True):
         torch.testing.assert_close(one[0].cpu(), other[0], **close)
         assert torch.equal(one[1].cpu(), other[1])

@@ -173,7 +173,7 @@ def test_slabs_do_not_show(capacity: int, monkeypatch: pytest.MonkeyPatch) -> No
     """Chosen blocks are scored again so many at a time."""
     state, queries = varied(capacity, torch.float64), unit(5, 8, 1, torch.float64)
     whole = sample(state, queries, num_draws=20, scale=4.0)
-    monkeypatch.setattr(package, "_SLAB", 64)
+    monkeypatch.setattr(package, "_SLAB", 512)
     parts = sample(state, queries, num_draws=20, scale=4.0)
     assert torch.equal(whole.slot, parts.slot) and is_close(parts.score, whole.score, 1e-12)
 

@@ -19,6 +19,9 @@ from examples.reverse_dictionary.corpus import Corpus
 from examples.reverse_dictionary.data import SPLITS, Entry, read_entries, split_of
 from examples.reverse_dictionary.encoder import Encoder
 from examples.reverse_dictionary.methods import METHODS, TINY_METHODS
+from examples.reverse_dictionary.report import read, tables
+
+ROOT = Path(__file__).parents[2]
 
 DATA = {
     "noun": '  1 the licence\n00001740 03 n 02 lake 0 inland_sea 0 001 @ 1 n 0000 | a body of water; "we swam"  \n',
@@ -83,7 +86,55 @@ def test_compares_and_stops_in_time(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_texts_of_a_step() -> None:
-    assert [method.texts_per_step for method in METHODS[:3]] == [512, 2048, 768]
+    assert [method.texts_per_step for method in METHODS[:5]] == [512, 2048, 8192, 512, 768]
+
+
+def test_the_published_comparison_is_that_of_the_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin encoder_gpu_short -->\n<!-- end encoder_gpu_short -->\n")
+    results = sorted((ROOT / "examples/reverse_dictionary/published").glob("*.json"))
+    assert main(["report", *map(str, results), f"--pages={page}", f"--pictures={tmp_path}"]) == 0
+    short = page.read_text().split("-->\n")[1].split("<!--")[0].strip()
+    assert short in (ROOT / "README.md").read_text()
+    assert capsys.readouterr().out.strip() in (ROOT / "docs/evidence.md").read_text()
+    assert (tmp_path / "evidence_encoder_gpu_dark.svg").stat().st_size > 0
+
+
+def test_a_method_counts_once_every_seed_has_run(tmp_path: Path) -> None:
+    """Of two files with a method the later counts, if it is whole; differences are taken seed by seed."""
+
+    def run(method: str, seed: int, score: float) -> dict[str, object]:
+        measured = {"mrr@10": score, "recall@10": 2 * score}
+        return {
+            "method": method,
+            "seed": seed,
+            "learning_rate": 1e-4,
+            "steps": 3,
+            "texts_per_second": 5.0,
+            "test": measured,
+        }
+
+    runs = [
+        [run("in-batch, B=256", 1, 0.1), run("in-batch, B=256", 2, 0.2), run("b", 2, 0.3), run("b", 1, 0.25)],
+        [run("b", 1, 0.9), run("in-batch, B=256", 1, 0.15), run("in-batch, B=256", 2, 0.25)],
+    ]
+    files = [tmp_path / "1.json", tmp_path / "2.json"]
+    for file, some in zip(files, runs, strict=True):
+        file.write_text(
+            json.dumps(
+                {
+                    "device": "one",
+                    "options": {"seeds": 2, "seconds_per_run": 3.0},
+                    "untrained": {"test": {"mrr@10": 0.05, "recall@10": 0.1}},
+                    "runs": some,
+                }
+            )
+        )
+    first, rows = read(files)
+    assert [(row.name, row.mrr) for row in rows] == [("in-batch, B=256", [0.15, 0.25]), ("b", [0.25, 0.3])]
+    assert (
+        "+0.075 ± 0.318" in tables(first, rows)["encoder_gpu"]
+    )  # .1 and .05: t(.975; 1) = 12.7 standard errors of .025
 
 
 def test_batches_hold_every_row_once_an_epoch() -> None:

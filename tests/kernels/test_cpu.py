@@ -296,14 +296,8 @@ def test_lowest_and_find_slots_equal_a_list(data: st.DataObject, capacity: int) 
     assert cpu.find_slots(ids, cached, live).tolist() == [places.get(int(document), -1) for document in ids]
 
 
-@needs_kernels
-@pytest.mark.parametrize("limited", [False, True], ids=["unlimited", "limited"])
-@pytest.mark.parametrize(
-    ("rows", "capacity", "storage"),
-    [(1, 1, torch.float32), (5, 64, torch.float32), (70, 200, torch.bfloat16), (1500, 130, torch.float16)],
-)
-def test_masses_of_slots(rows: int, capacity: int, storage: torch.dtype, limited: bool) -> None:
-    """Of 1500 rows, more than a panel has; rows that do not count may be NaN; small masses stay finite."""
+def masses_problem(rows: int, capacity: int, storage: torch.dtype, limited: bool) -> tuple[Problem, Tensor, Tensor]:
+    """With the weights of the rows, and the exact masses. Rows that do not count are NaN; some masses are tiny."""
     generator = torch.Generator().manual_seed(0)
     queries, limit, weight = (torch.randn(*size, generator=generator) for size in ((rows, 16), (rows,), (rows,)))
     embeddings = torch.randn(capacity, 16, generator=generator).to(storage)
@@ -316,11 +310,33 @@ def test_masses_of_slots(rows: int, capacity: int, storage: torch.dtype, limited
     )
     expected = stream.sum_of_rows(exact.scores(), weight.double())
     queries[4::5] = math.nan
-    problem = Problem(queries, embeddings, bias, excluded, limit if limited else None)
-    found = cpu.slot_masses(problem, weight)
+    return Problem(queries, embeddings, bias, excluded, limit if limited else None), weight, expected
+
+
+masses = pytest.mark.parametrize(
+    ("rows", "capacity", "storage", "limited"),
+    [
+        (rows, capacity, storage, limited)
+        for limited in (False, True)
+        for rows, capacity, storage in (
+            (1, 1, torch.float32),
+            (5, 64, torch.float32),
+            (70, 200, torch.bfloat16),
+            (1500, 130, torch.float16),
+        )
+    ],
+)
+
+
+@needs_kernels
+@masses
+def test_masses_of_slots(rows: int, capacity: int, storage: torch.dtype, limited: bool) -> None:
+    """Of 1500 rows, more than a panel has."""
+    given_problem, weight, expected = masses_problem(rows, capacity, storage, limited)
+    found = cpu.slot_masses(given_problem, weight)
     assert torch.equal(found > -math.inf, expected > -math.inf)
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=0)
-    torch.library.opcheck(torch.ops.negcache_fn.slot_masses.default, (*problem, weight))
+    torch.library.opcheck(torch.ops.negcache_fn.slot_masses.default, (*given_problem, weight))
 
 
 @needs_kernels

@@ -22,7 +22,7 @@ from negcache_fn._kernels.triton import call as cuda
 from negcache_fn._kernels.triton import gumbel as gumbel_module
 from negcache_fn._scores import stream
 from negcache_fn._scores.definition import ScoreMatrix
-from tests.kernels.test_cpu import exact_scores, largest_error, limited_problem, problem
+from tests.kernels.test_cpu import exact_scores, largest_error, limited_problem, masses, masses_problem, problem
 from tests.support.builders import make_state, unit
 
 # The interpreter's numpy warns of log(0) and NaN, and of the interpreter's own calls.
@@ -153,6 +153,24 @@ def test_limits_on_the_score(storage: torch.dtype, shape: tuple[int, int, int, i
     scores = scores.masked_fill(arguments[0].double() @ arguments[1].double().T > limit[:, None], -math.inf)
     expected = pad(scores, (0, -scores.shape[1] % 64), value=-math.inf).view(len(limit), -1, 64).logsumexp(-1)
     assert largest_error(block_logsumexp(*arguments, limit=limit), expected) <= 1e-4
+
+
+@masses
+def test_masses_of_slots(rows: int, capacity: int, storage: torch.dtype, limited: bool) -> None:
+    given_problem, weight, expected = masses_problem(rows, capacity, storage, limited)
+    on_device = Problem(*(None if value is None else value.to(DEVICE) for value in given_problem))
+    found = cuda.slot_masses(on_device, weight.to(DEVICE)).cpu()
+    assert torch.equal(found > -math.inf, expected > -math.inf)
+    # Half parts of queries of up to 4 times embeddings of up to 4, 16 products.
+    atol = 1e-4 + ERRORS[storage]["highest"] * norms(given_problem.queries.nan_to_num(), given_problem.embeddings)
+    torch.testing.assert_close(found.double(), expected, atol=atol, rtol=0)
+
+
+def test_masses_with_nan_are_seen() -> None:
+    given_problem, weight, _ = masses_problem(70, 130, torch.float32, False)
+    given_problem.queries[66, 0] = math.nan
+    found = cuda.slot_masses(Problem(*(None if v is None else v.to(DEVICE) for v in given_problem)), weight.to(DEVICE))
+    assert bool(found[:130].isnan().any())
 
 
 @pytest.mark.parametrize("storage", cuda._STORAGE)

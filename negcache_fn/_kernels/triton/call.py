@@ -21,7 +21,7 @@ from negcache_fn._codec import STORAGES
 from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._kernels.problem import Problem
 
-__all__ = ["block_logsumexp", "blocks_and_sums", "gumbel", "kernel", "supports"]
+__all__ = ["block_logsumexp", "blocks_and_sums", "gumbel", "kernel", "slot_masses", "supports"]
 
 _STORAGE = tuple(dtype for dtype, storage in STORAGES.items() if storage.triton)
 # Three TF32 products err no more than float32 ones do (on an H100 less, at a third of the time).
@@ -129,6 +129,31 @@ def _multiply(weights: Tensor, embeddings: Tensor) -> Tensor:
     return torch.mm(weights, embeddings, out_dtype=torch.float32)
 
 
+def slot_masses(problem: Problem, log_weight: Tensor) -> Tensor:
+    """[C rounded up to whole blocks]: the log-sum-exp over the rows of the scores and a weight [B] of each row."""
+    queries, embeddings, bias, excluded, max_score = problem
+    storage, precision = embeddings.dtype, torch.get_float32_matmul_precision()
+    parts, magnitude = _split(queries, storage, precision)
+    capacity = embeddings.shape[0]
+    out = queries.new_full((-(-capacity // BLOCK) * BLOCK,), -_INFINITY)
+    if capacity > 0 and queries.shape[0] > 0:
+        module = importlib.import_module("negcache_fn._kernels.triton.slot_masses")
+        products = _PRECISION[precision] if storage == torch.float32 else "tf32"
+        with torch.cuda.device_of(queries):
+            module.launch(
+                parts,
+                magnitude,
+                embeddings,
+                bias.contiguous(),
+                excluded.contiguous(),
+                max_score,
+                log_weight,
+                products,
+                out,
+            )
+    return out
+
+
 def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor | None:
     """[..., 4] the variates of `negcache_fn.random.gumbel`; None where there is no kernel."""
     if row.device.type != "cuda" or kernel() is None:
@@ -145,12 +170,15 @@ def _split(queries: Tensor, storage: torch.dtype, precision: str) -> tuple[Tenso
     """Parts [n, B, D] in the storage dtype, and powers of two [B]: the sum of the parts times these is the queries.
 
     Each part is the rounded rest of those before it. The powers keep float16 from overflow.
+    Float32 is one part as it is.
     """
+    if storage == torch.float32:
+        return queries.contiguous()[None], torch.ones_like(queries[:, 0])
     exponent = torch.frexp(queries.abs().amax(1)).exponent.clamp(-126, 126)
     magnitude = torch.ldexp(torch.ones_like(exponent, dtype=queries.dtype), exponent)
     rest = queries / magnitude[:, None]
     parts: list[Tensor] = []
-    for _ in range(1 if storage == torch.float32 or precision == "medium" else 2):
+    for _ in range(1 if precision == "medium" else 2):
         parts.append(rest.to(storage))
         rest = rest - parts[-1]
     return torch.stack(parts), magnitude
