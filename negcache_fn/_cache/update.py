@@ -244,18 +244,18 @@ def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, key: Ten
 
 
 class _Rows(NamedTuple):
-    """Which rows of a batch are written, and where.
+    """The rows of a batch that are written, and their slots.
 
-    A value without a row repeats the write of the first value with one; if there is none, all rewrite slot 0 as it is.
+    A row without a slot repeats the write of the first row with one; if there is none, all rewrite slot 0 as it is.
     """
 
     source: Tensor  # [M] rows of the batch
     slots: Tensor  # [M]
-    any: Tensor  # [] bool: whether there is a row that goes somewhere
+    any: Tensor  # [] bool: whether any row has a slot
 
     @classmethod
     def of(cls, target: Tensor) -> "_Rows":
-        """Those of the slots `target` [M], distinct but for -1: nowhere."""
+        """The rows for the slots `target` [M], which are distinct, except for -1: no slot."""
         somewhere = target >= 0
         source = torch.where(somewhere, torch.arange(target.shape[0], device=target.device), somewhere.int().argmax())
         return cls(source, target[source].clamp(min=0), somewhere.any())

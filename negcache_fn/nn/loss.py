@@ -51,7 +51,8 @@ class NegativeCacheLoss(nn.Module):
         tensor(0.2500)
     """
 
-    metrics: dict[str, Tensor]  # 0-d, of the last forward pass, see `step`
+    options: StepOptions
+    """The options of the step."""
 
     def __init__(
         self,
@@ -69,9 +70,10 @@ class NegativeCacheLoss(nn.Module):
         self.cache: Cache = Cache(state)
         self.scaling: Scale = Scale(scale, learnable=learnable_scale).to(stored(state, "embedding").device)
         options.check_group(group is None)
-        self.options: StepOptions = options
+        self.options = options
         self._group = _Group(group)
-        self.metrics = {}
+        self.metrics: dict[str, Tensor] = {}
+        """0-d tensors of the last forward pass, see `step`."""
 
     @property
     def state(self) -> TensorDictBase:

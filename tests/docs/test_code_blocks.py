@@ -83,3 +83,7 @@ def test_links_outside_the_site_exist(page: Path) -> None:
             assert anchor in {
                 re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings
             }
+
+
+def test_the_readme_is_short() -> None:
+    assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n") <= 110

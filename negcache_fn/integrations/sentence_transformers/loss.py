@@ -96,7 +96,9 @@ class NegativeCacheLoss(Attributes):
     # and passes its dimensions by decorating `calculate_loss`.
     uses_gradient_cache = True
 
-    metrics: dict[str, Tensor]  # of the last training step: see `negcache_fn.step`; `batch_loss` and `cache_loss`
+    metrics: dict[str, Tensor]
+    """0-d tensors of the last training step, see `negcache_fn.step`; also `batch_loss` and `cache_loss`."""
+
     model: nn.Module  # the trainer replaces it by its wrapper
 
     def __init__(
