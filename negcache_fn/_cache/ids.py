@@ -13,14 +13,24 @@ from negcache_fn._cache.select import segments
 from negcache_fn._cache.state import live, stored
 from negcache_fn._kernels import dispatch
 
-__all__ = ["find_slots", "first_of_each", "last_of_each", "named", "without"]
+__all__ = ["among", "find_slots", "first_of_each", "last_of_each", "named", "without"]
 
 _ANONYMOUS = -1
+_FEW = 16  # ids of a query, up to which they are compared one by one
 
 
 def named(ids: Tensor) -> Tensor:
     """Whether each is an id, and not anonymous."""
     return ids != _ANONYMOUS
+
+
+def among(ids: Tensor, known: Tensor) -> Tensor:
+    """[n], [B, P] -> [B, n] bool: whether the id is one of those known of the query. Anonymous ones are not."""
+    if known.shape[1] <= _FEW:
+        return (ids[None, :, None] == known[:, None, :]).any(-1) & named(ids)
+    ordered, wanted = known.sort(dim=1).values, ids.expand(known.shape[0], -1).contiguous()
+    place = torch.searchsorted(ordered, wanted).clamp(max=known.shape[1] - 1)
+    return (ordered.gather(1, place) == wanted) & named(ids)
 
 
 def find_slots(state: TensorDictBase, ids: Tensor) -> Tensor:
