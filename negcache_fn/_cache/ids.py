@@ -13,15 +13,25 @@ from negcache_fn._cache.select import segments
 from negcache_fn._cache.state import live, stored
 from negcache_fn._kernels import dispatch
 
-__all__ = ["find_slots", "first_of_each", "last_of_each", "named", "without"]
+__all__ = ["among", "find_slots", "first_of_each", "last_of_each", "named", "without"]
 
 _ANONYMOUS = -1
-_FEW = 1024
+_FEW = 16  # ids of a query, up to which they are compared one by one
+_FEW_ON_GPU = 1024  # ids of a batch, up to which all are compared with all
 
 
 def named(ids: Tensor) -> Tensor:
     """Whether each is an id, and not anonymous."""
     return ids != _ANONYMOUS
+
+
+def among(ids: Tensor, known: Tensor) -> Tensor:
+    """[n], [B, P] -> [B, n] bool: whether the id is one of those known of the query. Anonymous ones are not."""
+    if known.shape[1] <= _FEW:
+        return (ids[None, :, None] == known[:, None, :]).any(-1) & named(ids)
+    ordered, wanted = known.sort(dim=1).values, ids.expand(known.shape[0], -1).contiguous()
+    place = torch.searchsorted(ordered, wanted).clamp(max=known.shape[1] - 1)
+    return (ordered.gather(1, place) == wanted) & named(ids)
 
 
 def find_slots(state: TensorDictBase, ids: Tensor) -> Tensor:
@@ -39,7 +49,7 @@ def without(state: TensorDictBase, ids: Tensor) -> Tensor:
 
 def last_of_each(ids: Tensor) -> Tensor:
     """[M] bool: whether no later row has the same id."""
-    if ids.device.type == "cuda" and ids.shape[0] <= _FEW:  # where a sort of few takes as long as one of many
+    if ids.device.type == "cuda" and ids.shape[0] <= _FEW_ON_GPU:  # where a sort of few takes as long as one of many
         later = torch.ones(ids.shape[0], ids.shape[0], dtype=torch.bool, device=ids.device).triu_(1)
         return ~((ids == ids[:, None]) & later).any(1) | ~named(ids)
     ordered, order = ids.sort(stable=True)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from negcache_fn._cache.ids import first_of_each, named
+from negcache_fn._cache.ids import among, first_of_each
 from negcache_fn._checks import check_embeddings, check_positive_rows, check_rows
 from negcache_fn._options import StepOptions
 from negcache_fn._ranks.group import Ranks, positives_first
@@ -216,7 +216,7 @@ def _scores_and_targets(
         positive = products.gather(1, place)
         with torch.no_grad():  # a document is a class or not
             none = _no_classes(products, targets, classes, false_negatives)
-            own = _among(targets, products.shape[1])
+            own = _rows_among(targets, products.shape[1])
             none = own if none is None else none | own
         negatives = products if log_weights is None else products + log_weights
         negatives = negatives.masked_fill(none, -_INFINITY)
@@ -232,31 +232,26 @@ def _no_classes(products: Tensor, own: Tensor, classes: Classes, false_negatives
     none: list[Tensor] = []
     if ids is not None:
         of_positives = _ids_of(ids, own)
-        none.append(_any_equal(ids, of_positives))
+        none.append(among(ids, of_positives))
         none.append(~first_of_each(ids)[None])
         if false_negatives.ids is not None:
-            none.append(_any_equal(ids, false_negatives.ids))
+            none.append(among(ids, false_negatives.ids))
     if classes.labels is not None and false_negatives.labels is not None:
-        none.append(_any_equal(classes.labels, false_negatives.labels.queries[:, None]))
+        none.append(among(classes.labels, false_negatives.labels.queries[:, None]))
     limit = max_score_of(false_negatives, products, products.dtype, products.gather(1, own[:, :1].clamp(min=0))[:, 0])
     if limit is not None:
         none.append(products > limit[:, None])
     if not none:
         return None
-    return functools.reduce(torch.logical_or, none) & ~_among(own, products.shape[1])
+    return functools.reduce(torch.logical_or, none) & ~_rows_among(own, products.shape[1])
 
 
-def _among(own: Tensor, documents: int) -> Tensor:
+def _rows_among(own: Tensor, documents: int) -> Tensor:
     """[B, P] -> [B, N] bool: which of the documents these are; -1: none."""
     if own.shape[1] == 1:
         return torch.arange(documents, device=own.device) == own
     found = torch.zeros(own.shape[0], documents + 1, dtype=torch.bool, device=own.device)
     return found.scatter(1, torch.where(own >= 0, own, documents), True)[:, :documents]
-
-
-def _any_equal(ids: Tensor, known: Tensor) -> Tensor:
-    """[N], [B, P] -> [B, N] bool: the documents whose id is among the query's."""
-    return (ids[None, :, None] == known[:, None, :]).any(-1) & named(ids)
 
 
 def _ids_of(ids: Tensor, positives: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from negcache_fn._cache.ids import named
+from negcache_fn._cache.ids import among
 from negcache_fn._draws.draw import Draw
 from negcache_fn._options import StepOptions
 from negcache_fn._ranks.group import Ranks
@@ -208,10 +208,9 @@ def _false_negatives(products: Tensor, draw: Draw, shared: SharedDraws) -> Tenso
     """[B, M] bool: whether a draw is a false negative of the query; `products`: no log-weights."""
     masked = products > draw.max_score[:, shared.source]
     if draw.exclude_ids.shape[0] == products.shape[0]:  # documents excluded for all are not among the draws
-        excluded = (shared.id[:, None] == draw.exclude_ids[:, None, :]) & named(shared.id)[:, None]
-        masked = masked | excluded.any(-1)
+        masked = masked | among(shared.id, draw.exclude_ids)
     if draw.exclude_labels.shape[1]:
-        masked = masked | (shared.label == draw.exclude_labels) & named(shared.label)
+        masked = masked | among(shared.label, draw.exclude_labels)
     return masked & (shared.slot >= 0) & draw.has_documents[:, None]
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import negcache_fn
+from negcache_fn._cache.ids import among
 from tests.support.builders import unit
 
 LEAST, MOST = -(2**63), 2**63 - 1
@@ -17,6 +18,17 @@ def filled(ids: list[int]) -> negcache_fn.StepOutput | Tensor:
     state = negcache_fn.init_cache(16, 4, torch.zeros(1, 1))
     rows = torch.arange(len(ids), dtype=torch.float32)[:, None]
     return negcache_fn.update(state, rows, unit(len(ids), 4, 0), ids=torch.tensor(ids))
+
+
+@pytest.mark.parametrize("known", [0, 1, 16, 17, 300])
+def test_ids_among_others(known: int) -> None:
+    """Few are compared one by one, and many are searched for; -1 is among nothing."""
+    generator = torch.Generator().manual_seed(known)
+    some = torch.tensor([*IDS, -1, *range(40, 160)])
+    ids, others = (some[torch.randint(0, len(some), size, generator=generator)] for size in ((50,), (4, known)))
+    found = among(ids, others)
+    assert found.tolist() == [[one != -1 and one in row for one in ids.tolist()] for row in others.tolist()]
+    assert bool(found.any()) == (known > 1)
 
 
 def test_a_document_seen_again_replaces_its_entry() -> None:

@@ -198,6 +198,24 @@ def test_limits_on_the_score(products: str, storage: torch.dtype, shape: tuple[i
 
 
 @needs_kernels
+@pytest.mark.parametrize("products", PRODUCTS)
+@pytest.mark.parametrize(("rows", "capacity", "exclusions"), [(40, 300, 200), (1100, 130, 7), (3, 64, 64)])
+def test_many_exclusions(products: str, rows: int, capacity: int, exclusions: int) -> None:
+    """In any order, repeated, of slots that are not here, and of more rows than a panel has."""
+    queries, embeddings, bias, excluded = problem(rows, capacity, 5, torch.float32, exclusions, 0)
+    excluded[::3, ::2] += capacity
+    excluded[1, :] = excluded[1, 0]
+    excluded[2, : min(exclusions, 64)] = torch.arange(min(exclusions, 64)).flip(0)
+    inside = torch.where(excluded < capacity, excluded, -1)
+    scores = exact_scores(queries, embeddings, bias, inside)
+    padded = torch.nn.functional.pad(scores, (0, -capacity % 64), value=-math.inf).view(rows, -1, 64)
+    with configured("highest", products=products):
+        found = cpu.block_logsumexp(Problem(queries, embeddings, bias, excluded, None))
+    assert largest_error(found, padded.logsumexp(-1)) <= 1e-3
+    assert bool((found[2, 0] == -math.inf) == (exclusions >= 64))
+
+
+@needs_kernels
 def test_a_chosen_block_is_never_empty() -> None:
     """The lowest score that may be drawn stays, also where it is above the limit; the others above it do not."""
     queries, embeddings = torch.tensor([[1.0]]), torch.arange(64.0)[:, None]
@@ -239,7 +257,10 @@ def test_operators_are_what_they_say(
     queries, embeddings, bias, excluded = problem(3, 200, 8, storage, 1, 0)
     if storage == torch.float64:
         queries, bias = queries.double(), bias.double()
-    arguments = (queries, embeddings, bias, excluded, queries.new_tensor([1.0, 2.0, 3.0]) if limited else None)
+    arguments = (queries, embeddings, bias, excluded, None, None, None)
+    if limited:
+        labels = torch.tensor([0, -2, 1], dtype=torch.int32), torch.arange(200, dtype=torch.int32) % 3 - 1
+        arguments = (*arguments[:4], queries.new_tensor([1.0, 2.0, 3.0]), *labels)
     blocks = torch.tensor([[0, 3], [1, 1], [2, 0]])
     for reduction in ("logsumexp", "max"):
         torch.library.opcheck(torch.ops.negcache_fn.reduce_blocks.default, (*arguments, reduction))

@@ -161,6 +161,27 @@ def test_padding_is_no_class(draws: dict[str, Any]) -> None:
         assert_same_state(out.state, expected.state)
 
 
+@of_each_kind
+def test_encoded_in_chunks(draws: dict[str, Any]) -> None:
+    """The same loss and gradients."""
+    state = warm(Tower(), 9, ids=True)
+    results = []
+    for wrap in (lambda encode: encode, lambda encode: negcache_fn.chunked(encode, 2)):
+        tower, queries = Tower(), unit(3, 6, 7).requires_grad_()
+        out = negcache_fn.step(
+            state,
+            queries,
+            documents(5, 1),
+            wrap(tower),
+            scale=5.0,
+            positive_rows=torch.tensor([[0, 4], [-1, -1], [2, 3]]),
+            **step_keywords(**draws, weigh_positives=False),
+        )
+        results.append((out.loss, *torch.autograd.grad(out.loss, [queries, *tower.parameters()])))
+    for one, other in zip(*results, strict=True):
+        assert is_close(one, other, 1e-5)
+
+
 def test_a_row_outside_the_batch_is_an_error() -> None:
     state, tower = warm(Tower(), 9), Tower()
     before = state.clone()

@@ -138,6 +138,7 @@ template <int kParts, typename T, typename MakeConsumer>
 void stream_by_tiles(const T* embeddings, const Problem& problem, MakeConsumer make_consumer) {
   constexpr int kExactParts = std::is_same<T, Bfloat16>::value ? 1 : std::is_same<T, _Float16>::value ? 2 : 3;
   constexpr int kBlockParts = kParts < kExactParts ? kParts : kExactParts;
+  const Exclusions excluded(problem);
   const int64_t blocks = problem.blocks(), depths = (problem.dim + kDepth - 1) / kDepth;
   const int64_t group_size = depths * kParts * kTileSize;
   const int64_t panel = std::max<int64_t>(1, kPanelBytes / (group_size * sizeof(uint16_t))) * kTile;
@@ -171,7 +172,7 @@ void stream_by_tiles(const T* embeddings, const Problem& problem, MakeConsumer m
           // Past the end the operands are leftovers of an earlier block, and may be anything: replace, do not add.
           for (int64_t j = 0; j < kBlock; ++j)
             store(scores + j * kTile, j < count ? load(scores + j * kTile) + bias[j] : splat(-kInfinity));
-          exclude(problem, first + group, lanes, slot, bias, scores);
+          exclude(problem, excluded, first + group, lanes, slot, bias, scores);
           consume(block, first + group, lanes, scores);
         }
       }

@@ -106,6 +106,7 @@ template <typename Product, typename T, typename MakeConsumer>
 void stream_by_vectors(const T* embeddings, const Problem& problem, MakeConsumer make_consumer) {
   using Number = typename Product::Number;
   const int64_t blocks = problem.blocks();
+  const Exclusions excluded(problem);
   const int64_t steps = (problem.dim + Product::kWidth - 1) / Product::kWidth, padded = steps * Product::kWidth;
   const bool in_place = std::is_same<T, Number>::value && padded == problem.dim;
   std::vector<float> packed((std::min(kPanelRows, problem.rows) + kGroup - 1) / kGroup * kGroup * steps);
@@ -139,7 +140,7 @@ void stream_by_vectors(const T* embeddings, const Problem& problem, MakeConsumer
         for (int64_t group = 0; group < rows; group += kLanes) {
           const int64_t lanes = std::min<int64_t>(kLanes, rows - group);
           float* scores = panel_scores.data() + group * kBlock;
-          exclude(problem, first + group, lanes, slot, bias, scores);
+          exclude(problem, excluded, first + group, lanes, slot, bias, scores);
           consume(block, first + group, lanes, scores);
         }
       }

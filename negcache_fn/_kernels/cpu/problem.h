@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
+#include <vector>
 
 #include "blocks.h"
 #include "failure.h"
@@ -45,10 +47,49 @@ Status with_storage(const Problem& problem, Function function) {
   return kDone;
 }
 
+// The excluded slots by block, so that a block reads its own only, however many there are.
+class Exclusions {
+ public:
+  struct Entry {
+    int32_t row, place;  // place: of the slot in its block
+  };
+
+  explicit Exclusions(const Problem& problem) {
+    const int64_t all = problem.rows * problem.exclusions;
+    if (all == 0) return;
+    starts_.resize(problem.blocks() + 1);
+    const auto inside = [&](int64_t slot) { return slot >= 0 && slot < problem.capacity; };
+    for (int64_t i = 0; i < all; ++i)
+      if (inside(problem.excluded[i])) ++starts_[problem.excluded[i] / kBlock + 1];
+    std::partial_sum(starts_.begin(), starts_.end(), starts_.begin());
+    entries_.resize(starts_.back());
+    std::vector<int64_t> next(starts_.begin(), starts_.end() - 1);
+    for (int64_t i = 0; i < all; ++i) {  // so the rows of a block ascend
+      const int64_t slot = problem.excluded[i];
+      if (!inside(slot)) continue;
+      entries_[next[slot / kBlock]++] = {(int32_t)(i / problem.exclusions), (int32_t)(slot % kBlock)};
+    }
+  }
+
+  // Calls `function(row, place)` for those of a block and of the rows first_row ... first_row + rows - 1.
+  template <typename Function>
+  void of_block(int64_t block, int64_t first_row, int64_t rows, Function function) const {
+    if (starts_.empty()) return;
+    const Entry* end = entries_.data() + starts_[block + 1];
+    const Entry* entry = std::lower_bound(entries_.data() + starts_[block], end, first_row,
+                                          [](const Entry& one, int64_t row) { return one.row < row; });
+    for (; entry != end && entry->row < first_row + rows; ++entry) function(entry->row, entry->place);
+  }
+
+ private:
+  std::vector<int64_t> starts_;  // [blocks + 1]; empty: there are none
+  std::vector<Entry> entries_;
+};
+
 // Sets scores of a block [kBlock slots][kLanes rows] to -inf where the slot is excluded for the row, has its label, or
 // is above its limit.
-inline void exclude(const Problem& problem, int64_t first_row, int64_t lanes, int64_t first_slot, const float* bias,
-                    float* scores) {
+inline void exclude(const Problem& problem, const Exclusions& excluded, int64_t first_row, int64_t lanes,
+                    int64_t first_slot, const float* bias, float* scores) {
   if (problem.max_score) {
     const Floats limit = load(problem.max_score + first_row, lanes);
     for (int64_t j = 0; j < kBlock; ++j) {
@@ -64,11 +105,8 @@ inline void exclude(const Problem& problem, int64_t first_row, int64_t lanes, in
       store(scores + j * kLanes, label == problem.slot_labels[first_slot + j] ? splat(-kInfinity) : score);
     }
   }
-  for (int64_t i = 0; i < lanes; ++i)
-    for (int64_t p = 0; p < problem.exclusions; ++p) {
-      const int64_t place = problem.excluded[(first_row + i) * problem.exclusions + p] - first_slot;
-      if (place >= 0 && place < kBlock) scores[place * kLanes + i] = -kInfinity;
-    }
+  excluded.of_block(first_slot / kBlock, first_row, lanes,
+                    [&](int64_t row, int64_t place) { scores[place * kLanes + row - first_row] = -kInfinity; });
 }
 
 // The bias of a block's slots, -inf past the end of the cache.
