@@ -56,7 +56,7 @@ def check_batch_of_step(
     labelled = rows if options.batch_is_classes else None
     slots = cached.shape[0]
     check_false_negatives(false_negatives, queries, knows_positives=True, documents=labelled, slots=slots)
-    check_targets(positive_rows, queries, false_negatives)
+    check_targets(positive_rows, queries, rows, false_negatives)
     to_store, fits = in_slots(stored_features(state), features)
     if log_weights is not None:
         weighted = log_weights.to(COLUMNS["log_weight"].dtype) < float("inf")  # not NaN either

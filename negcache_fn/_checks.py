@@ -94,8 +94,11 @@ def check_ids(name: str, value: Any, queries: Tensor) -> None:
     _check_device(name, value, queries.device)
 
 
-def check_positive_rows(value: Any, queries: Tensor) -> None:
-    """Raises unless `value` is int64 [B, P], rows of the batch for each query."""
+def check_positive_rows(value: Any, queries: Tensor, documents: int) -> None:
+    """Raises unless `value` is int64 [B, P], of so many rows.
+
+    Values are read where that is free, on the CPU and outside a graph: a rank that fails later leaves others waiting.
+    """
     _check_tensor("positive_rows", value)
     rows = queries.shape[0]
     if value.ndim != 2 or value.shape[0] != rows or value.shape[1] == 0:
@@ -103,6 +106,9 @@ def check_positive_rows(value: Any, queries: Tensor) -> None:
     if value.dtype != torch.int64:
         raise TypeError(f"positive_rows has dtype {value.dtype}; expected torch.int64")
     _check_device("positive_rows", value, queries.device)
+    free = value.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_around()
+    if free and value.numel() > 0 and int(value.max()) >= documents:
+        raise ValueError(f"positive_rows has the row {int(value.max())}; expected rows below {documents}, -1 for none")
 
 
 def check_slots(name: str, value: Any, device: torch.device) -> None:

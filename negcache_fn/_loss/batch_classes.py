@@ -83,18 +83,18 @@ def check_batch(
     check_embeddings("documents", documents, queries, at_least=queries.shape[0])
     labelled = documents.shape[0] if options.batch_is_classes else None
     check_false_negatives(false_negatives, queries, knows_positives=True, documents=labelled, slots=slots)
-    check_targets(positives, queries, false_negatives)
+    check_targets(positives, queries, documents.shape[0], false_negatives)
     if ids is not None:
         check_rows("ids", ids, torch.int64, documents.shape[0], queries.device)
     if log_weights is not None:
         check_rows("log_weights", log_weights, None, documents.shape[0], queries.device)
 
 
-def check_targets(positives: Tensor | None, queries: Tensor, false_negatives: FalseNegatives) -> None:
-    """Raises unless they are rows of the batch for each query, and the limits know which score to go by."""
+def check_targets(positives: Tensor | None, queries: Tensor, documents: int, false_negatives: FalseNegatives) -> None:
+    """Raises unless they are rows of the documents for each query, and the limits know which score to go by."""
     if positives is None:
         return
-    check_positive_rows(positives, queries)
+    check_positive_rows(positives, queries, documents)
     if needs_positives(false_negatives) and positives.shape[1] > 1:
         raise ValueError(
             f"false_negatives.max_score is a function of the positive's score, and positive_rows has shape "

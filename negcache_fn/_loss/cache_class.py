@@ -59,7 +59,7 @@ class SharedDraws(NamedTuple):
     log_weight: Tensor  # [M]
     source: Tensor  # [M]
     score: Tensor  # [M]
-    label: Tensor  # [M]
+    label: Tensor  # [M]; [0] if the queries have none
 
 
 class CacheClass(NamedTuple):
@@ -73,8 +73,11 @@ class CacheClass(NamedTuple):
 
 def gather_draws(negatives: Tensor, draw: Draw, ranks: Ranks) -> SharedDraws:
     """The draws of all ranks; those of this one if it is alone."""
-    known = (draw.embedding, draw.slot, draw.id, draw.log_weight, draw.source, draw.score, draw.label)
-    return SharedDraws(ranks, ranks.gather(negatives), *ranks.gather_all(*(values.flatten(0, 1) for values in known)))
+    known = [draw.embedding, draw.slot, draw.id, draw.log_weight, draw.source, draw.score, draw.label]
+    labelled = draw.exclude_labels.shape[1] > 0
+    negatives, sent = ranks.gather(negatives), [values.flatten(0, 1) for values in (known if labelled else known[:-1])]
+    found = ranks.gather_all(*sent)
+    return SharedDraws(ranks, negatives, *(found if labelled else [*found, draw.label.new_empty(0)]))
 
 
 def estimate_cache_logit(

@@ -185,7 +185,7 @@ def test_encoded_in_chunks(draws: dict[str, Any]) -> None:
 def test_a_row_outside_the_batch_is_an_error() -> None:
     state, tower = warm(Tower(), 9), Tower()
     before = state.clone()
-    with pytest.raises((IndexError, RuntimeError)):
+    with pytest.raises(ValueError, match="positive_rows has the row 3; expected rows below 3, -1 for none"):
         negcache_fn.step_(state, unit(2, 6, 0), documents(3, 1), tower, positive_rows=torch.tensor([[0], [3]]))
     assert_same_state(before, state)
 

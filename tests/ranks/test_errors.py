@@ -76,6 +76,21 @@ def wrong_on_one(rank: int, given: dict[str, Any]) -> None:
         given["features"] = {"text": given["features"]["text"]}
 
 
+def rows_of_others(rank: int, given: dict[str, Any]) -> None:
+    given["positive_rows"] = torch.arange(4)[:, None] + rank
+
+
+def more_positives(rank: int, given: dict[str, Any]) -> None:
+    given["positive_rows"] = torch.zeros(4, 1 + rank, dtype=torch.int64)
+
+
+def labels_on_one(rank: int, given: dict[str, Any]) -> None:
+    if rank == 0:
+        slots = given["state"]["items", "id"]
+        labels = negcache_fn.Labels(given["ids"], given["ids"], slots)
+        given["false_negatives"] = negcache_fn.FalseNegatives(labels=labels)
+
+
 def unequal_shards(rank: int, given: dict[str, Any]) -> None:
     if rank == 0:
         given["state"] = empty(1024, given)
@@ -104,6 +119,12 @@ MISTAKES: dict[Callable[[int, dict[str, Any]], None], tuple[str, str]] = {
     other_draws: (r"num_draws differs between the ranks of the group: \[4, 2\]",) * 2,
     other_options: (r"evict differs between the ranks of the group: \[lru, fifo\]",) * 2,
     no_ids_on_one: (r"ids differs between the ranks of the group: \[False, True\]",) * 2,
+    more_positives: (r"positive_rows differs between the ranks of the group: \[1, 2\]",) * 2,
+    labels_on_one: (r"labels differs between the ranks of the group: \[True, False\]",) * 2,
+    rows_of_others: (
+        "an argument on another rank of the group is invalid. rank 1: ValueError: positive_rows has the row 4",
+        "positive_rows has the row 4; expected rows below 4",
+    ),
     wrong_on_one: (
         "an argument on another rank of the group is invalid. rank 1: ValueError: features has keys",
         r"features has keys \['text'\]; expected those of the cache",
@@ -148,6 +169,7 @@ OTHER: dict[str, Any] = {
     "score_transform": soft_cap,
     "in_batch": True,
     "staleness_correction": "none",
+    "weigh_positives": False,
     "reduction": "sum",
     "evict": "fifo",
     "refresh_stalest": 3,
