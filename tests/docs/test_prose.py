@@ -25,8 +25,7 @@ IDIOMS = {
     r"\bwhat else\b": "further ...",
     r"\ball there is\b": "the only ...",
 }
-TABLES = {"evidence.md", "performance.md"}  # their text comes with their figures
-PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name not in TABLES)]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = sorted(path for path in PACKAGE.rglob("*") if path.suffix in {".py", ".cpp", ".h"})
 
 
