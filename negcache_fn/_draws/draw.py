@@ -7,7 +7,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn._cache.state import scalar, stored
-from negcache_fn._ranks.group import Shards, fetch_rows
+from negcache_fn._cache.take import fetch_embeddings
+from negcache_fn._ranks.group import Shards
 
 __all__ = ["Draw", "check_draw", "describe"]
 
@@ -26,7 +27,7 @@ class Draw(NamedTuple):
     perturbed: Tensor  # [R, m] the score plus noise: the largest of each sample, or the m largest
     threshold: Tensor  # [1, 1] the next largest perturbed mass, -inf if all are drawn; [B, 0] if each query draws
     log_normalizer: Tensor  # [B] log-sum-exp of the scores, -inf without documents; for the batch, differentiable
-    embedding: Tensor  # [R, m, D] stale embedding, storage dtype
+    embedding: Tensor  # [R, m, D] stale embedding, storage dtype; float32 for int8, decoded exactly
     id: Tensor  # [R, m] int64
     log_weight: Tensor  # [R, m] float32
     source: Tensor  # [R, m] int64: of which of S merged caches the slot is
@@ -71,8 +72,9 @@ def describe(
     slot, score, perturbed, threshold = chosen
     drawn = perturbed > -_INFINITY
     slot = torch.where(drawn, slot, -1)
-    leaves = [stored(state, name) for name in ("embedding", "id", "log_weight")]
-    embedding, document, log_weight, *others = fetch_rows([*leaves, *extra_columns], slot.flatten(), shards)
+    leaves = [stored(state, name) for name in ("id", "log_weight")]
+    embedding, fetched = fetch_embeddings(state, slot.flatten(), shards, [*leaves, *extra_columns])
+    document, log_weight, *others = fetched
     draw = Draw(
         slot=slot,
         score=torch.where(drawn, score, -_INFINITY),

@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from negcache_fn._cache.state import scalar, stored
+from negcache_fn._cache.take import fetch_embeddings
 from negcache_fn._checks import check_size
 from negcache_fn._kernels import dispatch
 from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._options import ScoreTransform, StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
-from negcache_fn._ranks.group import Shards, fetch_rows, ranks_of
+from negcache_fn._ranks.group import Shards, ranks_of
 from negcache_fn._scores.definition import (
     ScoreMatrix,
     Similarity,
@@ -120,8 +121,7 @@ def logsumexp_at(
         queries.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad)
     ):
         return scores.logsumexp(-1)
-    columns = [stored(state, "embedding"), stored(state, "log_weight")]
-    embedding, log_weight = fetch_rows(columns, slots.flatten(), shards)
+    embedding, (log_weight,) = fetch_embeddings(state, slots.flatten(), shards, [stored(state, "log_weight")])
     own = similarity.rowwise(queries, embedding.view(*slots.shape, -1)) + log_weight.view(slots.shape)
     return logsumexp(torch.where(scores > -_INFINITY, own, -_INFINITY))
 
@@ -161,15 +161,27 @@ def _top(left: Tensor, right: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("negcache_fn::hardest", mutates_args=())
 def _hardest_op(
-    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, n: int
+    queries: Tensor,
+    embeddings: Tensor,
+    bias: Tensor,
+    excluded: Tensor,
+    max_score: Tensor | None,
+    row_scale: Tensor | None,
+    n: int,
 ) -> tuple[Tensor, Tensor]:
-    problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score)
+    problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score, row_scale)
     found = dispatch.hardest(problem, n)
-    return _hardest(ScoreMatrix(*problem, None), n) if found is None else found
+    return _hardest(ScoreMatrix.of(problem), n) if found is None else found
 
 
 @_hardest_op.register_fake
 def _(
-    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, n: int
+    queries: Tensor,
+    embeddings: Tensor,
+    bias: Tensor,
+    excluded: Tensor,
+    max_score: Tensor | None,
+    row_scale: Tensor | None,
+    n: int,
 ) -> tuple[Tensor, Tensor]:
     return queries.new_empty(queries.shape[0], n), excluded.new_empty(queries.shape[0], n)

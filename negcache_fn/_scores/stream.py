@@ -183,34 +183,60 @@ def _score_blocks(matrix: ScoreMatrix, blocks: Tensor) -> Tensor:
 
 def _block_logsumexp(problem: dispatch.Problem) -> Tensor:
     found = dispatch.block_logsumexp(problem)
-    return _reduce_blocks(ScoreMatrix(*problem, None), "logsumexp") if found is None else found
+    return _reduce_blocks(ScoreMatrix.of(problem), "logsumexp") if found is None else found
 
 
 @torch.library.custom_op("negcache_fn::reduce_blocks", mutates_args=())
 def _reduce_blocks_op(
-    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, by: str
+    queries: Tensor,
+    embeddings: Tensor,
+    bias: Tensor,
+    excluded: Tensor,
+    max_score: Tensor | None,
+    row_scale: Tensor | None,
+    by: str,
 ) -> Tensor:
-    problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score)
-    return _block_logsumexp(problem) if by == "logsumexp" else _reduce_blocks(ScoreMatrix(*problem, None), by)
+    problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score, row_scale)
+    return _block_logsumexp(problem) if by == "logsumexp" else _reduce_blocks(ScoreMatrix.of(problem), by)
 
 
 @_reduce_blocks_op.register_fake
-def _(queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, by: str) -> Tensor:
+def _(
+    queries: Tensor,
+    embeddings: Tensor,
+    bias: Tensor,
+    excluded: Tensor,
+    max_score: Tensor | None,
+    row_scale: Tensor | None,
+    by: str,
+) -> Tensor:
     return queries.new_empty(queries.shape[0], -(-embeddings.shape[0] // BLOCK))
 
 
 @torch.library.custom_op("negcache_fn::score_blocks", mutates_args=())
 def _score_blocks_op(
-    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, blocks: Tensor
+    queries: Tensor,
+    embeddings: Tensor,
+    bias: Tensor,
+    excluded: Tensor,
+    max_score: Tensor | None,
+    row_scale: Tensor | None,
+    blocks: Tensor,
 ) -> Tensor:
-    problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score)
+    problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score, row_scale)
     found = dispatch.score_blocks(problem, blocks)
-    return _score_blocks(ScoreMatrix(*problem, None), blocks) if found is None else found
+    return _score_blocks(ScoreMatrix.of(problem), blocks) if found is None else found
 
 
 @_score_blocks_op.register_fake
 def _(
-    queries: Tensor, embeddings: Tensor, bias: Tensor, excluded: Tensor, max_score: Tensor | None, blocks: Tensor
+    queries: Tensor,
+    embeddings: Tensor,
+    bias: Tensor,
+    excluded: Tensor,
+    max_score: Tensor | None,
+    row_scale: Tensor | None,
+    blocks: Tensor,
 ) -> Tensor:
     return queries.new_empty(*blocks.shape, BLOCK)
 
@@ -222,11 +248,12 @@ def _slot_masses_op(
     bias: Tensor,
     excluded: Tensor,
     max_score: Tensor | None,
+    row_scale: Tensor | None,
     log_weight: Tensor,
 ) -> Tensor:
-    problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score)
+    problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score, row_scale)
     found = dispatch.slot_masses(problem, log_weight)
-    return sum_of_rows(ScoreMatrix(*problem, None).scores(), log_weight) if found is None else found
+    return sum_of_rows(ScoreMatrix.of(problem).scores(), log_weight) if found is None else found
 
 
 @_slot_masses_op.register_fake
@@ -236,6 +263,7 @@ def _(
     bias: Tensor,
     excluded: Tensor,
     max_score: Tensor | None,
+    row_scale: Tensor | None,
     log_weight: Tensor,
 ) -> Tensor:
     return queries.new_empty(-(-embeddings.shape[0] // BLOCK) * BLOCK)
@@ -248,13 +276,14 @@ def _summarize_op(
     bias: Tensor,
     excluded: Tensor,
     max_score: Tensor | None,
+    row_scale: Tensor | None,
     length: int,
     differentiable: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The stretches, the normalisers and, if they are to be differentiable, their gradient [B, D], else [0, D]."""
-    problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score)
+    problem = dispatch.Problem(queries, embeddings, bias, excluded, max_score, row_scale)
     if differentiable:
-        blocks, log_normalizer, mean = blocks_and_mean(ScoreMatrix(*problem, None))
+        blocks, log_normalizer, mean = blocks_and_mean(ScoreMatrix.of(problem))
     else:
         blocks = _block_logsumexp(problem)
         log_normalizer, mean = blocks.logsumexp(1), torch.empty_like(queries[:0])
@@ -268,6 +297,7 @@ def _(
     bias: Tensor,
     excluded: Tensor,
     max_score: Tensor | None,
+    row_scale: Tensor | None,
     length: int,
     differentiable: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,7 +320,7 @@ def _gradient(
     if of_stretches is not None or of_mean is not None:
         raise NotImplementedError("the log-sum-exp of the cache is differentiable once only")
     (mean,) = cast("tuple[Tensor]", ctx.saved_tensors)  # pyright: ignore[reportAttributeAccessIssue] - undeclared
-    return None if gradient is None else gradient[:, None] * mean, None, None, None, None, None, None
+    return None if gradient is None else gradient[:, None] * mean, *[None] * 7
 
 
 _summarize_op.register_autograd(_gradient, setup_context=_save_mean)

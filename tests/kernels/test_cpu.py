@@ -229,7 +229,7 @@ def test_many_rows_and_threads(products: str) -> None:
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "plain"])
 @pytest.mark.parametrize("limited", [True, False], ids=["limited", "unlimited"])
-@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
 def test_operators_are_what_they_say(
     native: bool, limited: bool, storage: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,7 +239,8 @@ def test_operators_are_what_they_say(
     queries, embeddings, bias, excluded = problem(3, 200, 8, storage, 1, 0)
     if storage == torch.float64:
         queries, bias = queries.double(), bias.double()
-    arguments = (queries, embeddings, bias, excluded, queries.new_tensor([1.0, 2.0, 3.0]) if limited else None)
+    limit = queries.new_tensor([1.0, 2.0, 3.0]) if limited else None
+    arguments = (queries, embeddings, bias, excluded, limit, bias.exp() if storage == torch.int8 else None)
     blocks = torch.tensor([[0, 3], [1, 1], [2, 0]])
     for reduction in ("logsumexp", "max"):
         torch.library.opcheck(torch.ops.negcache_fn.reduce_blocks.default, (*arguments, reduction))

@@ -158,7 +158,7 @@ _ARGUMENTS = {
 
 def _score(name: str, problem: Problem, *arguments: int) -> None:
     """Calls a score kernel, whose copies of what is not contiguous must live until it returns."""
-    queries, embeddings, bias, excluded, max_score = problem
+    queries, embeddings, bias, excluded, max_score, _ = problem
     queries, bias, excluded = queries.contiguous(), bias.contiguous(), excluded.contiguous()
     max_score = None if max_score is None else max_score.contiguous()
     passed = _Problem(

@@ -104,7 +104,7 @@ class _Pass:
 
     def of_slots(self, start: int, stop: int, shares: Tensor | None) -> Tensor:
         """[B, blocks] of the slots `start ... stop - 1`; to `shares` [B, blocks, BLOCK] the softmax inside them."""
-        queries, embeddings, bias, excluded, max_score = self.problem
+        queries, embeddings, bias, excluded, max_score, _ = self.problem
         out = queries.new_empty(queries.shape[0], -(-(stop - start) // BLOCK))
         with torch.cuda.device_of(queries):  # Triton launches on the current device
             self.module.launch(
@@ -131,7 +131,7 @@ def _multiply(weights: Tensor, embeddings: Tensor) -> Tensor:
 
 def slot_masses(problem: Problem, log_weight: Tensor) -> Tensor:
     """[C rounded up to whole blocks]: the log-sum-exp over the rows of the scores and a weight [B] of each row."""
-    queries, embeddings, bias, excluded, max_score = problem
+    queries, embeddings, bias, excluded, max_score, _ = problem
     storage, precision = embeddings.dtype, torch.get_float32_matmul_precision()
     parts, magnitude = _split(queries, storage, precision)
     capacity = embeddings.shape[0]
