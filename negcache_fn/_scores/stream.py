@@ -201,15 +201,7 @@ def _reduce_blocks_op(
 
 
 @_reduce_blocks_op.register_fake
-def _(
-    queries: Tensor,
-    embeddings: Tensor,
-    bias: Tensor,
-    excluded: Tensor,
-    max_score: Tensor | None,
-    row_scale: Tensor | None,
-    by: str,
-) -> Tensor:
+def _(queries: Tensor, embeddings: Tensor, *_: Any) -> Tensor:
     return queries.new_empty(queries.shape[0], -(-embeddings.shape[0] // BLOCK))
 
 
@@ -229,16 +221,8 @@ def _score_blocks_op(
 
 
 @_score_blocks_op.register_fake
-def _(
-    queries: Tensor,
-    embeddings: Tensor,
-    bias: Tensor,
-    excluded: Tensor,
-    max_score: Tensor | None,
-    row_scale: Tensor | None,
-    blocks: Tensor,
-) -> Tensor:
-    return queries.new_empty(*blocks.shape, BLOCK)
+def _(queries: Tensor, *others: Any) -> Tensor:
+    return queries.new_empty(*others[-1].shape, BLOCK)
 
 
 @torch.library.custom_op("negcache_fn::slot_masses", mutates_args=())
@@ -257,15 +241,7 @@ def _slot_masses_op(
 
 
 @_slot_masses_op.register_fake
-def _(
-    queries: Tensor,
-    embeddings: Tensor,
-    bias: Tensor,
-    excluded: Tensor,
-    max_score: Tensor | None,
-    row_scale: Tensor | None,
-    log_weight: Tensor,
-) -> Tensor:
+def _(queries: Tensor, embeddings: Tensor, *_: Any) -> Tensor:
     return queries.new_empty(-(-embeddings.shape[0] // BLOCK) * BLOCK)
 
 
@@ -291,16 +267,8 @@ def _summarize_op(
 
 
 @_summarize_op.register_fake
-def _(
-    queries: Tensor,
-    embeddings: Tensor,
-    bias: Tensor,
-    excluded: Tensor,
-    max_score: Tensor | None,
-    row_scale: Tensor | None,
-    length: int,
-    differentiable: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(queries: Tensor, embeddings: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    length, differentiable = others[-2:]
     rows, dim = queries.shape
     stretches = queries.new_empty(rows, -(-embeddings.shape[0] // length))
     return stretches, queries.new_empty(rows), queries.new_empty(rows if differentiable else 0, dim)
