@@ -57,7 +57,7 @@ def supports_scans(key: Tensor) -> bool:
 def block_logsumexp(problem: Problem) -> Tensor:
     """[B, ceil(C / BLOCK)]: the log-sum-exp of every block of scores."""
     out = problem.queries.new_empty(problem.queries.shape[0], -(-problem.embeddings.shape[0] // BLOCK))
-    _score("negcache_block_logsumexp", problem, *_arithmetic(problem), out.data_ptr())
+    _score("negcache_block_logsumexp", problem, *_arithmetic_of_pass(problem), out.data_ptr())
     return out
 
 
@@ -67,7 +67,7 @@ def blocks_and_sums(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     out = queries.new_empty(queries.shape[0], -(-problem.embeddings.shape[0] // BLOCK))
     total, log_scale = queries.new_empty(queries.shape), queries.new_empty(queries.shape[0])
     pointers = (out.data_ptr(), total.data_ptr(), log_scale.data_ptr())
-    _score("negcache_blocks_and_sums", problem, *_arithmetic(problem), *pointers)
+    _score("negcache_blocks_and_sums", problem, *_arithmetic_of_pass(problem), *pointers)
     return out, total, log_scale
 
 
@@ -138,6 +138,7 @@ class _Problem(ctypes.Structure):
         ("excluded", ctypes.c_void_p),
         ("exclusions", ctypes.c_int64),
         ("max_score", ctypes.c_void_p),
+        ("row_scale", ctypes.c_void_p),
     )
 
 
@@ -158,9 +159,9 @@ _ARGUMENTS = {
 
 def _score(name: str, problem: Problem, *arguments: int) -> None:
     """Calls a score kernel, whose copies of what is not contiguous must live until it returns."""
-    queries, embeddings, bias, excluded, max_score, _ = problem
+    queries, embeddings, bias, excluded, max_score, row_scale = problem
     queries, bias, excluded = queries.contiguous(), bias.contiguous(), excluded.contiguous()
-    max_score = None if max_score is None else max_score.contiguous()
+    max_score, row_scale = (None if tensor is None else tensor.contiguous() for tensor in (max_score, row_scale))
     passed = _Problem(
         embeddings.data_ptr(),
         _NUMBERS[embeddings.dtype],
@@ -171,6 +172,7 @@ def _score(name: str, problem: Problem, *arguments: int) -> None:
         excluded.data_ptr(),
         excluded.shape[1],
         None if max_score is None else max_score.data_ptr(),
+        None if row_scale is None else row_scale.data_ptr(),
     )
     if _run(name, passed, *arguments) != 0:
         raise RuntimeError(f"{name} does not know the storage number of {embeddings.dtype}: see `_codec.STORAGES`")
@@ -210,3 +212,10 @@ def _arithmetic(problem: Problem) -> tuple[int, int]:
     if problem.embeddings.dtype == torch.float16:
         parts = max(parts, 2)  # one bfloat16 has less precision than what is stored
     return int(tiles), parts
+
+
+def _arithmetic_of_pass(problem: Problem) -> tuple[int, int]:
+    """The same where all of the cache is summed over: two parts do for int8, see `_codec`."""
+    tiles, parts = _arithmetic(problem)
+    # They err by 2^-17 of |q| |e|, as 16-bit queries do, beside the 2^-8 to which the embeddings are rounded.
+    return tiles, min(parts, 2) if problem.embeddings.dtype == torch.int8 else parts
