@@ -53,7 +53,7 @@ STORAGES = {
     torch.bfloat16: Storage(number=1, triton=True),
     torch.float16: Storage(number=2, triton=True),
     torch.float64: Storage(number=None, triton=False),
-    torch.int8: Storage(number=3, triton=False, scaled=True),
+    torch.int8: Storage(number=3, triton=True, scaled=True),
 }
 
 
