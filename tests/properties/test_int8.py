@@ -21,6 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import negcache_fn
 from negcache_fn import distributed, nn
+from negcache_fn._cache import select
 from negcache_fn._kernels.cpu import call as cpu
 from tests.support import oracles, strategies
 from tests.support.builders import assert_same_state, is_close, same_bits, unit
@@ -106,6 +107,23 @@ def test_scores_draws_and_losses_are_those_of_the_decoded_rows(
     for value, wanted in zip(*results, strict=True):
         assert (value is None) == (wanted is None)
         assert value is None or same_bits(value, wanted), f"{value} against {wanted}"
+
+
+@pytest.mark.usefixtures("_plain")
+@pytest.mark.parametrize("transform", [None, strategies.soft_cap])
+@pytest.mark.parametrize("segment", [2**19, 4096])
+def test_caches_that_are_read_by_parts(transform: Any, segment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a pass, and segments of a cache: each part has its own scales."""
+    monkeypatch.setattr(select, "_SEGMENT", segment)
+    results: list[list[Tensor]] = []
+    for state in quantised(example(storage=torch.float32, capacity=7000)):
+        queries = unit(3, 6, 5).requires_grad_()
+        draw = negcache_fn.sample_gumbel(state, queries, num_draws=9, scale=9.0, score_transform=transform)
+        scores, slots = negcache_fn.top_negatives(state, queries, 300, scale=9.0, score_transform=transform)
+        gradient = torch.autograd.grad(draw.log_normalizer.sum(), queries)[0]
+        results.append([*(value.detach() for value in draw), scores, slots, gradient])
+    for value, wanted in zip(*results, strict=True):
+        assert same_bits(value, wanted)
 
 
 @given(case=strategies.cases())
