@@ -10,7 +10,7 @@ from torch import Tensor
 from negcache_fn._cache.arrivals import Arrivals, capacity_of, check_facts
 from negcache_fn._cache.state import COLUMNS, rows_of_cache, scalar, stored, stored_features
 from negcache_fn._checks import check_embeddings
-from negcache_fn._codec import encode
+from negcache_fn._codec import as_sent
 from negcache_fn._draws.sample import check_draws
 from negcache_fn._features import Features, fit_to_slots, in_slots, leaves
 from negcache_fn._loss.batch_classes import Classes, check_targets, labels_of_classes, targets_among
@@ -120,7 +120,7 @@ def arrivals_of(
 ) -> Arrivals:
     """The documents of all ranks; with a gradient to their embeddings [N, D] if the loss uses them, else as stored."""
     differentiable = options.all_ranks_in_batch
-    embeddings = documents if differentiable else encode(documents.detach(), storage)
+    embeddings = documents if differentiable else as_sent(documents.detach(), storage)
     facts = (batch.ids, batch.log_weights, batch.cacheable)
     arrivals = Arrivals.of(cast(Features, batch.to_store), embeddings, *facts, fits=batch.fits)
     return arrivals.gathered(queries, attempts.ranks, differentiable=differentiable, attempts=attempts)

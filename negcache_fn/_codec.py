@@ -1,6 +1,11 @@
 """Storage dtypes: the one place that defines how a cache stores embeddings and which kernels read them.
 
-`STORAGES` is the table of them. A new storage dtype needs:
+`STORAGES` is the table of them. A floating storage is a cast. Int8 is symmetric and per row: an embedding is the row of
+integers -127 ... 127 times the row's scale, a column `embedding_scale` of the cache. The scale has 16 significant bits.
+So a decoded number is exact in float32, decoding in float32 and in float64 is the same, and encoding what was decoded
+gives the same bytes.
+
+A new storage dtype needs:
 
 - a row in `STORAGES`, and `encode` and `decode` if a plain cast is not enough: every other module reads and writes rows
   through these two;
@@ -18,14 +23,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["STORAGES", "Storage", "check_storage", "decode", "encode", "softmax_dtype", "storable"]
+__all__ = [
+    "STORAGES",
+    "Storage",
+    "as_sent",
+    "check_storage",
+    "columns_of",
+    "decode",
+    "encode",
+    "read_as",
+    "softmax_dtype",
+    "storable",
+]
+
+_MOST = 127  # of an int8 number: the range is symmetric
+_DROPPED_BITS = 8  # of the 24 of a float32 scale
 
 
 class Storage(NamedTuple):
-    """Which kernels read a storage dtype."""
+    """Which kernels read a storage dtype, and whether its rows have scales."""
 
     number: int | None  # its number in the C++ kernels; None: they do not read it
     triton: bool  # whether the Triton kernel reads it
+    scaled: bool = False  # whether a row is integers times a number of its own
 
 
 STORAGES = {
@@ -33,6 +53,7 @@ STORAGES = {
     torch.bfloat16: Storage(number=1, triton=True),
     torch.float16: Storage(number=2, triton=True),
     torch.float64: Storage(number=None, triton=False),
+    torch.int8: Storage(number=3, triton=True, scaled=True),
 }
 
 
@@ -40,33 +61,65 @@ def check_storage(name: str, dtype: torch.dtype) -> None:
     """Raises a TypeError that names the argument unless a cache can store embeddings in `dtype`.
 
     Examples:
-        >>> check_storage("embedding_dtype", torch.int8)
+        >>> check_storage("embedding_dtype", torch.int16)
         Traceback (most recent call last):
-        TypeError: embedding_dtype is torch.int8; expected torch.float32, torch.bfloat16, torch.float16 or torch.float64
-    """
+        TypeError: embedding_dtype is torch.int16; expected torch.float32, torch.bfloat16, torch.float16, torch.float64 or torch.int8
+    """  # noqa: E501 - one line of output
     if dtype not in STORAGES:
         *others, last = map(str, STORAGES)
         raise TypeError(f"{name} is {dtype}; expected {', '.join(others)} or {last}")
 
 
-def encode(embeddings: Tensor, storage: torch.dtype) -> Tensor:
-    """The rows [..., D] as a cache of dtype `storage` holds them: `embeddings.to(storage)`."""
-    return embeddings.to(storage)
+def columns_of(storage: torch.dtype) -> tuple[str, ...]:
+    """The columns that hold the embeddings of a cache: "embedding" [C, D], and for int8 "embedding_scale" [C]."""
+    return ("embedding", "embedding_scale") if _is_scaled(storage) else ("embedding",)
 
 
-def decode(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rows [..., D] of a cache as embeddings of `dtype`: `stored.to(dtype)`."""
-    return stored.to(dtype)
+def encode(embeddings: Tensor, storage: torch.dtype) -> dict[str, Tensor]:
+    """The rows [N, D] as the `columns_of` a cache hold them: `embeddings.to(storage)`, or integers and scales [N].
+
+    The scale of a row is its largest magnitude over 127, rounded to 16 bits; numbers are rounded to even.
+
+    Examples:
+        >>> encode(torch.tensor([[1.0, -0.5, 0.0]]), torch.int8)["embedding"]
+        tensor([[127, -64,    0]], dtype=torch.int8)
+    """
+    if not _is_scaled(storage):
+        return {"embedding": embeddings.to(storage)}
+    wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    scale = _rounded((wide.abs().amax(-1) / _MOST).to(torch.float32))
+    ratio = wide / scale.masked_fill(scale == 0, 1.0)[..., None].to(wide.dtype)
+    # What is not a number has a scale that is none, see `storable`; its integers mean nothing.
+    rows = ratio.nan_to_num(0.0).round().clamp(-_MOST, _MOST)
+    return {"embedding": rows.to(storage), "embedding_scale": scale}
+
+
+def decode(rows: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The rows [..., D] of a cache, with their scales [...] if they have any, as embeddings of `dtype`."""
+    return rows.to(dtype) if scale is None else rows.to(dtype) * scale[..., None].to(dtype)
+
+
+def read_as(storage: torch.dtype) -> torch.dtype:
+    """The dtype that holds every embedding of a cache exactly: the storage, or float32 for int8."""
+    return torch.float32 if _is_scaled(storage) else storage
+
+
+def as_sent(embeddings: Tensor, storage: torch.dtype) -> Tensor:
+    """Rows [N, D] that are stored later, as one tensor that need not be wider than the cache."""
+    return embeddings if _is_scaled(storage) else embeddings.to(storage)
 
 
 def storable(embeddings: Tensor, storage: torch.dtype) -> Tensor:
-    """[rows] bool: whether each row [rows, D] is finite once stored: `encode(embeddings, storage).isfinite().all(-1)`.
+    """[rows] bool: whether each row [rows, D] is finite once stored and read again.
 
     Examples:
         >>> storable(torch.tensor([[1e5, 0.0], [1.0, 2.0]]), torch.float16)
         tensor([False,  True])
     """
-    return encode(embeddings, storage).isfinite().all(-1)
+    encoded = encode(embeddings, storage)
+    if _is_scaled(storage):
+        return (_MOST * encoded["embedding_scale"]).isfinite()
+    return encoded["embedding"].isfinite().all(-1)
 
 
 def softmax_dtype(queries: torch.dtype, storage: torch.dtype) -> torch.dtype:
@@ -77,3 +130,14 @@ def softmax_dtype(queries: torch.dtype, storage: torch.dtype) -> torch.dtype:
         (torch.float32, torch.float64)
     """
     return torch.promote_types(torch.promote_types(queries, storage), torch.float32)
+
+
+def _is_scaled(storage: torch.dtype) -> bool:
+    return storage in STORAGES and STORAGES[storage].scaled
+
+
+def _rounded(scale: Tensor) -> Tensor:
+    """Positive float32 numbers, rounded to the nearest with 16 significant bits; infinities and NaN stay so."""
+    bits = scale.view(torch.int32)
+    nearest = (bits + (1 << (_DROPPED_BITS - 1))) & -(1 << _DROPPED_BITS)
+    return torch.where(scale.isfinite(), nearest.view(torch.float32), scale)

@@ -8,7 +8,15 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from negcache_fn._cache.select import lowest_slots
-from negcache_fn._cache.state import COLUMNS, check_state, live, of_normal_tensors, stored, with_items
+from negcache_fn._cache.state import (
+    COLUMNS,
+    check_state,
+    embedding_columns,
+    live,
+    of_normal_tensors,
+    stored,
+    with_items,
+)
 from negcache_fn._cache.update import copy_state, update_
 from negcache_fn._checks import check_encoder, check_size
 from negcache_fn._features import Features, all_moved, copied, map_features, moved, rows_where
@@ -124,6 +132,6 @@ def _picked(state: TensorDictBase, slots: Tensor) -> TensorDictBase:
 
         items = cast(TensorDict, state["items"])
         picked: dict[str, Any] = {name: pick(stored(state, name), column.empty) for name, column in COLUMNS.items()}
-        picked["embedding"] = pick(stored(state, "embedding"))
+        picked |= {name: pick(column) for name, column in embedding_columns(state).items()}
         picked["features"] = map_features(pick, cast(Features, items["features"]))
         return with_items(state, TensorDict(picked, batch_size=[slots.shape[0]]))

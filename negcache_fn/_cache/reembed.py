@@ -14,7 +14,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn._cache.state import check_state, check_writable, live, scalar, stored
+from negcache_fn._cache.state import check_state, check_writable, embedding_columns, live, scalar, stored
 from negcache_fn._cache.take import take
 from negcache_fn._cache.update import copy_state
 from negcache_fn._checks import check_embeddings, check_encoder, check_size
@@ -78,6 +78,8 @@ def reembed_(state: TensorDictBase, encode: Callable[[Any], Tensor], *, batch_si
             check_embeddings("the output of encode", embeddings, cached, of="the cache", rows=slots.shape[0])
             finite = storable(embeddings, cached.dtype)
             slots, embeddings = slots[finite], embeddings[finite]
-            cached.index_copy_(0, slots, encode_rows(embeddings, cached.dtype))
+            encoded = encode_rows(embeddings, cached.dtype)
+            for name, column in embedding_columns(state).items():
+                column.index_copy_(0, slots, encoded[name])
             embedded_at.index_copy_(0, slots, scalar(state, "step").expand_as(slots))
     return state

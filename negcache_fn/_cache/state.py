@@ -4,7 +4,8 @@ Schema (C slots, D dimensions); the invariants hold in every state that this pac
 
 | key                 | shape    | dtype    | meaning and invariant                                                 |
 | ------------------- | -------- | -------- | --------------------------------------------------------------------- |
-| `items.embedding`   | [C, D]   | floating | stale embedding; finite                                               |
+| `items.embedding`   | [C, D]   | floating | stale embedding; finite. Or int8: the integers of the row             |
+| `.embedding_scale`  | [C]      | float32  | with int8 alone: the factor of the integers; finite, not negative     |
 | `items.features`    | [C, ...] | as given | inputs of the document encoder: a nested TensorDict, or one tensor    |
 | `items.id`          | [C]      | int64    | document id; -1: anonymous; the others of live slots are unique        |
 | `items.embedded_at` | [C]      | int64    | step of the embedding; -1: empty slot                                 |
@@ -26,7 +27,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from negcache_fn._checks import check_size, device_named
-from negcache_fn._codec import check_storage
+from negcache_fn._codec import check_storage, columns_of
 from negcache_fn._features import Features, as_stored, check_example, leaves, map_features, nested_as
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "assemble_state",
     "check_state",
     "check_writable",
+    "embedding_columns",
     "feature_leaves",
     "init_cache",
     "live",
@@ -65,6 +67,7 @@ COLUMNS = {
     "log_weight": Column(torch.float32, 0.0, "log_weights"),
     "inserted_at": Column(torch.int64, -1, "now"),
 }
+_SCALE = "embedding_scale"
 _ORIGIN = "as made by negcache_fn.init_cache(...); is it of another version?"
 
 
@@ -85,8 +88,8 @@ def init_cache(
         features: an example batch of the document encoder's inputs: a tensor, or a (nested) mapping of tensors, each
             [rows, ...]. Only the shapes past the first dimension and the dtypes are used. Make variable-width
             features (token ids) as wide as they can get: narrower ones are padded with zeros on the right.
-        embedding_dtype: storage of the embeddings: float32, bfloat16, float16 or float64. Scores are accumulated in
-            float32 or wider in any case.
+        embedding_dtype: storage of the embeddings: float32, bfloat16, float16, float64 or int8 (integers with a scale
+            for each row, a quarter of float32's memory). Scores are accumulated in float32 or wider in any case.
         seed: key of the noise. Caches whose draws are merged need different seeds.
         device: device of the state; the device of the features by default.
 
@@ -127,6 +130,8 @@ def assemble_state(
     """A locked state of these tensors; missing columns are those of empty slots."""
     capacity, device = embedding.shape[0], embedding.device
     items: dict[str, Any] = {"embedding": embedding, "features": features}
+    if _SCALE in columns_of(embedding.dtype):
+        items[_SCALE] = torch.zeros(capacity, device=device, dtype=torch.float32)
     for name, column in COLUMNS.items():
         given = columns.get(name)
         empty = column.empty
@@ -143,15 +148,18 @@ def check_state(state: Any) -> None:
         raise ValueError(f"state has keys {sorted(keys)}; expected ['items', 'seed', 'step'], {_ORIGIN}")
     items = cast(TensorDictBase, state["items"])
     item_keys = _keys(items)
-    expected = {"embedding", "features", *COLUMNS}
+    of_embeddings = columns_of(cast(Tensor, items["embedding"]).dtype) if "embedding" in item_keys else ("embedding",)
+    expected = {*of_embeddings, "features", *COLUMNS}
     if item_keys != expected:
         raise ValueError(f"state['items'] has keys {sorted(item_keys)}; expected {sorted(expected)}, {_ORIGIN}")
     embedding = cast(Tensor, items["embedding"])
-    if embedding.ndim != 2 or not embedding.dtype.is_floating_point:
+    if embedding.ndim != 2 or not (embedding.dtype.is_floating_point or _SCALE in of_embeddings):
         raise ValueError(
             f"state['items', 'embedding'] has shape {tuple(embedding.shape)} and dtype {embedding.dtype}; "
-            f"expected [C, D] floating, {_ORIGIN}"
+            f"expected [C, D] floating or int8, {_ORIGIN}"
         )
+    if _SCALE in of_embeddings:
+        _check_number(f"state['items', {_SCALE!r}]", cast(Tensor, items[_SCALE]), embedding.shape[:1], torch.float32)
     for name, column in COLUMNS.items():
         _check_number(f"state['items', {name!r}]", cast(Tensor, items[name]), embedding.shape[:1], column.dtype)
     for name in ("step", "seed"):
@@ -210,6 +218,11 @@ def stored(state: TensorDictBase, name: str) -> Tensor:
 def scalar(state: TensorDictBase, name: str) -> Tensor:
     """The 0-d tensor "step" or "seed"."""
     return cast(Tensor, state[name])
+
+
+def embedding_columns(state: TensorDictBase) -> dict[str, Tensor]:
+    """The columns that hold the embeddings, as `_codec.encode` writes them and `_codec.decode` reads them."""
+    return {name: stored(state, name) for name in columns_of(stored(state, "embedding").dtype)}
 
 
 def stored_features(state: TensorDictBase) -> Tensor | TensorDictBase:

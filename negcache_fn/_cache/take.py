@@ -4,12 +4,21 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn._cache.state import as_features, check_state, feature_leaves, rows_of_cache, scalar, stored
+from negcache_fn._cache.state import (
+    as_features,
+    check_state,
+    embedding_columns,
+    feature_leaves,
+    rows_of_cache,
+    scalar,
+    stored,
+)
 from negcache_fn._checks import check_slots
+from negcache_fn._codec import decode, read_as
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
-from negcache_fn._ranks.group import fetch_rows, ranks_of, unsharded
+from negcache_fn._ranks.group import Shards, fetch_rows, ranks_of, unsharded
 
-__all__ = ["take"]
+__all__ = ["fetch_embeddings", "take"]
 
 
 def take(
@@ -52,3 +61,13 @@ def take(
         slots = flat.view(slots.shape)
     rows = fetch_rows(feature_leaves(state), slots.flatten(), shards)
     return as_features(state, [leaf.view(slots.shape + leaf.shape[1:]) for leaf in rows])
+
+
+def fetch_embeddings(
+    state: TensorDictBase, slots: Tensor, shards: Shards, others: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """The embeddings [M, D] of some slots [M], exactly as they are scored, and the rows of further columns."""
+    columns = list(embedding_columns(state).values())
+    rows, *fetched = fetch_rows([*columns, *others], slots, shards)
+    scale = fetched.pop(0) if len(columns) > 1 else None
+    return decode(rows, scale, read_as(rows.dtype)), fetched

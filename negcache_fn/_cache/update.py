@@ -18,6 +18,7 @@ from negcache_fn._cache.state import (
     COLUMNS,
     check_state,
     check_writable,
+    embedding_columns,
     lock,
     of_normal_tensors,
     rows_of_cache,
@@ -212,7 +213,7 @@ def _refresh_(state: TensorDictBase, slots: Tensor, embeddings: Tensor, shards: 
     target = torch.where(wanted, slots, -1)
     target = torch.where(last_of_each(target), target, -1)
     rows = _Rows.of(target)
-    rows.write_(cached, encode(embeddings, cached.dtype))
+    rows.write_embeddings_(state, embeddings)
     rows.write_(embedded_at, scalar(state, "step").expand_as(target))
 
 
@@ -237,7 +238,7 @@ def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, key: Ten
 
     rows, now = _Rows.of(target), scalar(state, "step").expand_as(target)
     map_features(rows.write_, stored_features(state), cast(Features, arrivals.features))
-    rows.write_(cached, encode(arrivals.embeddings, cached.dtype))
+    rows.write_embeddings_(state, arrivals.embeddings)
     values = {"ids": arrivals.ids, "log_weights": arrivals.log_weights, "now": now}
     for name, column in COLUMNS.items():
         rows.write_(stored(state, name), values[column.arriving])
@@ -265,3 +266,9 @@ class _Rows(NamedTuple):
         source, slots, any_ = (moved(part, stored_rows.device) for part in self)
         new = moved(values, stored_rows.device)[source].to(stored_rows.dtype)
         return stored_rows.index_copy_(0, slots, torch.where(any_, new, stored_rows[slots]))
+
+    def write_embeddings_(self, state: TensorDictBase, embeddings: Tensor) -> None:
+        """Writes embeddings [M, D] as the cache stores them."""
+        encoded = encode(embeddings, stored(state, "embedding").dtype)
+        for name, column in embedding_columns(state).items():
+            self.write_(column, encoded[name])

@@ -8,7 +8,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn._cache.ids import first_of_each
-from negcache_fn._cache.state import COLUMNS, check_state, live, scalar, stored
+from negcache_fn._cache.state import COLUMNS, check_state, embedding_columns, live, scalar, stored
 
 __all__ = ["validate"]
 
@@ -46,8 +46,12 @@ def validate(state: TensorDictBase) -> None:
     _require("inserted_at", inserted_at, inserted_at <= embedded_at, "at most embedded_at")
     _require("id", ids, first_of_each(torch.where(alive, ids, -1)), "an id that no other live slot has")
     _require("log_weight", log_weight, log_weight < float("inf"), "a number below +inf")
-    finite = stored(state, "embedding").isfinite().all(-1)
-    _require("embedding", stored(state, "embedding"), finite | ~alive, "finite numbers, as the slot is live")
+    rows, scale = (embedding_columns(state).get(name) for name in ("embedding", "embedding_scale"))
+    assert rows is not None
+    _require("embedding", rows, rows.isfinite().all(-1) | ~alive, "finite numbers, as the slot is live")
+    if scale is not None:
+        right = (scale >= 0) & (scale < float("inf"))
+        _require("embedding_scale", scale, right | ~alive, "a finite number of 0 or more, as the slot is live")
 
 
 def _require(name: str, values: Tensor, right: Tensor, expected: str) -> None:

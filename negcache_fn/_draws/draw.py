@@ -7,7 +7,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn._cache.state import scalar, stored
-from negcache_fn._ranks.group import Shards, fetch_rows
+from negcache_fn._cache.take import fetch_embeddings
+from negcache_fn._ranks.group import Shards
 from negcache_fn._scores.exclude import Exclusions
 
 __all__ = ["Draw", "check_draw", "describe"]
@@ -27,7 +28,7 @@ class Draw(NamedTuple):
     perturbed: Tensor  # [R, m] the score plus noise: the largest of each sample, or the m largest
     threshold: Tensor  # [1, 1] the next largest perturbed mass, -inf if all are drawn; [B, 0] if each query draws
     log_normalizer: Tensor  # [B] log-sum-exp of the scores, -inf without documents; for the batch, differentiable
-    embedding: Tensor  # [R, m, D] stale embedding, storage dtype
+    embedding: Tensor  # [R, m, D] stale embedding, storage dtype; float32 for int8, decoded exactly
     id: Tensor  # [R, m] int64
     log_weight: Tensor  # [R, m] float32
     source: Tensor  # [R, m] int64: of which of S merged caches the slot is
@@ -74,10 +75,11 @@ def describe(
     slot, score, perturbed, threshold = chosen
     drawn = perturbed > -_INFINITY
     slot = torch.where(drawn, slot, -1)
-    leaves = [stored(state, name) for name in ("embedding", "id", "log_weight")]
+    leaves = [stored(state, name) for name in ("id", "log_weight")]
     labels, max_score = exclusions.labels, exclusions.max_score
     leaves += [] if labels is None else [labels[1]]
-    embedding, document, log_weight, *others = fetch_rows([*leaves, *extra_columns], slot.flatten(), shards)
+    embedding, fetched = fetch_embeddings(state, slot.flatten(), shards, [*leaves, *extra_columns])
+    document, log_weight, *others = fetched
     label = torch.full_like(slot, -1) if labels is None else torch.where(drawn, others.pop(0).view(slot.shape), -1)
     draw = Draw(
         slot=slot,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from negcache_fn._cache.ids import find_slots, named, without
-from negcache_fn._cache.state import check_state, live, stored
+from negcache_fn._cache.state import check_state, embedding_columns, live, stored
 from negcache_fn._checks import check_embeddings, check_ids, check_scale
 from negcache_fn._codec import decode, softmax_dtype
 from negcache_fn._kernels.blocks import BLOCK
@@ -82,6 +82,7 @@ class ScoreMatrix(NamedTuple):
     transform: ScoreTransform | None
     row_labels: Tensor | None = None  # [B] int32, see `_numbered`; None: no labels
     slot_labels: Tensor | None = None  # [C] int32
+    row_scale: Tensor | None = None  # [C] float32: the embedding is the stored row times it; None: the row itself
 
     @classmethod
     def of(cls, problem: Problem) -> "ScoreMatrix":
@@ -93,6 +94,18 @@ class ScoreMatrix(NamedTuple):
         """The tensors, as kernels and operators take them; they know no transform."""
         return Problem(*self[:5], *self[6:])
 
+    @property
+    def decoded(self) -> Tensor:
+        """[C, D]: the embeddings, in the dtype of the queries; for few columns."""
+        return decode(self.embeddings, self.row_scale, self.queries.dtype)
+
+    def at(self, slots: Tensor) -> "ScoreMatrix":
+        """The columns at these slots, of any shape, whose exclusions are not theirs."""
+        labels, scale = (None if column is None else column[slots] for column in (self.slot_labels, self.row_scale))
+        return self._replace(
+            embeddings=self.embeddings[slots], bias=self.bias[slots], slot_labels=labels, row_scale=scale
+        )
+
     def of_slots(self, start: int, stop: int) -> "ScoreMatrix":
         """The columns `start ... stop - 1` alone."""
         return self._replace(
@@ -100,18 +113,15 @@ class ScoreMatrix(NamedTuple):
             bias=self.bias[start:stop],
             excluded=self.excluded - start,
             slot_labels=None if self.slot_labels is None else self.slot_labels[start:stop],
+            row_scale=None if self.row_scale is None else self.row_scale[start:stop],
         )
 
     def of_stretches(self, number: Tensor, length: int) -> "ScoreMatrix":
         """The columns of some stretches of `length` slots, whose numbers [n] ascend; -inf past the end."""
         capacity = self.embeddings.shape[0]
         slots = (number[:, None] * length + torch.arange(length, device=number.device)).flatten()
-        rows = slots.clamp(max=capacity - 1)
-        chosen = self._replace(
-            embeddings=self.embeddings[rows],
-            bias=self.bias[rows].masked_fill(slots >= capacity, -_INFINITY),
-            slot_labels=None if self.slot_labels is None else self.slot_labels[rows],
-        )
+        chosen = self.at(slots.clamp(max=capacity - 1))
+        chosen = chosen._replace(bias=chosen.bias.masked_fill(slots >= capacity, -_INFINITY))
         if self.excluded.shape[1] == 0:
             return chosen
         wanted = self.excluded.clamp(min=0) // length
@@ -125,7 +135,7 @@ class ScoreMatrix(NamedTuple):
 
     def scores(self) -> Tensor:
         """[B, C rounded up to whole blocks], -inf past the end: for few columns."""
-        rows = decode(self.embeddings, self.queries.dtype)
+        rows = self.decoded
         if self.transform is None and self.max_score is None:
             scores = torch.addmm(self.bias, self.queries, rows.T)
         else:
@@ -146,12 +156,12 @@ class ScoreMatrix(NamedTuple):
 
     def pull_back(self, gradient: Tensor) -> Tensor:
         """[B, D]: the gradient in the queries, from that in the scores [B, C]; without a transform."""
-        return gradient @ decode(self.embeddings, self.queries.dtype)
+        return gradient @ self.decoded
 
     def slopes(self) -> Tensor:
         """[B, C]: the derivatives of the transform; for few columns."""
         assert self.transform is not None
-        products = self.queries @ decode(self.embeddings, self.queries.dtype).T
+        products = self.queries @ self.decoded.T
         pull_back = torch.func.vjp(self.transform, products)[1]
         return pull_back(torch.ones_like(products))[0]
 
@@ -164,12 +174,12 @@ class ScoreMatrix(NamedTuple):
         capacity = self.embeddings.shape[0]
         outside = slots >= capacity
         slots = slots.clamp(max=capacity - 1)
-        rows = decode(self.embeddings[slots], self.queries.dtype)
-        products = self.similarities(torch.bmm(rows, self.queries[row, :, None]).squeeze(-1))
+        chosen = self.at(slots)
+        products = self.similarities(torch.bmm(chosen.decoded, self.queries[row, :, None]).squeeze(-1))
         outside |= (slots[:, :, None] == self.excluded[row, None, :]).any(-1)
-        if self.row_labels is not None and self.slot_labels is not None:
-            outside |= self.row_labels[row, None] == self.slot_labels[slots]
-        scores = (products + self.bias[slots]).masked_fill(outside, -_INFINITY)
+        if self.row_labels is not None and chosen.slot_labels is not None:
+            outside |= self.row_labels[row, None] == chosen.slot_labels
+        scores = (products + chosen.bias).masked_fill(outside, -_INFINITY)
         if self.max_score is not None:
             lowest = products.masked_fill(scores == -_INFINITY, _INFINITY).amin(-1)
             limit = torch.maximum(self.max_score[row], lowest)
@@ -210,7 +220,7 @@ def score(
     similarity = Similarity.of(StepOptions(score_transform=score_transform), scale, dtype_of_scores(state, queries))
     with full_precision(queries):
         matrix = score_matrix(state, queries, similarity)
-        products = matrix.queries @ decode(matrix.embeddings, matrix.queries.dtype).T
+        products = matrix.queries @ matrix.decoded.T
         return matrix.similarities(products) + matrix.bias
 
 
@@ -243,6 +253,7 @@ def score_matrix(
         exclusions.max_score,
         similarity.transform,
         *labels,
+        embedding_columns(state).get("embedding_scale"),
     )
 
 

@@ -8,13 +8,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from negcache_fn._cache.state import scalar, stored
+from negcache_fn._cache.take import fetch_embeddings
 from negcache_fn._checks import check_size
 from negcache_fn._kernels import dispatch
 from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._kernels.problem import SCHEMA
 from negcache_fn._options import ScoreTransform, StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
-from negcache_fn._ranks.group import Shards, fetch_rows, ranks_of
+from negcache_fn._ranks.group import Shards, ranks_of
 from negcache_fn._scores.definition import (
     ScoreMatrix,
     Similarity,
@@ -121,8 +122,7 @@ def logsumexp_at(
         queries.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad)
     ):
         return scores.logsumexp(-1)
-    columns = [stored(state, "embedding"), stored(state, "log_weight")]
-    embedding, log_weight = fetch_rows(columns, slots.flatten(), shards)
+    embedding, (log_weight,) = fetch_embeddings(state, slots.flatten(), shards, [stored(state, "log_weight")])
     own = similarity.rowwise(queries, embedding.view(*slots.shape, -1)) + log_weight.view(slots.shape)
     return logsumexp(torch.where(scores > -_INFINITY, own, -_INFINITY))
 

@@ -266,7 +266,7 @@ def _gradient(
     if of_stretches is not None or of_mean is not None:
         raise NotImplementedError("the log-sum-exp of the cache is differentiable once only")
     (mean,) = cast("tuple[Tensor]", ctx.saved_tensors)  # pyright: ignore[reportAttributeAccessIssue] - undeclared
-    return None if gradient is None else gradient[:, None] * mean, *(None for _ in range(8))
+    return None if gradient is None else gradient[:, None] * mean, *(None for _ in range(9))
 
 
 _summarize_op.register_autograd(_gradient, setup_context=_save_mean)

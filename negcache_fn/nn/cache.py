@@ -150,7 +150,7 @@ class Cache(nn.Module):
 
 def _first_not_storable(embedding: Tensor, alive: Tensor, dtype: torch.dtype) -> int | None:
     """The first live slot whose embedding is not finite in that dtype, if casting can make it so."""
-    if embedding.is_meta or torch.finfo(dtype).max >= torch.finfo(embedding.dtype).max:
+    if embedding.is_meta or dtype == embedding.dtype or torch.finfo(dtype).max >= torch.finfo(embedding.dtype).max:
         return None
     wrong = (alive & ~storable(embedding, dtype)).nonzero()
     return int(wrong[0]) if wrong.shape[0] > 0 else None

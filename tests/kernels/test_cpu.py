@@ -247,7 +247,7 @@ def test_many_rows_and_threads(products: str) -> None:
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "plain"])
 @pytest.mark.parametrize("limited", [True, False], ids=["limited", "unlimited"])
-@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
 def test_operators_are_what_they_say(
     native: bool, limited: bool, storage: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,10 +257,11 @@ def test_operators_are_what_they_say(
     queries, embeddings, bias, excluded = problem(3, 200, 8, storage, 1, 0)
     if storage == torch.float64:
         queries, bias = queries.double(), bias.double()
-    arguments = (queries, embeddings, bias, excluded, None, None, None)
+    scale = bias.exp() if storage == torch.int8 else None
+    arguments = (queries, embeddings, bias, excluded, None, None, None, scale)
     if limited:
         labels = torch.tensor([0, -2, 1], dtype=torch.int32), torch.arange(200, dtype=torch.int32) % 3 - 1
-        arguments = (*arguments[:4], queries.new_tensor([1.0, 2.0, 3.0]), *labels)
+        arguments = (*arguments[:4], queries.new_tensor([1.0, 2.0, 3.0]), *labels, scale)
     blocks = torch.tensor([[0, 3], [1, 1], [2, 0]])
     for reduction in ("logsumexp", "max"):
         torch.library.opcheck(torch.ops.negcache_fn.reduce_blocks.default, (*arguments, reduction))

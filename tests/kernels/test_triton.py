@@ -47,6 +47,8 @@ def test_triton_kernel(interpreted: str) -> None:
         (90, "fp32", "tf32x3", 100, False, None),
         (80, "fp32", "tf32x3", 100, True, 1),
         (90, "bf16", "tf32", 768, True, None),
+        (80, "i8", "tf32", 768, True, None),
+        (90, "i8", "tf32", 100, False, None),
     ],
 )
 def test_kernel_compiles_without_a_gpu(
@@ -66,12 +68,13 @@ def test_kernel_compiles_without_a_gpu(
         "PRECISION": precision,
         "WIDEN": False,
     }
-    constants |= {"WEIGHTED": weighted, "UNIT": 2.0**15}
+    constants |= {"WEIGHTED": weighted, "SCALED": storage == "i8", "UNIT": 2.0**15}
     if size is not None:
         constants |= dict.fromkeys(("B", "C", "blocks"), size)
     constants |= {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_D": 32}
+    multiplied = "bf16" if storage == "i8" else storage
     pointers = {
-        "queries": storage,
+        "queries": multiplied,
         "magnitude": "fp32",
         "embeddings": storage,
         "bias": "fp32",
@@ -79,8 +82,9 @@ def test_kernel_compiles_without_a_gpu(
         "max_score": "fp32",
         "row_labels": "i32",
         "slot_labels": "i32",
+        "row_scale": "fp32",
     }
-    types = {name: f"*{kind}" for name, kind in {**pointers, "out": "fp32", "weights": storage}.items()}
+    types = {name: f"*{kind}" for name, kind in {**pointers, "out": "fp32", "weights": multiplied}.items()}
     source = triton.compiler.ASTSource(
         fn=kernel,
         signature={name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names},
@@ -131,11 +135,11 @@ def test_parts_are_the_queries(size: float, storage: torch.dtype, precision: str
     queries = torch.randn(3, 20, generator=torch.Generator().manual_seed(seed)) * size
     queries[1] = 0.0
     parts, magnitude = cuda._split(queries, storage, precision)
-    assert parts.dtype == storage
+    assert parts.dtype == (torch.bfloat16 if storage == torch.int8 else storage)
     assert bool(parts.isfinite().all())
     assert bool((torch.frexp(magnitude).mantissa == 0.5).all())
     one, two = {torch.float32: (0.0, 0.0), torch.bfloat16: (2.0**-8, 2.0**-17), torch.float16: (2.0**-11, 2.0**-21)}[
-        storage
+        parts.dtype
     ]
     error = (parts.double().sum(0) * magnitude.double()[:, None] - queries.double()).abs().amax(1)
     assert bool((error <= queries.double().abs().amax(1) * (one if precision == "medium" else two)).all())
@@ -154,11 +158,12 @@ def plain_launch(
     unit: float = 1.0,
     row_labels: Tensor | None = None,
     slot_labels: Tensor | None = None,
+    row_scale: Tensor | None = None,
 ) -> None:
     """What the kernel computes, in plain torch."""
     assert precision in ("ieee", "tf32x3", "tf32")
     whole = queries.float().sum(0) * magnitude[:, None]
-    matrix = ScoreMatrix(whole, embeddings, bias, excluded, max_score, None, row_labels, slot_labels)
+    matrix = ScoreMatrix(whole, embeddings, bias, excluded, max_score, None, row_labels, slot_labels, row_scale)
     out.copy_(stream._reduce_blocks(matrix, "logsumexp"))
     if weights is not None:
         weights.copy_((matrix.scores().view(*out.shape, -1) - out[:, :, None]).exp().nan_to_num() * unit)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import pad
@@ -24,8 +24,9 @@ from negcache_fn._kernels.triton import gumbel as gumbel_module
 from negcache_fn._scores import stream
 from negcache_fn._scores.definition import ScoreMatrix
 from tests.kernels.test_cpu import exact_scores, largest_error, limited_problem, masses, masses_problem, problem
+from tests.kernels.test_int8 import int8_problem
 from tests.kernels.test_labels import labelled
-from tests.support.builders import make_state, unit
+from tests.support.builders import unit
 
 # The interpreter's numpy warns of log(0) and NaN, and of the interpreter's own calls.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
@@ -38,6 +39,7 @@ ERRORS = {
 }
 # Of a weight, rounded before and after it is scaled.
 WEIGHTS = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+ERRORS[torch.int8], WEIGHTS[torch.int8] = ERRORS[torch.bfloat16], WEIGHTS[torch.bfloat16]  # as which it is multiplied
 ROUNDING = 2e-5  # of a log-sum-exp of scores of about 50, in float32
 
 shapes = st.tuples(st.integers(1, 140), st.integers(1, 300), st.integers(1, 80), st.integers(0, 3), st.integers(0, 999))
@@ -230,11 +232,42 @@ def test_nan_is_seen(storage: torch.dtype) -> None:
     assert not bool(found[[0, 2, 4, 19]].any())
 
 
+@given(shape=shapes, precision=st.sampled_from(["highest", "medium"]), limited=st.booleans())
+@example(shape=(65, 129, 33, 2, 2), precision="highest", limited=True)
+def test_rows_with_scales(shape: tuple[int, int, int, int, int], precision: str, limited: bool) -> None:
+    """Int8, in all three passes, against float64 of the rows that they stand for."""
+    given_problem, rows = int8_problem(shape)
+    queries, _, bias, excluded = given_problem[:4]
+    scores, products = exact_scores(queries, rows, bias, excluded), queries.double() @ rows.T
+    if limited:
+        # Between two products, where rounding decides nothing.
+        ordered = products.flatten().sort().values
+        place = int(ordered.diff().argmax()) if len(ordered) > 1 else 0
+        limit = (ordered[place] + ordered[min(place + 1, len(ordered) - 1)]).float() / 2 + (len(ordered) == 1)
+        given_problem = given_problem._replace(max_score=limit.expand(len(queries)).contiguous())
+        scores = scores.masked_fill(products > limit, -math.inf)
+    torch.set_float32_matmul_precision(precision)
+    on_device = Problem(*(None if value is None else value.to(DEVICE) for value in given_problem))
+    bound = ERRORS[torch.int8][precision] * norms(queries, rows) + ROUNDING
+    padded = pad(scores, (0, -scores.shape[1] % 64), value=-math.inf)
+    expected = padded.view(len(scores), -1, 64).logsumexp(-1)
+    assume(not limited or len(ordered) == 1 or float(ordered.diff().max()) > 2 * bound)
+    assert largest_error(cuda.block_logsumexp(on_device).cpu(), expected) <= bound
+    blocks, mean = blocks_and_mean(on_device)
+    assert largest_error(blocks.cpu(), expected) <= bound
+    error = (mean.cpu().double() - exact_mean(scores, rows)).abs().max()
+    assert float(error) <= float(rows.abs().max()) * (2 * bound + 2 * WEIGHTS[torch.int8])
+    weight = queries[:, 0].contiguous()
+    masses_found = cuda.slot_masses(on_device, weight.to(DEVICE)).cpu()
+    assert largest_error(masses_found, stream.sum_of_rows(padded, weight.double())) <= bound + ROUNDING
+
+
 @pytest.mark.parametrize("storage", cuda._STORAGE)
 def test_the_passes_take_the_kernel(storage: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the operators: the same block values, gradient and draws as in plain torch."""
     matrix = ScoreMatrix(*(argument.to(DEVICE) for argument in problem(5, 2100, 24, storage, 2, 1)), None, None)
-    state = make_state(unit(500, 8, seed=0).to(storage)).to(DEVICE)
+    state = negcache_fn.init_cache(500, 8, torch.zeros(1, 2), embedding_dtype=storage)
+    state = negcache_fn.update(state, torch.zeros(500, 2), unit(500, 8, seed=0)).to(DEVICE)
     queries = unit(6, 8, seed=1).to(DEVICE)
 
     def everything() -> list[Tensor]:

@@ -45,6 +45,10 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "batch-replicated-top-k": DOUBLE
     | {"in_batch": False, "placement": "replicated", "num_draws": 12, "top_k": 40, "refresh_stalest": 3},
     "batch-float32": {"dtype": torch.float32, "steps": 8, "in_batch": "global", "num_draws": 24},
+    "int8": DOUBLE | {"in_batch": "global", "storage": torch.int8, "num_draws": 24, "refresh_stalest": 3},
+    "int8-own-draws": DOUBLE
+    | {"in_batch": False, "storage": torch.int8, "draws_per_query": 3, "top_k": 40, "margin": 2.0},
+    "int8-replicated": DOUBLE | {"in_batch": "global", "storage": torch.int8, "placement": "replicated"},
     "float32": {"dtype": torch.float32, "steps": 8, "in_batch": "global", "draws_per_query": 2},
     "float32-long": {"dtype": torch.float32, "steps": 50, "in_batch": False},
 }

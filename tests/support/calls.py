@@ -27,7 +27,9 @@ class World:
         self.capacity, self.dim = self.random.choice([6, 9, 70]), self.random.choice([2, 4])
         self.queries, self.rows = self.random.choice([(1, 1), (2, 2), (2, 4), (3, 5)])
         self.kind = self.random.choice(["tensor", "ids", "nested", "TensorDict"])
-        dtype = self.random.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64])
+        dtype = self.random.choice(
+            [torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8]
+        )
         state = negcache_fn.init_cache(
             self.capacity, self.dim, self.features(1, width=4), embedding_dtype=dtype, seed=self.random.choice([0, -5])
         )

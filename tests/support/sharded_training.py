@@ -32,11 +32,11 @@ class Record(NamedTuple):
     graphs: int  # compiled
 
 
-def whole_cache(dtype: torch.dtype, seed: int = 3) -> TensorDictBase:
-    """Almost full, so that the run fills it and then evicts."""
+def whole_cache(dtype: torch.dtype, seed: int = 3, storage: torch.dtype | None = None) -> TensorDictBase:
+    """Almost full, so that the run fills it and then evicts; embeddings are stored in `dtype` by default."""
     generator = torch.Generator().manual_seed(seed)
     state = negcache_fn.init_cache(
-        CAPACITY, DIM, features(torch.zeros(1, dtype=torch.int64), dtype), embedding_dtype=dtype
+        CAPACITY, DIM, features(torch.zeros(1, dtype=torch.int64), dtype), embedding_dtype=storage or dtype
     )
     for start in range(0, CAPACITY - 128, 1408):
         rows = torch.arange(start, min(start + 1408, CAPACITY - 128))
@@ -76,6 +76,7 @@ def train(
     wrap: Literal["ddp", "fsdp", "none"] = "ddp",
     placement: str = "sharded",
     start: TensorDictBase | None = None,
+    storage: torch.dtype | None = None,
     **options: Any,
 ) -> Record:
     """Trains on this rank's part of every batch; `alone` is the run that all others must equal; `backend` compiles."""
@@ -86,7 +87,7 @@ def train(
     labelled = options.pop("labels", False)
     if alone and options.get("in_batch") == "global":
         options["in_batch"] = True
-    state = whole_cache(dtype) if start is None else start
+    state = whole_cache(dtype, storage=storage) if start is None else start
     if options.pop("empty", False):
         state = negcache_fn.reset(state)
     if group is not None:

@@ -136,7 +136,8 @@ inline void multiply(const uint16_t* block, const uint16_t* group, int64_t depth
 // As stream_by_vectors.
 template <int kParts, typename T, typename MakeConsumer>
 void stream_by_tiles(const T* embeddings, const Problem& problem, MakeConsumer make_consumer) {
-  constexpr int kExactParts = std::is_same<T, Bfloat16>::value ? 1 : std::is_same<T, _Float16>::value ? 2 : 3;
+  constexpr bool kOnePart = std::is_same<T, Bfloat16>::value || std::is_same<T, int8_t>::value;
+  constexpr int kExactParts = kOnePart ? 1 : std::is_same<T, _Float16>::value ? 2 : 3;
   constexpr int kBlockParts = kParts < kExactParts ? kParts : kExactParts;
   const Exclusions excluded(problem);
   const int64_t blocks = problem.blocks(), depths = (problem.dim + kDepth - 1) / kDepth;
@@ -170,8 +171,11 @@ void stream_by_tiles(const T* embeddings, const Problem& problem, MakeConsumer m
           const int64_t lanes = std::min<int64_t>(kTile, rows - group);
           float* scores = panel_scores.data() + group * kBlock;
           // Past the end the operands are leftovers of an earlier block, and may be anything: replace, do not add.
-          for (int64_t j = 0; j < kBlock; ++j)
-            store(scores + j * kTile, j < count ? load(scores + j * kTile) + bias[j] : splat(-kInfinity));
+          if (problem.row_scale)
+            scale_products(problem, slot, count, bias, scores);
+          else
+            for (int64_t j = 0; j < kBlock; ++j)
+              store(scores + j * kTile, j < count ? load(scores + j * kTile) + bias[j] : splat(-kInfinity));
           exclude(problem, excluded, first + group, lanes, slot, bias, scores);
           consume(block, first + group, lanes, scores);
         }

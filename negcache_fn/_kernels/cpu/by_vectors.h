@@ -3,8 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -31,7 +33,14 @@ inline void convert(const T* from, int64_t dim, int64_t padded, float* to) {
 // A product that takes one number of each row in a step.
 struct Singles {
   using Number = float;
+  using Sum = Floats;
   static constexpr int64_t kWidth = 1;
+  static float pack(const float* query, int64_t dim, int64_t padded, float* to) {
+    convert(query, dim, padded, to);
+    return 1.0f;
+  }
+  static Floats begin(Floats before) { return before; }
+  static Floats end(Floats sum, Floats, Floats) { return sum; }
   static Floats multiply_add(Floats sum, const float* embedding, Floats queries) {
     return sum + splat(*embedding) * queries;
   }
@@ -50,7 +59,14 @@ inline void convert(const T* from, int64_t dim, int64_t padded, Bfloat16* to) {
 // A product that takes two numbers of each row in a step, both sides rounded to bfloat16.
 struct Pairs {
   using Number = Bfloat16;
+  using Sum = Floats;
   static constexpr int64_t kWidth = 2;
+  static float pack(const float* query, int64_t dim, int64_t padded, Bfloat16* to) {
+    convert(query, dim, padded, to);
+    return 1.0f;
+  }
+  static Floats begin(Floats before) { return before; }
+  static Floats end(Floats sum, Floats, Floats) { return sum; }
   static Floats multiply_add(Floats sum, const Bfloat16* embedding, Floats queries) {
     int32_t pair;
     std::memcpy(&pair, embedding, sizeof(pair));
@@ -60,9 +76,50 @@ struct Pairs {
 
 #endif  // NEGCACHE_BFLOAT16
 
-// Queries as [groups][steps][kGroup], a float's worth of numbers each.
+#ifdef NEGCACHE_INTEGERS
+
+inline void convert(const int8_t* from, int64_t dim, int64_t padded, int16_t* to) {
+  for (int64_t d = 0; d < dim; ++d) to[d] = from[d];
+  for (int64_t d = dim; d < padded; ++d) to[d] = 0;
+}
+
+// A product that takes two numbers of each row in a step: stored integers, and queries as 16-bit integers times a
+// factor of each query, which errs by 2^-16 of the query's largest number.
+struct Integers {
+  using Number = int16_t;
+  using Sum = Ints;
+  static constexpr int64_t kWidth = 2;
+  static constexpr float kMost = 32767.0f;
+  static_assert(kMost * 127.0 * kSteps * kWidth < 2147483648.0, "the sum of some steps fits into 32 bits");
+  static float pack(const float* query, int64_t dim, int64_t padded, int16_t* to) {
+    float largest = 0.0f;
+    for (int64_t d = 0; d < dim; ++d) {
+      const float size = std::fabs(query[d]);
+      largest = size <= largest ? largest : size;  // NaN stays
+      if (size != size) break;
+    }
+    const float factor = largest / kMost;
+    const bool usable = factor > 0.0f && factor <= std::numeric_limits<float>::max();
+    for (int64_t d = 0; d < padded; ++d)
+      to[d] = usable && d < dim ? (int16_t)std::max(-kMost, std::min(kMost, std::nearbyint(query[d] / factor))) : 0;
+    return usable ? factor : largest - largest;  // 0, or NaN where it is not finite
+  }
+  static Ints begin(Floats) { return Ints{}; }
+  static Floats end(Ints sum, Floats before, Floats factor) {
+    return before + __builtin_convertvector(sum, Floats) * factor;
+  }
+  static Ints multiply_add(Ints sum, const int16_t* embedding, Floats queries) {
+    int32_t pair;
+    std::memcpy(&pair, embedding, sizeof(pair));
+    return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)queries, _mm512_set1_epi32(pair));
+  }
+};
+
+#endif  // NEGCACHE_INTEGERS
+
+// Queries as [groups][steps][kGroup], a float's worth of numbers each, and their factors.
 template <typename Product>
-void pack_groups(const float* queries, int64_t rows, int64_t dim, int64_t steps, float* packed) {
+void pack_groups(const float* queries, int64_t rows, int64_t dim, int64_t steps, float* packed, float* factors) {
   const int64_t groups = (rows + kGroup - 1) / kGroup, padded = steps * Product::kWidth;
 #pragma omp parallel for schedule(static) if (rows * dim > kWorthThreads)
   for (int64_t group = 0; group < groups; ++group) {
@@ -70,7 +127,7 @@ void pack_groups(const float* queries, int64_t rows, int64_t dim, int64_t steps,
     float* to = packed + group * steps * kGroup;
     for (int64_t i = 0; i < kGroup; ++i) {
       const int64_t query = group * kGroup + i;
-      if (query < rows) convert(queries + query * dim, dim, padded, row.data());
+      factors[query] = query < rows ? Product::pack(queries + query * dim, dim, padded, row.data()) : 0.0f;
       for (int64_t step = 0; step < steps; ++step)
         if (query < rows)
           std::memcpy(to + step * kGroup + i, row.data() + step * Product::kWidth, sizeof(float));
@@ -84,10 +141,11 @@ void pack_groups(const float* queries, int64_t rows, int64_t dim, int64_t steps,
 // the first steps start from the bias.
 template <typename Product>
 inline void multiply_slots(const typename Product::Number* embeddings, int64_t stride, const float* group,
-                           int64_t steps, const float* bias, float* scores) {
-  Floats sums[kSlots][kVectors];
+                           const float* factors, int64_t steps, const float* bias, float* scores) {
+  typename Product::Sum sums[kSlots][kVectors];
+  const auto before = [&](int s, int v) { return bias ? splat(bias[s]) : load(scores + (v * kBlock + s) * kLanes); };
   for (int s = 0; s < kSlots; ++s)
-    for (int v = 0; v < kVectors; ++v) sums[s][v] = bias ? splat(bias[s]) : load(scores + (v * kBlock + s) * kLanes);
+    for (int v = 0; v < kVectors; ++v) sums[s][v] = Product::begin(before(s, v));
   for (int64_t step = 0; step < steps; ++step) {
     Floats queries[kVectors];
     for (int v = 0; v < kVectors; ++v) queries[v] = load(group + step * kGroup + v * kLanes);
@@ -97,7 +155,8 @@ inline void multiply_slots(const typename Product::Number* embeddings, int64_t s
         sums[s][v] = Product::multiply_add(sums[s][v], embeddings + s * stride + step * Product::kWidth, queries[v]);
   }
   for (int s = 0; s < kSlots; ++s)
-    for (int v = 0; v < kVectors; ++v) store(scores + (v * kBlock + s) * kLanes, sums[s][v]);
+    for (int v = 0; v < kVectors; ++v)
+      store(scores + (v * kBlock + s) * kLanes, Product::end(sums[s][v], before(s, v), load(factors + v * kLanes)));
 }
 
 // Streams the cache. Each thread makes its own consumer and hands it the scores of every block in a contiguous range of
@@ -109,16 +168,20 @@ void stream_by_vectors(const T* embeddings, const Problem& problem, MakeConsumer
   const Exclusions excluded(problem);
   const int64_t steps = (problem.dim + Product::kWidth - 1) / Product::kWidth, padded = steps * Product::kWidth;
   const bool in_place = std::is_same<T, Number>::value && padded == problem.dim;
-  std::vector<float> packed((std::min(kPanelRows, problem.rows) + kGroup - 1) / kGroup * kGroup * steps);
+  const int64_t most = (std::min(kPanelRows, problem.rows) + kGroup - 1) / kGroup * kGroup;
+  std::vector<float> packed(most * steps), factors(most);
   for (int64_t first = 0; first < problem.rows; first += kPanelRows) {
     const int64_t rows = std::min(kPanelRows, problem.rows - first);
-    pack_groups<Product>(problem.queries + first * problem.dim, rows, problem.dim, steps, packed.data());
+    pack_groups<Product>(problem.queries + first * problem.dim, rows, problem.dim, steps, packed.data(),
+                         factors.data());
 #pragma omp parallel if (problem.capacity * rows * problem.dim > kWorthThreads)
     {
       auto consume = make_consumer();
       std::vector<Number> converted(kBlock * padded);
       std::vector<float> panel_scores((rows + kGroup - 1) / kGroup * kGroup * kBlock);
       float bias[kBlock];
+      const float nothing[kBlock] = {};
+      const float* from = problem.row_scale ? nothing : bias;  // what the sums start from
 #pragma omp for schedule(static)
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t slot = block * kBlock, count = std::min(kBlock, problem.capacity - slot);
@@ -134,12 +197,13 @@ void stream_by_vectors(const T* embeddings, const Problem& problem, MakeConsumer
           for (int64_t group = 0; group < rows; group += kGroup)
             for (int64_t j = 0; j < kBlock; j += kSlots)
               multiply_slots<Product>(numbers + j * padded + step * Product::kWidth, padded,
-                                      packed.data() + (group / kGroup * steps + step) * kGroup,
-                                      std::min(kSteps, steps - step), step == 0 ? bias + j : nullptr,
+                                      packed.data() + (group / kGroup * steps + step) * kGroup, factors.data() + group,
+                                      std::min(kSteps, steps - step), step == 0 ? from + j : nullptr,
                                       panel_scores.data() + group * kBlock + j * kLanes);
         for (int64_t group = 0; group < rows; group += kLanes) {
           const int64_t lanes = std::min<int64_t>(kLanes, rows - group);
           float* scores = panel_scores.data() + group * kBlock;
+          if (problem.row_scale) scale_products(problem, slot, count, bias, scores);
           exclude(problem, excluded, first + group, lanes, slot, bias, scores);
           consume(block, first + group, lanes, scores);
         }

@@ -57,7 +57,7 @@ def supports_scans(key: Tensor) -> bool:
 def block_logsumexp(problem: Problem) -> Tensor:
     """[B, ceil(C / BLOCK)]: the log-sum-exp of every block of scores."""
     out = problem.queries.new_empty(problem.queries.shape[0], -(-problem.embeddings.shape[0] // BLOCK))
-    _score("negcache_block_logsumexp", problem, *_arithmetic(problem), out.data_ptr())
+    _score("negcache_block_logsumexp", problem, *_arithmetic_of_pass(problem), out.data_ptr())
     return out
 
 
@@ -67,7 +67,7 @@ def blocks_and_sums(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     out = queries.new_empty(queries.shape[0], -(-problem.embeddings.shape[0] // BLOCK))
     total, log_scale = queries.new_empty(queries.shape), queries.new_empty(queries.shape[0])
     pointers = (out.data_ptr(), total.data_ptr(), log_scale.data_ptr())
-    _score("negcache_blocks_and_sums", problem, *_arithmetic(problem), *pointers)
+    _score("negcache_blocks_and_sums", problem, *_arithmetic_of_pass(problem), *pointers)
     return out, total, log_scale
 
 
@@ -140,6 +140,7 @@ class _Problem(ctypes.Structure):
         ("max_score", ctypes.c_void_p),
         ("row_labels", ctypes.c_void_p),
         ("slot_labels", ctypes.c_void_p),
+        ("row_scale", ctypes.c_void_p),
     )
 
 
@@ -212,3 +213,10 @@ def _arithmetic(problem: Problem) -> tuple[int, int]:
     if problem.embeddings.dtype == torch.float16:
         parts = max(parts, 2)  # one bfloat16 has less precision than the stored numbers
     return int(tiles), parts
+
+
+def _arithmetic_of_pass(problem: Problem) -> tuple[int, int]:
+    """The same where all of the cache is summed over: two parts do for int8, see `_codec`."""
+    tiles, parts = _arithmetic(problem)
+    # They err by 2^-17 of |q| |e|, as 16-bit queries do, beside the 2^-8 to which the embeddings are rounded.
+    return tiles, min(parts, 2) if problem.embeddings.dtype == torch.int8 else parts

@@ -51,6 +51,12 @@ inline int64_t add_pairs(const T*, int64_t, const float*, float*, int64_t) {
 inline Words paired(Halves even, Halves odd) {
   return __builtin_convertvector(even, Words) | __builtin_convertvector(odd, Words) << 16;
 }
+inline Words paired(const Bfloat16* even, const Bfloat16* odd) {
+  return paired(load_vector<Halves>(even), load_vector<Halves>(odd));
+}
+inline Words paired(const int8_t* even, const int8_t* odd) {  // which bfloat16 holds exactly
+  return (Words)load(even) >> 16 | ((Words)load(odd) & 0xffff0000u);
+}
 
 inline Halves rounded(Floats x) {
   const __m256bh numbers = _mm512_cvtneps_pbh((__m512)x);
@@ -60,7 +66,8 @@ inline Halves rounded(Floats x) {
 }
 
 // The weights are rounded as the embeddings are, and two slots multiplied in a step.
-inline int64_t add_pairs(const Bfloat16* embeddings, int64_t dim, const float* weights, float* sums, int64_t stride) {
+template <typename T>
+inline int64_t add_rounded(const T* embeddings, int64_t dim, const float* weights, float* sums, int64_t stride) {
   Words pairs[kBlock / 2];
   for (int64_t j = 0; j < kBlock; j += 2)
     pairs[j / 2] = paired(rounded(load(weights + j * kLanes)), rounded(load(weights + (j + 1) * kLanes)));
@@ -69,8 +76,8 @@ inline int64_t add_pairs(const Bfloat16* embeddings, int64_t dim, const float* w
   for (; d + kLanes <= dim; d += kLanes) {
     Floats total[kLanes] = {};
     for (int64_t j = 0; j < kBlock; j += 2) {
-      const Bfloat16* from = embeddings + j * dim + d;
-      const Words embedding = paired(load_vector<Halves>(from), load_vector<Halves>(from + dim));
+      const T* from = embeddings + j * dim + d;
+      const Words embedding = paired(from, from + dim);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i)
         total[i] = (Floats)_mm512_dpbf16_ps((__m512)total[i], (__m512bh)embedding,
@@ -81,12 +88,20 @@ inline int64_t add_pairs(const Bfloat16* embeddings, int64_t dim, const float* w
   return d;
 }
 
+inline int64_t add_pairs(const Bfloat16* embeddings, int64_t dim, const float* weights, float* sums, int64_t stride) {
+  return add_rounded(embeddings, dim, weights, sums, stride);
+}
+inline int64_t add_pairs(const int8_t* embeddings, int64_t dim, const float* weights, float* sums, int64_t stride) {
+  return add_rounded(embeddings, dim, weights, sums, stride);
+}
+
 #endif  // NEGCACHE_BFLOAT16
 
 // The sums of one thread, over the slots that it has seen.
 template <typename T>
 struct WeightedSums {
   const T* embeddings;
+  const float* row_scale;
   int64_t capacity, dim, stride;
   // A block so far below the largest is skipped: all blocks together then lose less than a rounding, 2^-24.
   float negligible;
@@ -96,6 +111,7 @@ struct WeightedSums {
 
   WeightedSums(const T* embeddings, const Problem& problem)
       : embeddings(embeddings),
+        row_scale(problem.row_scale),
         capacity(problem.capacity),
         dim(problem.dim),
         stride((problem.dim + kLanes - 1) / kLanes * kLanes),
@@ -124,7 +140,11 @@ struct WeightedSums {
       store(log_scales.data() + row, log_scale);
     }
     const Floats scale = top == -kInfinity ? splat(0.0f) : exponential(top - log_scale);
-    for (int64_t j = 0; j < kBlock; ++j) store(exponentials + j * kLanes, load(exponentials + j * kLanes) * scale);
+    const int64_t count = std::min(kBlock, capacity - block * kBlock);
+    for (int64_t j = 0; j < count; ++j) {
+      const Floats weight = load(exponentials + j * kLanes) * scale;
+      store(exponentials + j * kLanes, row_scale ? weight * row_scale[block * kBlock + j] : weight);
+    }
     multiply(block * kBlock, exponentials, sums.data() + row * stride);
   }
 

@@ -24,6 +24,7 @@ struct Problem {
   const float* max_score;      // [rows], of the score without its bias; null: no limit
   const int32_t* row_labels;   // [rows]; null: no labels
   const int32_t* slot_labels;  // [capacity]
+  const float* row_scale;      // [capacity]: an embedding is its stored numbers times it; null: the numbers themselves
 
   int64_t blocks() const { return (capacity + kBlock - 1) / kBlock; }
 };
@@ -40,6 +41,9 @@ Status with_storage(const Problem& problem, Function function) {
       break;
     case 2:
       function((const _Float16*)problem.embeddings);
+      break;
+    case 3:
+      function((const int8_t*)problem.embeddings);
       break;
     default:
       return kUnknownStorage;
@@ -107,6 +111,19 @@ inline void exclude(const Problem& problem, const Exclusions& excluded, int64_t 
   }
   excluded.of_block(first_slot / kBlock, first_row, lanes,
                     [&](int64_t row, int64_t place) { scores[place * kLanes + row - first_row] = -kInfinity; });
+}
+
+// What the products of a slot's stored numbers are to be multiplied with.
+inline float scale_of(const Problem& problem, int64_t slot) {
+  return problem.row_scale ? problem.row_scale[slot] : 1.0f;
+}
+
+// Products with the stored numbers of a block [kBlock slots][kLanes rows] become scores.
+inline void scale_products(const Problem& problem, int64_t first_slot, int64_t count, const float* bias,
+                           float* scores) {
+  for (int64_t j = 0; j < count; ++j)
+    store(scores + j * kLanes, load(scores + j * kLanes) * problem.row_scale[first_slot + j] + bias[j]);
+  for (int64_t j = count; j < kBlock; ++j) store(scores + j * kLanes, splat(-kInfinity));
 }
 
 // The bias of a block's slots, -inf past the end of the cache.

@@ -36,7 +36,8 @@ void score_blocks(const T* embeddings, const Problem& problem, const int64_t* bl
     float* scores = out + pair * kBlock;
     std::fill(scores + count, scores + kBlock, -kInfinity);
     for (int64_t j = 0; j < count; ++j) {
-      products[j] = dot(problem.queries + row * dim, embeddings + (first + j) * dim, dim);
+      products[j] =
+          dot(problem.queries + row * dim, embeddings + (first + j) * dim, dim) * scale_of(problem, first + j);
       scores[j] = products[j] + bias[j];
     }
     for (int64_t p = 0; p < problem.exclusions; ++p) {
@@ -122,8 +123,9 @@ void hardest_at_once(const T* embeddings, const Problem& problem, Arithmetic ari
     const int64_t count = std::min<int64_t>(keep, found.size());
     std::partial_sort(found.begin(), found.begin() + count, found.end());
     for (int64_t i = 0; i < count; ++i) {
-      const T* embedding = embeddings + found[i].slot * problem.dim;
-      found[i].score = dot(problem.queries + row * problem.dim, embedding, problem.dim) + problem.bias[found[i].slot];
+      const int64_t slot = found[i].slot;
+      const float product = dot(problem.queries + row * problem.dim, embeddings + slot * problem.dim, problem.dim);
+      found[i].score = product * scale_of(problem, slot) + problem.bias[slot];
     }
     std::sort(found.begin(), found.begin() + count);
     for (int64_t i = 0; i < keep; ++i) {

@@ -12,6 +12,9 @@
 #if defined(__AVX512F__) && defined(__AVX512BF16__)
 #define NEGCACHE_BFLOAT16 1  // multiplies pairs of bfloat16
 #endif
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+#define NEGCACHE_INTEGERS 1  // multiplies pairs of 16-bit integers
+#endif
 #if defined(__AMX_BF16__) && defined(NEGCACHE_BFLOAT16) && defined(__linux__)
 #define NEGCACHE_AMX 1  // multiplies tiles of bfloat16
 #endif
@@ -29,6 +32,7 @@ typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 typedef _Float16 Float16s __attribute__((vector_size(2 * kLanes)));
 
 struct Bfloat16 {
@@ -45,7 +49,17 @@ inline Vector load_vector(const T* from) {
 // A vector of stored numbers as float32: one overload for each storage.
 inline Floats load(const float* from) { return load_vector<Floats>(from); }
 inline Ints load(const int32_t* from) { return load_vector<Ints>(from); }
+#ifdef __AVX512F__  // GCC 12 converts the vectors of the other branch one number at a time
+inline Floats load(const _Float16* from) { return (Floats)_mm512_cvtph_ps((__m256i)load_vector<Halves>(from)); }
+inline Floats load(const int8_t* from) {
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)load_vector<Bytes>(from)));
+}
+#else
 inline Floats load(const _Float16* from) { return __builtin_convertvector(load_vector<Float16s>(from), Floats); }
+inline Floats load(const int8_t* from) {
+  return __builtin_convertvector(__builtin_convertvector(load_vector<Bytes>(from), Ints), Floats);
+}
+#endif
 inline Floats load(const Bfloat16* from) {
   return (Floats)(__builtin_convertvector(load_vector<Halves>(from), Words) << 16);
 }

@@ -40,6 +40,7 @@ def _kernel(
     slot_labels,  # [C] int32; anything without LABELLED
     out,  # [B, blocks]
     weights,  # [B, blocks * _BLOCK] in units of 1 / UNIT; anything without WEIGHTED
+    row_scale,  # [C]; anything without SCALED
     B,
     C,
     blocks,
@@ -49,6 +50,7 @@ def _kernel(
     LIMITED: tl.constexpr,
     LABELLED: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    SCALED: tl.constexpr,
     UNIT: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -87,11 +89,16 @@ def _kernel(
             e = tl.load(embedding + start, mask=column[:, None] < D - start, other=0.0)
         if WIDEN:
             q, e = q.to(tl.float32), e.to(tl.float32)
+        else:
+            e = e.to(q.dtype)  # int8, which bfloat16 holds exactly
         products = tl.dot(q, e, products, input_precision=PRECISION)
 
     # In units of log 2, which is what the hardware's exponential and logarithm take.
     factor = tl.load(magnitude + first_row + row) * _LOG2_E
     offset = tl.load(bias + first_slot + slot, mask=slot <= last_slot, other=float("-inf")) * _LOG2_E
+    if SCALED:
+        scale = tl.load(row_scale + first_slot + slot, mask=slot <= last_slot, other=0.0)
+        products *= scale[None, :]
     scores = products * factor[:, None] + offset[None, :]
     if LIMITED:
         limit = tl.load(max_score + first_row + row) * _LOG2_E
@@ -124,7 +131,10 @@ def _kernel(
     tl.store(target, (tl.log2(total) + peak) * _LN_2, mask=inside)
     if WEIGHTED:
         shares = exponentials * (UNIT / tl.where(total == 0.0, 1.0, total))[:, :, None]
-        shares = tl.reshape(shares, [BLOCK_M, BLOCK_N]).to(weights.dtype.element_ty)
+        shares = tl.reshape(shares, [BLOCK_M, BLOCK_N])
+        if SCALED:
+            shares *= scale[None, :]
+        shares = shares.to(weights.dtype.element_ty)
         width = tl.cast(blocks, tl.int64) * _BLOCK
         target = weights + (first_row + row)[:, None] * width + (first_slot + slot)[None, :]
         inside = (tl.arange(0, BLOCK_M)[:, None] < B - first_row) & ((first_slot + slot)[None, :] < width)
@@ -132,7 +142,7 @@ def _kernel(
 
 
 def configs(element_size: int) -> list[triton.Config]:
-    """Tiles to choose from, for embeddings of `element_size` bytes: steps in D of 128 bytes."""
+    """Tiles to choose from, for products of numbers of `element_size` bytes: steps in D of 128 bytes."""
     return [
         triton.Config(
             {"BLOCK_M": rows, "BLOCK_N": slots, "BLOCK_D": 128 // element_size}, num_warps=warps, num_stages=stages
@@ -177,10 +187,12 @@ def launch(
     unit: float = 1.0,
     row_labels: Tensor | None = None,
     slot_labels: Tensor | None = None,
+    row_scale: Tensor | None = None,
 ) -> None:  # pragma: no cover - tested in another process, with the interpreter
     """Writes the log-sum-exp of every block to `out` [B, blocks]; the arguments as the kernel's, contiguous.
 
-    To `weights` [B, blocks * BLOCK], if given, the softmax inside each block times `unit`, 0 where a block is empty.
+    To `weights` [B, blocks * BLOCK], if given, the softmax inside each block times `unit`, and times the
+    rows' scales if they have any; 0 where a block is empty.
 
     The first call for a kind of problem tries the tiles and keeps the fastest. These may differ in the last bit, so
     that `torch.use_deterministic_algorithms` fixes them.
@@ -190,7 +202,7 @@ def launch(
     exclusions = triton.next_power_of_2(excluded.shape[1])  # each number of them is another kernel: let there be few
     excluded = pad(excluded, (0, exclusions - excluded.shape[1]), value=-1)
     fixed = _INTERPRETED or are_deterministic_algorithms_enabled()
-    kernel: Any = _kernel if fixed else _TUNED[embeddings.element_size()]
+    kernel: Any = _kernel if fixed else _TUNED[queries.element_size()]
 
     def grid(tile: dict[str, int]) -> tuple[int]:
         return (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(capacity, tile["BLOCK_N"]),)
@@ -206,6 +218,7 @@ def launch(
         magnitude if slot_labels is None else slot_labels.contiguous(),
         out,
         out if weights is None else weights,
+        magnitude if row_scale is None else row_scale,
         rows,
         capacity,
         blocks,
@@ -215,6 +228,7 @@ def launch(
         LIMITED=max_score is not None,
         LABELLED=row_labels is not None,
         WEIGHTED=weights is not None,
+        SCALED=row_scale is not None,
         UNIT=unit,
         PARTS=parts,
         PRECISION=precision,

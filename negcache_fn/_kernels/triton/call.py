@@ -4,7 +4,8 @@ Its precision is that of `torch.set_float32_matmul_precision`. With float32 stor
 TF32 products (error about 2^-21 |q| |e|, that of float32), "medium" one (2^-11). With bfloat16 and float16 storage the
 queries are cut into parts of that dtype, which tensor cores multiply exactly: two parts, of an error below 2^-16 and
 2^-20 of |q| |e|, which is little beside the 2^-9 and 2^-12 to which the storage is rounded; or with "medium" one part,
-2^-9 and 2^-12, in half the time. Weights of a mean are rounded to the storage dtype, as the embeddings are that they
+2^-9 and 2^-12, in half the time. Int8 storage is read as bfloat16, which holds the integers exactly, and the products
+are multiplied with the scales of the rows. Weights of a mean are rounded to the dtype of the embeddings that they
 multiply. Where Triton is missing, or with NEGCACHE_FN_NATIVE=0 in the environment, plain torch computes the same.
 """
 
@@ -71,8 +72,9 @@ def blocks_and_sums(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """
     queries, embeddings = problem.queries, problem.embeddings
     (rows, dim), capacity = queries.shape, embeddings.shape[0]
-    slots = max(1, _WEIGHTS_BYTES // (max(1, rows) * BLOCK * embeddings.element_size())) * BLOCK
-    weights = embeddings.new_empty(rows * min(slots, -(-capacity // BLOCK) * BLOCK))
+    dtype = _dtype_of_products(embeddings.dtype)
+    slots = max(1, _WEIGHTS_BYTES // (max(1, rows) * BLOCK * dtype.itemsize)) * BLOCK
+    weights = embeddings.new_empty(rows * min(slots, -(-capacity // BLOCK) * BLOCK), dtype=dtype)
     run = _Pass(problem)
     parts: list[Tensor] = []
     total = queries.new_zeros(rows, dim)
@@ -104,7 +106,7 @@ class _Pass:
 
     def of_slots(self, start: int, stop: int, shares: Tensor | None) -> Tensor:
         """[B, blocks] of the slots `start ... stop - 1`; to `shares` [B, blocks, BLOCK] the softmax inside them."""
-        queries, embeddings, bias, excluded, max_score, row_labels, slot_labels = self.problem
+        queries, embeddings, bias, excluded, max_score, row_labels, slot_labels, row_scale = self.problem
         out = queries.new_empty(queries.shape[0], -(-(stop - start) // BLOCK))
         with torch.cuda.device_of(queries):  # Triton launches on the current device
             self.module.launch(
@@ -120,12 +122,14 @@ class _Pass:
                 _UNIT,
                 row_labels,
                 None if slot_labels is None else slot_labels[start:stop],
+                None if row_scale is None else row_scale[start:stop].contiguous(),
             )
         return out
 
 
 def _multiply(weights: Tensor, embeddings: Tensor) -> Tensor:
     """[B, D]: their product, in float32."""
+    embeddings = embeddings.to(_dtype_of_products(embeddings.dtype))
     if embeddings.dtype == torch.float32 or not weights.is_cuda:
         return weights.float() @ embeddings.float()
     return torch.mm(weights, embeddings, out_dtype=torch.float32)
@@ -133,7 +137,7 @@ def _multiply(weights: Tensor, embeddings: Tensor) -> Tensor:
 
 def slot_masses(problem: Problem, log_weight: Tensor) -> Tensor:
     """[C rounded up to whole blocks]: the log-sum-exp over the rows of the scores and a weight [B] of each row."""
-    queries, embeddings, bias, excluded, *filters = problem
+    queries, embeddings, bias, excluded, max_score, row_labels, slot_labels, row_scale = problem
     storage, precision = embeddings.dtype, torch.get_float32_matmul_precision()
     parts, magnitude = _split(queries, storage, precision)
     capacity = embeddings.shape[0]
@@ -148,10 +152,13 @@ def slot_masses(problem: Problem, log_weight: Tensor) -> Tensor:
                 embeddings,
                 bias.contiguous(),
                 excluded.contiguous(),
-                *filters,
+                max_score,
+                row_labels,
+                slot_labels,
                 log_weight,
                 products,
                 out,
+                None if row_scale is None else row_scale.contiguous(),
             )
     return out
 
@@ -169,7 +176,7 @@ def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) ->
 
 
 def _split(queries: Tensor, storage: torch.dtype, precision: str) -> tuple[Tensor, Tensor]:
-    """Parts [n, B, D] in the storage dtype, and powers of two [B]: the sum of the parts times these is the queries.
+    """Parts [n, B, D] in the dtype of products, and powers of two [B]: the sum of the parts times these is the queries.
 
     Each part is the rounded rest of those before it. The powers keep float16 from overflow.
     Float32 is one part as it is.
@@ -181,6 +188,11 @@ def _split(queries: Tensor, storage: torch.dtype, precision: str) -> tuple[Tenso
     rest = queries / magnitude[:, None]
     parts: list[Tensor] = []
     for _ in range(1 if precision == "medium" else 2):
-        parts.append(rest.to(storage))
+        parts.append(rest.to(_dtype_of_products(storage)))
         rest = rest - parts[-1]
     return torch.stack(parts), magnitude
+
+
+def _dtype_of_products(storage: torch.dtype) -> torch.dtype:
+    """In which queries, and the weights of a mean, are multiplied with embeddings."""
+    return torch.bfloat16 if storage == torch.int8 else storage

@@ -32,6 +32,7 @@ def _kernel(
     row_labels,  # [B] int32; anything without LABELLED
     slot_labels,  # [C] int32; anything without LABELLED
     log_weight,  # [B]
+    row_scale,  # [C]; anything without SCALED
     out,  # [C]
     B,
     C,
@@ -39,6 +40,7 @@ def _kernel(
     P: tl.constexpr,
     LIMITED: tl.constexpr,
     LABELLED: tl.constexpr,
+    SCALED: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -50,6 +52,8 @@ def _kernel(
     slot = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_D)
     embedding = embeddings + tl.minimum(slot, C - 1)[None, :] * D + column[:, None]
+    if SCALED:
+        scale = tl.load(row_scale + slot, mask=slot < C, other=0.0)
     offset = tl.load(bias + slot, mask=slot < C, other=float("-inf")) * _LOG2_E
 
     peak = tl.full([BLOCK_N], 0.0, tl.float32)
@@ -66,8 +70,12 @@ def _kernel(
             e = tl.load(embedding + start, mask=column[:, None] < D - start, other=0.0)
             if WIDEN:
                 q, e = q.to(tl.float32), e.to(tl.float32)
+            else:
+                e = e.to(q.dtype)  # int8, which bfloat16 holds exactly
             products = tl.dot(q, e, products, input_precision=PRECISION)
 
+        if SCALED:
+            products *= scale[None, :]
         similarity = products * (tl.load(magnitude + row) * _LOG2_E)[:, None]
         scores = similarity + offset[None, :]
         if LIMITED:
@@ -105,6 +113,7 @@ def launch(
     log_weight: Tensor,
     precision: str,
     out: Tensor,
+    row_scale: Tensor | None = None,
 ) -> None:  # pragma: no cover - tested in another process, with the interpreter
     """Writes the masses to `out` [C]; the other arguments as the kernel's, contiguous."""
     parts, rows, dim = queries.shape
@@ -122,6 +131,7 @@ def launch(
         magnitude if row_labels is None else row_labels.contiguous(),
         magnitude if slot_labels is None else slot_labels.contiguous(),
         log_weight.contiguous(),
+        magnitude if row_scale is None else row_scale,
         out,
         rows,
         capacity,
@@ -129,12 +139,13 @@ def launch(
         P=exclusions,
         LIMITED=max_score is not None,
         LABELLED=row_labels is not None,
+        SCALED=row_scale is not None,
         PARTS=parts,
         PRECISION=precision,
         WIDEN=_INTERPRETED,  # it has no bfloat16 products
         BLOCK_M=_ROWS,
         BLOCK_N=_SLOTS,
-        BLOCK_D=_BYTES // embeddings.element_size(),
+        BLOCK_D=_BYTES // queries.element_size(),
         num_warps=4,
         num_stages=3,
     )

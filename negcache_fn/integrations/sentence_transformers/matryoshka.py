@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 
 from negcache_fn._cache.state import with_items
 from negcache_fn._cache.take import take
+from negcache_fn._codec import decode, read_as
 from negcache_fn._draws.draw import Draw
 from negcache_fn._draws.sample import sample_gumbel
 from negcache_fn._loss.batch_classes import known_ids
@@ -177,7 +178,10 @@ class _Truncated:
         self.facts, self.scale, self.options, self.group = facts, batch.scale, options, group
         items = cast(TensorDictBase, state["items"])
         leaves = dict(cast("Iterable[tuple[str, Any]]", items.items()))
-        leaves["embedding"] = self.shorten(leaves["embedding"])
+        rows = leaves["embedding"]
+        leaves["embedding"] = self.shorten(
+            decode(rows[:, :size], leaves.pop("embedding_scale", None), read_as(rows.dtype))
+        )
         limit = facts.false_negatives.max_score
         if callable(limit):
             limit = limit(terms.positive_similarity().detach())
