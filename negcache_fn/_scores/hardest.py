@@ -160,7 +160,7 @@ def _top(left: Tensor, right: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return ordered[:, :n], columns[:, :n]
 
 
-@torch.library.custom_op("negcache_fn::hardest", mutates_args=(), schema=f"({SCHEMA}, int n) -> (Tensor, Tensor)")
+@torch.library.custom_op("negcache_fn::hardest", mutates_args=(), schema=f"({SCHEMA}, SymInt n) -> (Tensor, Tensor)")
 def _hardest_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     *problem, n = arguments
     problem = dispatch.Problem(*problem)

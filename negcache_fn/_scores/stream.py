@@ -230,7 +230,7 @@ def _(*arguments: Any) -> Tensor:
 @torch.library.custom_op(
     "negcache_fn::summarize",
     mutates_args=(),
-    schema=f"({SCHEMA}, int length, bool differentiable) -> (Tensor, Tensor, Tensor)",
+    schema=f"({SCHEMA}, SymInt length, bool differentiable) -> (Tensor, Tensor, Tensor)",
 )
 def _summarize_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The stretches, the normalisers and, if they are to be differentiable, their gradient [B, D], else [0, D]."""
