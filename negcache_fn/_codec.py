@@ -89,7 +89,7 @@ def encode(embeddings: Tensor, storage: torch.dtype) -> dict[str, Tensor]:
     wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
     scale = _rounded((wide.abs().amax(-1) / _MOST).to(torch.float32))
     ratio = wide / scale.masked_fill(scale == 0, 1.0)[..., None].to(wide.dtype)
-    # What is not a number has a scale that is none, see `storable`; its integers mean nothing.
+    # Where a value is NaN, the scale is NaN, see `storable`; the integers have no meaning.
     rows = ratio.nan_to_num(0.0).round().clamp(-_MOST, _MOST)
     return {"embedding": rows.to(storage), "embedding_scale": scale}
 

@@ -102,8 +102,8 @@ def step(
         priorities: [C] instead of `options.evict`: the priority of every slot here, see `update`.
         positive_rows: [B, P] int64: the rows of `features` that are positives of each query, -1 where there are fewer;
             instead of row i for query i. The loss is the mean over them, each in a softmax without the others, see
-            `loss`. A query without any (a masked one) has the loss 0, is not in the mean, and has no say in what is
-            drawn for the batch.
+            `loss`. A query without any (a masked one) has the loss 0, is not in the mean, and does not influence
+            the draws for the batch.
         group: of ranks that train together, each with its own queries and documents: draws, losses and states are those
             of one rank that has the queries, the positives and the further candidates of all, in the order of ranks.
             The loss is that of this rank's queries; see docs/scaling.md for gradients.

@@ -173,7 +173,7 @@ def test_from_pretrained_is_refused_by_name(tmp_path: Path) -> None:
     model(unit(2, 3, 5)).backward()
     model.save_pretrained(tmp_path / "whole")
     with pytest.raises(
-        ValueError, match=r"state is to be .* meta device, as under from_pretrained.*; expected a cache"
+        ValueError, match=r"state would be .* meta device, as under from_pretrained.*; expected a cache"
     ):
         Model.from_pretrained(tmp_path / "whole")
     loaded = Model.from_pretrained(tmp_path / "whole", with_loss=False)
@@ -181,7 +181,7 @@ def test_from_pretrained_is_refused_by_name(tmp_path: Path) -> None:
     assert torch.equal(loaded.encoder.weight, model.encoder.weight)
     loaded(unit(2, 3, 5)).backward()
     for state in (filled().state, filled().to("meta").state):
-        with torch.device("meta"), pytest.raises(ValueError, match=r"state is to be .* meta device"):
+        with torch.device("meta"), pytest.raises(ValueError, match=r"state would be .* meta device"):
             Cache(state)
 
 

@@ -189,9 +189,9 @@ def _checked_op(
                 f"b has the noise of seed {seed} at step {step}, as a has, and would draw the same places; expected "
                 f"caches of different seeds: init_cache(..., seed=...)"
             )
-    for what, of_a, of_b in (("ids", excluded, other_excluded), ("labels", labels, other_labels)):
+    for name, of_a, of_b in (("ids", excluded, other_excluded), ("labels", labels, other_labels)):
         if not torch.equal(of_a, of_b):
-            raise ValueError(f"b has other excluded {what} than a; expected the same exclusions for every cache")
+            raise ValueError(f"b has other excluded {name} than a; expected the same exclusions for every cache")
     return values.clone()
 
 

@@ -79,7 +79,7 @@ def check_batch(
     options: StepOptions,
     slots: int | None = None,
 ) -> None:
-    """Raises unless the documents fit the queries, and what is said of the documents, and of the slots, fits them."""
+    """Raises unless the documents fit the queries, and the facts about the documents and the slots fit them."""
     check_embeddings("documents", documents, queries, at_least=queries.shape[0])
     labelled = documents.shape[0] if options.batch_is_classes else None
     check_false_negatives(false_negatives, queries, knows_positives=True, documents=labelled, slots=slots)
@@ -227,7 +227,7 @@ def _scores_and_targets(
 
 
 def _no_classes(products: Tensor, own: Tensor, classes: Classes, false_negatives: FalseNegatives) -> Tensor | None:
-    """[B, N] bool: the documents that are no classes of a query, whose positives are its `own`; None: all are."""
+    """[B, N] bool: the documents that are not classes of a query, whose positives are its `own`; None: all are."""
     ids = classes.ids
     none: list[Tensor] = []
     if ids is not None:

@@ -160,7 +160,7 @@ _ARGUMENTS = {
 
 
 def _score(name: str, problem: Problem, *arguments: int) -> None:
-    """Calls a score kernel, whose copies of what is not contiguous must live until it returns."""
+    """Calls a score kernel, copies of tensors that are not contiguous must live until it returns."""
     queries, embeddings, bias, excluded, *others = problem
     queries, bias, excluded = queries.contiguous(), bias.contiguous(), excluded.contiguous()
     others = [None if values is None else values.contiguous() for values in others]

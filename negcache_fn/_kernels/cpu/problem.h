@@ -113,7 +113,7 @@ inline void exclude(const Problem& problem, const Exclusions& excluded, int64_t 
                     [&](int64_t row, int64_t place) { scores[place * kLanes + row - first_row] = -kInfinity; });
 }
 
-// What the products of a slot's stored numbers are to be multiplied with.
+// The factor of the products of a slot's stored numbers.
 inline float scale_of(const Problem& problem, int64_t slot) {
   return problem.row_scale ? problem.row_scale[slot] : 1.0f;
 }
