@@ -180,6 +180,7 @@ OURS = (
     _ours("ours-high", "`negcache_fn`, compiled, precision “high”", precision="high"),
     _ours("ours-bf16", "`negcache_fn`, bfloat16 storage, compiled", dtype=_BFLOAT16),
     _ours("ours-bf16-eager", "`negcache_fn`, bfloat16 storage, eager", dtype=_BFLOAT16, compiled=False),
+    _ours("ours-int8", "`negcache_fn`, int8 storage, compiled", dtype=torch.int8),
     _ours("batch", "`negcache_fn`, draws for the batch, compiled", for_batch=True),
     _ours("batch-eager", "`negcache_fn`, draws for the batch, eager", compiled=False, for_batch=True),
     _ours(
@@ -192,6 +193,7 @@ OURS = (
         compiled=False,
         for_batch=True,
     ),
+    _ours("batch-int8", "`negcache_fn`, draws for the batch, int8 storage, compiled", dtype=torch.int8, for_batch=True),
     _ours("ours-top64", "`negcache_fn`, `top_k=64`, compiled", options=StepOptions(top_k=64)),
 )
 

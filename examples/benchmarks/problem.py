@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 import negcache_fn
 from examples.benchmarks.shapes import Shape
+from negcache_fn._codec import columns_of, encode
 
 __all__ = ["SCALE", "TOKENS", "Problem"]
 
@@ -56,8 +57,11 @@ class Problem:
             capacity, self.shape.dim, self.features, embedding_dtype=dtype, device=self.device
         )
         items = state["items"]
-        for rows in items["embedding"].split(max(1, _SLAB_BYTES // (4 * self.shape.dim))):
-            rows.copy_(self._unit_rows(rows.shape[0]))
+        columns = {name: items[name] for name in columns_of(dtype)}
+        for rows in torch.arange(capacity).split(max(1, _SLAB_BYTES // (4 * self.shape.dim))):
+            start, stop = int(rows[0]), int(rows[-1]) + 1
+            for name, values in encode(self._unit_rows(stop - start), dtype).items():
+                columns[name][start:stop] = values
         items["features", "tokens"].fill_(1)
         torch.arange(-capacity, 0, out=items["id"]).add_(2**40)
         torch.arange(capacity, out=items["embedded_at"]).div_(batch, rounding_mode="floor")
