@@ -26,7 +26,7 @@ __all__ = [
 
 
 class Labels(NamedTuple):
-    """Labels of queries and documents, such as classes, where documents of a query's label are excluded from its negatives.
+    """Labels of queries and documents, such as classes: documents of a query's label are excluded from its negatives.
 
     A number is a label of its own, except -1: no label. That costs O(B + C) a step, however many documents have a
     label; the kernels compare it slot by slot.
