@@ -232,10 +232,16 @@ def test_nan_is_seen(storage: torch.dtype) -> None:
     assert not bool(found[[0, 2, 4, 19]].any())
 
 
-@given(shape=shapes, precision=st.sampled_from(["highest", "medium"]), limited=st.booleans())
-@example(shape=(65, 129, 33, 2, 2), precision="highest", limited=True)
-def test_rows_with_scales(shape: tuple[int, int, int, int, int], precision: str, limited: bool) -> None:
-    """Int8, in all three passes, against float64 of the rows that they stand for."""
+@given(
+    shape=shapes,
+    precision=st.sampled_from(["highest", "medium"]),
+    limited=st.booleans(),
+    chunk=st.sampled_from([2**25, 2**13]),
+)
+@example(shape=(65, 129, 33, 2, 2), precision="highest", limited=True, chunk=2**25)
+@example(shape=(3, 300, 8, 0, 5), precision="highest", limited=False, chunk=1)
+def test_rows_with_scales(shape: tuple[int, int, int, int, int], precision: str, limited: bool, chunk: int) -> None:
+    """Int8, in all three passes and at any number of slots at a time, against float64 of the rows that they stand for."""
     given_problem, rows = int8_problem(shape)
     queries, _, bias, excluded = given_problem[:4]
     scores, products = exact_scores(queries, rows, bias, excluded), queries.double() @ rows.T
@@ -253,7 +259,9 @@ def test_rows_with_scales(shape: tuple[int, int, int, int, int], precision: str,
     expected = padded.view(len(scores), -1, 64).logsumexp(-1)
     assume(not limited or len(ordered) == 1 or float(ordered.diff().max()) > 2 * bound)
     assert largest_error(cuda.block_logsumexp(on_device).cpu(), expected) <= bound
-    blocks, mean = blocks_and_mean(on_device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_WEIGHTS_BYTES", chunk)
+        blocks, mean = blocks_and_mean(on_device)
     assert largest_error(blocks.cpu(), expected) <= bound
     error = (mean.cpu().double() - exact_mean(scores, rows)).abs().max()
     assert float(error) <= float(rows.abs().max()) * (2 * bound + 2 * WEIGHTS[torch.int8])
