@@ -241,7 +241,7 @@ def test_nan_is_seen(storage: torch.dtype) -> None:
 @example(shape=(65, 129, 33, 2, 2), precision="highest", limited=True, chunk=2**25)
 @example(shape=(3, 300, 8, 0, 5), precision="highest", limited=False, chunk=1)
 def test_rows_with_scales(shape: tuple[int, int, int, int, int], precision: str, limited: bool, chunk: int) -> None:
-    """Int8, in all three passes, of any number of slots at a time, against float64 of the decoded rows."""
+    """Int8, in all three passes and at any number of slots at a time, against float64 of the decoded rows."""
     given_problem, rows = int8_problem(shape)
     queries, _, bias, excluded = given_problem[:4]
     scores, products = exact_scores(queries, rows, bias, excluded), queries.double() @ rows.T
