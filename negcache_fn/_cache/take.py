@@ -68,6 +68,6 @@ def fetch_embeddings(
 ) -> tuple[Tensor, list[Tensor]]:
     """The embeddings [M, D] of some slots [M], exactly as they are scored, and the rows of further columns."""
     columns = list(embedding_columns(state).values())
-    rows, *fetched = fetch_rows([*columns, *others], slots, shards)
-    scale = fetched.pop(0) if len(columns) > 1 else None
-    return decode(rows, scale, read_as(rows.dtype)), fetched
+    fetched = fetch_rows([*columns, *others], slots, shards)
+    rows, scale = fetched[0], fetched[1] if len(columns) > 1 else None
+    return decode(rows, scale, read_as(rows.dtype)), list(fetched[len(columns) :])

@@ -79,8 +79,8 @@ def describe(
     labels, max_score = exclusions.labels, exclusions.max_score
     leaves += [] if labels is None else [labels[1]]
     embedding, fetched = fetch_embeddings(state, slot.flatten(), shards, [*leaves, *extra_columns])
-    document, log_weight, *others = fetched
-    label = torch.full_like(slot, -1) if labels is None else torch.where(drawn, others.pop(0).view(slot.shape), -1)
+    document, log_weight = fetched[:2]
+    label = torch.full_like(slot, -1) if labels is None else torch.where(drawn, fetched[2].view(slot.shape), -1)
     draw = Draw(
         slot=slot,
         score=torch.where(drawn, score, -_INFINITY),
@@ -98,4 +98,4 @@ def describe(
         exclude_labels=slot.new_empty(log_normalizer.shape[0], 0) if labels is None else labels[0][:, None].clone(),
         noise=torch.stack([scalar(state, "seed"), scalar(state, "step")])[None],
     )
-    return draw, others
+    return draw, list(fetched[len(leaves) :])

@@ -118,9 +118,10 @@ class Exclusions(NamedTuple):
         sent = [queries, self.for_all, self.for_each]
         sent += [] if self.max_score is None else [self.max_score]
         sent += [] if self.labels is None else [self.labels[0]]
-        gathered, for_all, for_each, *others = ranks.gather_all(*sent)
-        labels = None if self.labels is None else (others.pop(), self.labels[1])
-        return gathered, Exclusions(for_all, for_each, others.pop() if others else None, labels)
+        gathered = ranks.gather_all(*sent)
+        max_score = None if self.max_score is None else gathered[3]
+        labels = None if self.labels is None else (gathered[-1], self.labels[1])
+        return gathered[0], Exclusions(gathered[1], gathered[2], max_score, labels)
 
     @property
     def numbers(self) -> dict[str, int]:
