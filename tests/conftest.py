@@ -22,12 +22,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.register_profile("thorough", settings.get_profile("ci"), derandomize=False, max_examples=1000)
-settings.register_profile("device", settings.get_profile("ci"), max_examples=12)  # each may compile a kernel
+settings.register_profile("device", settings.get_profile("ci"), max_examples=12)  # kernels are compiled
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-# What is tested is small, and tests run side by side: threads would wait for each other.
+# What is tested is small, and tests run side by side: threads would wait for each other, as would the processes that
+# inductor compiles with. Here, and in every process that a test starts.
 torch.set_num_threads(1)
-
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 # The files that take longest, longest first: begun first, so that two processes of pytest end together.
 LONGEST = (

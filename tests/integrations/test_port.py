@@ -978,6 +978,7 @@ def test_script(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "cache: 2 documents in 6 slots, step 6\n"

@@ -33,9 +33,11 @@ MODULE = "negcache_fn._kernels.triton.block_logsumexp"
 def test_triton_kernel(interpreted: str) -> None:
     """`triton_cases.py` in a process of its own, because Triton interprets all kernels of a process or none."""
     cases = Path(__file__).with_name("triton_cases.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    options = ["-q", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=240"]
+    command = [sys.executable, "-m", "pytest", *options, str(cases)]
     environment = {**os.environ, "TRITON_INTERPRET": interpreted, "NEGCACHE_FN_NATIVE": "1"}
-    ran = subprocess.run(command, env=environment, cwd=cases.parents[2], capture_output=True, text=True)
+    environment.setdefault("HYPOTHESIS_PROFILE", "device")  # an interpreted kernel takes long, too
+    ran = subprocess.run(command, env=environment, cwd=cases.parents[2], capture_output=True, text=True, timeout=500)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 

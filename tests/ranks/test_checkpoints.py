@@ -125,7 +125,7 @@ def test_killed_while_it_saves(after_seconds: float, tmp_path: Path) -> None:
         time.sleep(0.01)
     time.sleep(after_seconds)
     while not being_written(checkpoints):
-        pass
+        assert time.monotonic() < deadline, "the processes have stopped to save"
     for process in workers.processes:
         os.kill(process.pid, signal.SIGKILL)
         process.join()

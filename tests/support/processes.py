@@ -7,6 +7,7 @@ its own, and after an error the next call starts new processes.
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -110,7 +111,11 @@ def _serve(connection: Connection) -> None:
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     try:
         while True:
-            _run(*connection.recv())
+            given = connection.recv()
+            # A process that waits for ever prints where, and dies, which the test is told.
+            faulthandler.dump_traceback_later(4 * SECONDS, exit=True)
+            _run(*given)
+            faulthandler.cancel_dump_traceback_later()
             connection.send(None)
     except EOFError:  # no more cases
         pass
