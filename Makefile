@@ -42,7 +42,7 @@ experiments: $(VENV)/.train ## compare all ways to find negatives, over seeds: h
 	$(PY) -m examples.experiments $(ARGS)
 
 test: $(VENV)/.dev ## all tests, two at a time; COVERAGE=1: with coverage, which takes half as long again
-	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(if $(COVERAGE),--cov=negcache_fn --cov-report=term --cov-fail-under=97) $(ARGS)
+	$(PY) -m pytest --numprocesses 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder $(if $(COVERAGE),--cov=negcache_fn --cov-report=term --cov-fail-under=97) $(ARGS)
 
 lint: $(VENV)/.dev ## ruff: rules and format; clang-format
 	$(PY) -m ruff check .
