@@ -25,7 +25,7 @@ from examples.benchmarks.registry import METHODS, select
 from examples.benchmarks.shapes import Shape, parse_size
 from examples.command_line import CommandParser
 
-__all__ = ["measure", "peak_bytes", "peak_bytes_on_cuda", "supported"]
+__all__ = ["forget_peak", "measure", "peak_bytes", "peak_bytes_on_cuda", "status_bytes", "supported"]
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -59,10 +59,10 @@ def peak_bytes(method: Method, shape: Shape, device: str) -> int:
     gc.collect()
     if torch.device(device).type == "cuda":
         return peak_bytes_on_cuda(call)
-    _CLEAR.write_text("5")
-    before = _status_bytes("VmRSS")
+    forget_peak()
+    before = status_bytes("VmRSS")
     call()
-    return _status_bytes("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
 def peak_bytes_on_cuda(call: Call) -> int:
@@ -75,7 +75,13 @@ def peak_bytes_on_cuda(call: Call) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _status_bytes(key: str) -> int:
+def forget_peak() -> None:
+    """Lets VmHWM begin again at what the process has now."""
+    _CLEAR.write_text("5")
+
+
+def status_bytes(key: str) -> int:
+    """Of this process, by the kernel's name: VmHWM, VmRSS, RssFile."""
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 

@@ -11,7 +11,7 @@ import negcache_fn
 from examples.benchmarks.shapes import Shape
 from negcache_fn._codec import columns_of, encode
 
-__all__ = ["SCALE", "TOKENS", "Problem"]
+__all__ = ["SCALE", "TOKENS", "Problem", "fill_"]
 
 SCALE = 20.0
 TOKENS = 8
@@ -52,23 +52,33 @@ class Problem:
         self.ids += self.shape.batch
 
     def _full_cache(self, dtype: torch.dtype) -> TensorDictBase:
-        capacity, batch = self.shape.capacity, self.shape.batch
         state = negcache_fn.init_cache(
-            capacity, self.shape.dim, self.features, embedding_dtype=dtype, device=self.device
+            self.shape.capacity, self.shape.dim, self.features, embedding_dtype=dtype, device=self.device
         )
-        items = state["items"]
-        columns = {name: items[name] for name in columns_of(dtype)}
-        for rows in torch.arange(capacity).split(max(1, _SLAB_BYTES // (4 * self.shape.dim))):
-            start, stop = int(rows[0]), int(rows[-1]) + 1
-            for name, values in encode(self._unit_rows(stop - start), dtype).items():
-                columns[name][start:stop] = values
-        items["features", "tokens"].fill_(1)
-        torch.arange(-capacity, 0, out=items["id"]).add_(2**40)
-        torch.arange(capacity, out=items["embedded_at"]).div_(batch, rounding_mode="floor")
-        items["inserted_at"].copy_(items["embedded_at"])
-        items["log_weight"].fill_(0.0)
-        state["step"].fill_(capacity // batch + 1)
+        fill_(state, self.shape.batch, self._generator)
         return state
 
     def _unit_rows(self, rows: int) -> Tensor:
-        return normalize(torch.randn(rows, self.shape.dim, generator=self._generator, device=self.device))
+        return _unit_rows(rows, self.shape.dim, self._generator)
+
+
+def fill_(state: TensorDictBase, batch: int, generator: torch.Generator) -> None:
+    """Puts a document of random direction into every slot, as batches of this size would have done."""
+    items = state["items"]
+    capacity, dim = items["embedding"].shape
+    dtype = items["embedding"].dtype
+    columns = {name: items[name] for name in columns_of(dtype)}
+    for rows in torch.arange(capacity).split(max(1, _SLAB_BYTES // (4 * dim))):
+        start, stop = int(rows[0]), int(rows[-1]) + 1
+        for name, values in encode(_unit_rows(stop - start, dim, generator), dtype).items():
+            columns[name][start:stop] = values
+    items["features", "tokens"].fill_(1)
+    torch.arange(-capacity, 0, out=items["id"]).add_(2**40)
+    torch.arange(capacity, out=items["embedded_at"]).div_(batch, rounding_mode="floor")
+    items["inserted_at"].copy_(items["embedded_at"])
+    items["log_weight"].fill_(0.0)
+    state["step"].fill_(capacity // batch + 1)
+
+
+def _unit_rows(rows: int, dim: int, generator: torch.Generator) -> Tensor:
+    return normalize(torch.randn(rows, dim, generator=generator, device=generator.device))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from examples.benchmarks.shapes import SIZES, Shape, parse_size
 from examples.command_line import CommandParser, run
+from negcache_fn._codec import decode, encode
 from negcache_fn._kernels.problem import Problem
 from negcache_fn._kernels.triton import call as triton
 
@@ -31,6 +32,8 @@ KINDS = (
     (torch.float32, "medium"),
     (torch.bfloat16, "highest"),
     (torch.bfloat16, "medium"),
+    (torch.int8, "highest"),
+    (torch.int8, "medium"),
 )
 
 
@@ -73,18 +76,29 @@ def _problem(shape: Shape, storage: torch.dtype, device: str) -> Problem:
     def unit(rows: int) -> Tensor:
         return torch.nn.functional.normalize(torch.randn(rows, shape.dim, generator=generator, device=device))
 
+    columns = encode(unit(shape.capacity), storage)
     return Problem(
         20.0 * unit(shape.batch),
-        unit(shape.capacity).to(storage),
+        columns["embedding"],
         torch.zeros(shape.capacity, device=device),
         torch.full((shape.batch, 1), -1, device=device),
         None,
+        row_scale=columns.get("embedding_scale"),
     )
 
 
+def _decoded(problem: Problem, rows: slice = slice(None)) -> Tensor:
+    """The embeddings in float64."""
+    scale = None if problem.row_scale is None else problem.row_scale[rows]
+    return decode(problem.embeddings[rows], scale, torch.float64)
+
+
 def _product(problem: Problem) -> Callable[[], Tensor]:
-    queries = problem.queries.to(problem.embeddings.dtype)
-    return lambda: queries @ problem.embeddings.T
+    if problem.row_scale is None:
+        queries = problem.queries.to(problem.embeddings.dtype)
+        return lambda: queries @ problem.embeddings.T
+    integers = encode(problem.queries, torch.int8)["embedding"]
+    return lambda: torch._int_mm(integers, problem.embeddings.T)
 
 
 def _error(problem: Problem) -> float:
@@ -92,7 +106,7 @@ def _error(problem: Problem) -> float:
     found = triton.block_logsumexp(problem)[:64].double()
     worst = 0.0
     for start in range(0, problem.embeddings.shape[0], 2**16):
-        rows = problem.embeddings[start : start + 2**16].double()
+        rows = _decoded(problem, slice(start, start + 2**16))
         exact = (problem.queries[:64].double() @ rows.T).unflatten(1, (-1, 64)).logsumexp(2)
         worst = max(worst, float((found[:, start // 64 : start // 64 + exact.shape[1]] - exact).abs().max()))
     return worst
@@ -101,15 +115,16 @@ def _error(problem: Problem) -> float:
 def _sums_error(problem: Problem) -> float:
     """Of the mean embedding of the first 64 queries, relative to it in float64."""
     _, total, log_scale = (value[:64].double() for value in triton.blocks_and_sums(problem))
-    scores = problem.queries[:64].double() @ problem.embeddings.double().T
-    exact = scores.softmax(1) @ problem.embeddings.double()
+    embeddings = _decoded(problem)
+    scores = problem.queries[:64].double() @ embeddings.T
+    exact = scores.softmax(1) @ embeddings
     found = total * (log_scale - scores.logsumexp(1)).exp()[:, None]
     return float(((found - exact).norm(dim=1) / exact.norm(dim=1)).max())
 
 
 def _tile(storage: torch.dtype) -> str:
     module = triton.kernel()
-    return str(getattr(module._TUNED[storage.itemsize], "best_config", "")) if module is not None else ""
+    return str(getattr(module._TUNED[max(2, storage.itemsize)], "best_config", "")) if module is not None else ""
 
 
 def _rates(device: str) -> dict[str, float]:
