@@ -1,0 +1,47 @@
+"""The simulation of inverted lists, where the answer is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+pytest.importorskip("sklearn")
+
+from examples.reverse_dictionary.inverted_lists import Lists, lists_of, simulate
+
+COUNT, DIM, BATCH = 300, 6, 20
+
+
+def vectors() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(12, DIM, generator=generator)
+    documents = normalize(centers[torch.arange(COUNT) % 12] + 0.4 * torch.randn(COUNT, DIM, generator=generator))
+    queries = normalize(documents[:BATCH] + 0.3 * torch.randn(BATCH, DIM, generator=generator))
+    return queries, documents
+
+
+def test_every_document_scored_or_in_a_list_of_its_own_is_exact() -> None:
+    queries, documents = vectors()
+    alone = Lists(torch.arange(COUNT), documents, torch.ones(COUNT, dtype=torch.int64))
+    for lists, share in ((lists_of(documents, 12), 1.0), (alone, 0.0)):
+        found = simulate(queries, torch.arange(BATCH), documents, lists, share=share, scale=8.0, repetitions=3)
+        assert found.log_normalizer < 1e-6
+        assert found.query_gradient < 1e-6
+
+
+def test_the_more_is_scored_the_less_is_wrong() -> None:
+    queries, documents = vectors()
+    lists = lists_of(documents, 12)
+    found = [
+        simulate(queries, torch.arange(BATCH), documents, lists, share=share, scale=8.0, repetitions=200)
+        for share in (0.5, 0.2, 0.0)
+    ]
+    for name in ("log_normalizer", "without_draws", "query_gradient"):
+        errors = [getattr(one, name) for one in found]
+        assert errors == sorted(errors)
+        assert errors[0] > 0
+    assert all(
+        one.log_normalizer < one.without_draws for one in found[1:]
+    )  # of half there is nearly all mass
+    assert all(one.bias < 0.5 * one.noise for one in found)
