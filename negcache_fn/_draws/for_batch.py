@@ -54,8 +54,8 @@ class Pass(NamedTuple):
     """The result of a pass."""
 
     log_normalizer: Tensor  # [B]; differentiable in the queries
-    groups: Tensor  # [B, ceil(C / GROUP)] log-sum-exp of every group
-    blocks: Tensor | None  # [B, ceil(C / GROUP) * _BLOCKS] of every block; None: of several segments, not kept
+    stretches: Tensor  # [B, ceil(C / GROUP) * _BLOCKS] log-sum-exp of every block; of several segments, of every group
+    of_blocks: bool
 
 
 class Importance(NamedTuple):
@@ -68,9 +68,9 @@ class Importance(NamedTuple):
         """[B, n] -> [n]: logarithm of the masses, from scores or their log-sum-exp."""
         return self._of_all_ranks(sum_of_rows(values, self.log_weight))
 
-    def log_mass_of_slots(self, matrix: ScoreMatrix) -> Tensor:
-        """[C, rounded up to whole blocks]: the same for every slot of a small matrix."""
-        return self._of_all_ranks(slot_masses(matrix, self.log_weight))
+    def log_mass_of_slots(self, matrix: ScoreMatrix, blocks: Tensor, log_mass: Tensor) -> Tensor:
+        """[n * BLOCK]: the same for every slot of the blocks [n], whose numbers ascend; with the masses of these."""
+        return self._of_all_ranks(slot_masses(matrix, blocks, self.log_weight, log_mass))
 
     def _of_all_ranks(self, mass: Tensor) -> Tensor:
         return self.ranks.by_rank(self.ranks.gather(mass)).logsumexp(0)
@@ -91,8 +91,7 @@ def pass_over(matrix: ScoreMatrix) -> Pass:
         summary = _summarize(matrix, BLOCK)
         missing = -summary.stretches.shape[1] % _BLOCKS
         blocks = pad(summary.stretches, (0, missing), value=-_INFINITY) if missing else summary.stretches
-        groups = blocks.view(blocks.shape[0], -1, _BLOCKS).logsumexp(-1)
-        return Pass(summary.log_normalizer, groups, blocks)
+        return Pass(summary.log_normalizer, blocks, of_blocks=True)
     parts: list[Summary] = []
     for start, stop in stretches:
         if parts:
@@ -100,7 +99,7 @@ def pass_over(matrix: ScoreMatrix) -> Pass:
             matrix = matrix._replace(queries=sequenced_after(matrix.queries, parts[-1].stretches))
         parts.append(_summarize(matrix.of_slots(start, stop), GROUP))
     log_normalizer = logsumexp(torch.stack([part.log_normalizer for part in parts], dim=-1))
-    return Pass(log_normalizer, torch.cat([part.stretches for part in parts], dim=1), None)
+    return Pass(log_normalizer, torch.cat([part.stretches for part in parts], dim=1), of_blocks=False)
 
 
 def draw_largest(
@@ -109,15 +108,15 @@ def draw_largest(
     """The `n` slots of largest perturbed mass, of a matrix whose first slot is `first_slot` in the whole cache."""
     # Groups, blocks and slots are numbered over the whole cache, because their numbers determine the noise.
     first_group, first_block = first_slot // GROUP, first_slot // BLOCK
-    log_mass = importance.log_mass(found.groups)
+    log_mass = importance.log_mass(found.stretches)
+    of_blocks = log_mass.view(-1, _BLOCKS) if found.of_blocks else None
+    if of_blocks is not None:
+        log_mass = of_blocks.logsumexp(-1)
     perturbed = log_mass + noise.of_groups(first_group, log_mass.shape[0])[0, 0]
     group = _largest(perturbed, n)
-    if found.blocks is not None:
-        of_blocks = importance.log_mass(found.blocks).view(-1, _BLOCKS)[group]
-    else:
-        of_blocks = _scored_again(matrix, group, GROUP, importance)
-    block, perturbed, _ = _choose(group + first_group, perturbed[group], of_blocks, noise, AMONG_BLOCKS, n)
-    of_slots = _scored_again(matrix, block - first_block, BLOCK, importance)
+    of_blocks = _blocks_of_groups(matrix, group, importance) if of_blocks is None else of_blocks[group]
+    block, perturbed, log_mass = _choose(group + first_group, perturbed[group], of_blocks, noise, AMONG_BLOCKS, n)
+    of_slots = _slots_of_blocks(matrix, block - first_block, log_mass, importance)
     slot, perturbed, log_mass = _choose(block, perturbed, of_slots, noise, AMONG_SLOTS, n)
     return _in_order(Largest(slot, log_mass, perturbed), n)
 
@@ -164,18 +163,28 @@ def _gathered(found: Largest, ranks: Ranks) -> Largest:
     return Largest(slot.to(torch.int64), log_mass.to(dtype), perturbed.to(dtype))
 
 
-def _scored_again(matrix: ScoreMatrix, number: Tensor, length: int, importance: Importance) -> Tensor:
-    """[n, length / its parts] log-masses of the blocks of groups, or of the slots of blocks, by their numbers [n]."""
-    parts: list[Tensor] = []
-    slots = _SLAB // max(matrix.queries.shape)
-    for some in torch.split(number, max(1, slots // length)):
-        chosen = matrix.of_stretches(some, length)
-        if length == BLOCK:
-            mass = importance.log_mass_of_slots(chosen)
-        else:
-            mass = importance.log_mass(reduce_blocks(chosen, "logsumexp"))
-        parts.append(mass.view(some.shape[0], -1))
-    return torch.cat(parts)
+def _blocks_of_groups(matrix: ScoreMatrix, group: Tensor, importance: Importance) -> Tensor:
+    """[n, _BLOCKS] log-masses of the blocks of some groups [n], scored again."""
+    parts = [
+        importance.log_mass(reduce_blocks(matrix.of_stretches(some, GROUP), "logsumexp"))
+        for some in torch.split(group, _at_a_time(matrix, GROUP))
+    ]
+    return torch.cat(parts).view(-1, _BLOCKS)
+
+
+def _slots_of_blocks(matrix: ScoreMatrix, block: Tensor, log_mass: Tensor, importance: Importance) -> Tensor:
+    """[n, BLOCK] log-masses of the slots of some blocks [n] with their own [n], scored again."""
+    most = _at_a_time(matrix, BLOCK)
+    parts = [
+        importance.log_mass_of_slots(matrix, some, masses)
+        for some, masses in zip(torch.split(block, most), torch.split(log_mass, most), strict=True)
+    ]
+    return torch.cat(parts).view(-1, BLOCK)
+
+
+def _at_a_time(matrix: ScoreMatrix, length: int) -> int:
+    """How many stretches to score again at once."""
+    return max(1, _SLAB // max(matrix.queries.shape) // length)
 
 
 def _choose(
@@ -212,7 +221,14 @@ def _given_maximum(perturbed: Tensor, maximum: Tensor) -> Tensor:
 
 def _largest(values: Tensor, n: int) -> Tensor:
     """[min(n, values)] places of the n largest values, ties by place; the places ascend."""
-    return values.sort(descending=True, stable=True).indices[:n].sort().values
+    n = torch.sym_min(n, values.shape[0])
+    if values.dtype != torch.float32:
+        return values.sort(descending=True, stable=True).indices[:n].sort().values
+    # As integers in the same order, all different, of which `topk` finds the largest in a third of the time.
+    bits = values.view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
+    place = torch.arange(values.shape[0], device=values.device)
+    return (ordered * 2**32 - place).topk(n, sorted=False).indices.sort().values
 
 
 def _in_order(found: Largest, n: int) -> Largest:

@@ -6,6 +6,7 @@ here: whether it supports the problem, and the call.
 
 from torch import Tensor
 
+from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._kernels.cpu import call as cpu
 from negcache_fn._kernels.problem import Problem
 from negcache_fn._kernels.triton import call as triton
@@ -17,9 +18,12 @@ __all__ = [
     "find_slots",
     "gumbel",
     "hardest",
+    "logsumexp",
     "lowest_slots",
+    "reads_in_place",
     "score_blocks",
     "slot_masses",
+    "sum_of_rows",
 ]
 
 
@@ -48,17 +52,30 @@ def score_blocks(problem: Problem, blocks: Tensor) -> Tensor | None:
     return None
 
 
-def slot_masses(problem: Problem, log_weight: Tensor) -> Tensor | None:
+def slot_masses(problem: Problem, log_weight: Tensor, log_scale: Tensor, places: Tensor | None = None) -> Tensor | None:
     """[C rounded up to whole blocks]: the log-sum-exp over the rows of the scores and a weight [B] of each row.
 
-    A row whose weight is -inf does not count, whatever its scores are.
+    A row whose weight is -inf does not count, whatever its scores are. With places, the embeddings of block i are those
+    of block `places[i]`; see `reads_in_place`.
     """
     if log_weight.dtype != problem.queries.dtype:
         return None
     if cpu.supports(problem):
-        return cpu.slot_masses(problem, log_weight)
+        return cpu.slot_masses(problem, log_weight, log_scale, places)
     if triton.supports(problem):
         return triton.slot_masses(problem, log_weight)
+    return None
+
+
+def reads_in_place(problem: Problem) -> bool:
+    """Whether `slot_masses` takes places: blocks need not be copied."""
+    return problem.embeddings.shape[0] % BLOCK == 0 and cpu.supports(problem)
+
+
+def sum_of_rows(values: Tensor, log_weight: Tensor) -> Tensor | None:
+    """[B, n] -> [n]: the log-sum-exp over the rows of the values and a weight [B] of each row, as `slot_masses`."""
+    if cpu.supports_sums(values) and log_weight.dtype == values.dtype:
+        return cpu.sum_of_rows(values, log_weight)
     return None
 
 
@@ -87,3 +104,8 @@ def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) ->
     """[..., 4] the variates of `negcache_fn.random.gumbel`; `row` and `quad` have the same shape."""
     found = cpu.gumbel(seed, step, row, quad, level)
     return triton.gumbel(seed, step, row, quad, level) if found is None else found
+
+
+def logsumexp(values: Tensor) -> Tensor | None:
+    """[B, n] -> [B]: the log-sum-exp of every row."""
+    return cpu.logsumexp(values) if cpu.supports_sums(values) else None

@@ -99,12 +99,11 @@ class ScoreMatrix(NamedTuple):
         """[C, D]: the embeddings, in the dtype of the queries; for few columns."""
         return decode(self.embeddings, self.row_scale, self.queries.dtype)
 
-    def at(self, slots: Tensor) -> "ScoreMatrix":
-        """The columns at these slots, of any shape, whose exclusions are not theirs."""
+    def at(self, slots: Tensor, *, with_embeddings: bool = True) -> "ScoreMatrix":
+        """The columns at these slots, of any shape, whose exclusions are not theirs; or with the embeddings of all."""
         labels, scale = (None if column is None else column[slots] for column in (self.slot_labels, self.row_scale))
-        return self._replace(
-            embeddings=self.embeddings[slots], bias=self.bias[slots], slot_labels=labels, row_scale=scale
-        )
+        embeddings = self.embeddings[slots] if with_embeddings else self.embeddings
+        return self._replace(embeddings=embeddings, bias=self.bias[slots], slot_labels=labels, row_scale=scale)
 
     def of_slots(self, start: int, stop: int) -> "ScoreMatrix":
         """The columns `start ... stop - 1` alone."""
@@ -116,11 +115,14 @@ class ScoreMatrix(NamedTuple):
             row_scale=None if self.row_scale is None else self.row_scale[start:stop],
         )
 
-    def of_stretches(self, number: Tensor, length: int) -> "ScoreMatrix":
-        """The columns of some stretches of `length` slots, whose numbers [n] ascend; -inf past the end."""
+    def of_stretches(self, number: Tensor, length: int, *, with_embeddings: bool = True) -> "ScoreMatrix":
+        """The columns of some stretches of `length` slots, whose numbers [n] ascend; -inf past the end.
+
+        Without embeddings: those of all slots stay, for a kernel that reads stretches where they lie.
+        """
         capacity = self.embeddings.shape[0]
         slots = (number[:, None] * length + torch.arange(length, device=number.device)).flatten()
-        chosen = self.at(slots.clamp(max=capacity - 1))
+        chosen = self.at(slots.clamp(max=capacity - 1), with_embeddings=with_embeddings)
         chosen = chosen._replace(bias=chosen.bias.masked_fill(slots >= capacity, -_INFINITY))
         if self.excluded.shape[1] == 0:
             return chosen

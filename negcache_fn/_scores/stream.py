@@ -54,15 +54,26 @@ def score_blocks(matrix: ScoreMatrix, blocks: Tensor) -> Tensor:
     return cast(Tensor, _score_blocks_op(*matrix.problem, blocks))
 
 
-def slot_masses(matrix: ScoreMatrix, log_weight: Tensor) -> Tensor:
-    """[C, rounded up to whole blocks]: `sum_of_rows` of the scores, of a matrix with few columns."""
+def slot_masses(matrix: ScoreMatrix, blocks: Tensor, log_weight: Tensor, log_scale: Tensor) -> Tensor:
+    """[n * BLOCK]: `sum_of_rows` of the scores in the blocks [n], whose numbers ascend.
+
+    `log_scale` [n] is about the log-sum-exp of each block's result. For a slot that is smaller by 60 or more, a kernel
+    may count only the row of the largest score.
+    """
     if matrix.transform is not None:
-        return sum_of_rows(matrix.scores(), log_weight)
-    return cast(Tensor, _slot_masses_op(*matrix.problem, log_weight))
+        return sum_of_rows(matrix.of_stretches(blocks, BLOCK).scores(), log_weight)
+    return cast(Tensor, _slot_masses_op(*matrix.problem, blocks, log_weight, log_scale))
 
 
 def sum_of_rows(values: Tensor, log_weight: Tensor) -> Tensor:
-    """[B, n] -> [n]: `(values + log_weight[:, None]).logsumexp(0)`, over rows with a weight above -inf."""
+    """[B, n] -> [n]: `(values + log_weight[:, None]).logsumexp(0)`, over rows with a weight above -inf.
+
+    Itself not differentiable.
+    """
+    return cast(Tensor, _sum_of_rows_op(values, log_weight))
+
+
+def _sum_of_rows(values: Tensor, log_weight: Tensor) -> Tensor:
     counts = log_weight > -_INFINITY
     return torch.where(counts[:, None], values + log_weight[:, None], -_INFINITY).logsumexp(0)
 
@@ -144,7 +155,7 @@ def blocks_and_mean(matrix: ScoreMatrix) -> tuple[Tensor, Tensor, Tensor]:
     """
     found = dispatch.blocks_and_sums(matrix.problem) if matrix.transform is None else None
     blocks, total, log_scale = _blocks_and_sums(matrix) if found is None else found
-    log_normalizer = blocks.logsumexp(1)
+    log_normalizer = _logsumexp_of_rows(blocks)
     empty = log_normalizer == -_INFINITY
     return blocks, log_normalizer, total.mul_((log_scale - log_normalizer).masked_fill_(empty, 0.0).exp_()[:, None])
 
@@ -182,6 +193,11 @@ def _score_blocks(matrix: ScoreMatrix, blocks: Tensor) -> Tensor:
     return torch.cat(parts).view(*blocks.shape, BLOCK)
 
 
+def _logsumexp_of_rows(blocks: Tensor) -> Tensor:
+    found = dispatch.logsumexp(blocks)
+    return blocks.logsumexp(1) if found is None else found
+
+
 def _block_logsumexp(problem: dispatch.Problem) -> Tensor:
     found = dispatch.block_logsumexp(problem)
     return _reduce_blocks(ScoreMatrix.of(problem), "logsumexp") if found is None else found
@@ -213,18 +229,35 @@ def _(*arguments: Any) -> Tensor:
     return arguments[0].new_empty(*arguments[-1].shape, BLOCK)
 
 
-@torch.library.custom_op("negcache_fn::slot_masses", mutates_args=(), schema=f"({SCHEMA}, Tensor log_weight) -> Tensor")
+@torch.library.custom_op(
+    "negcache_fn::slot_masses",
+    mutates_args=(),
+    schema=f"({SCHEMA}, Tensor blocks, Tensor log_weight, Tensor log_scale) -> Tensor",
+)
 def _slot_masses_op(*arguments: Any) -> Tensor:
-    *problem, log_weight = arguments
+    *problem, blocks, log_weight, log_scale = arguments
     problem = dispatch.Problem(*problem)
-    found = dispatch.slot_masses(problem, log_weight)
-    return sum_of_rows(ScoreMatrix.of(problem).scores(), log_weight) if found is None else found
+    in_place = dispatch.reads_in_place(problem)
+    chosen = ScoreMatrix.of(problem).of_stretches(blocks, BLOCK, with_embeddings=not in_place)
+    found = dispatch.slot_masses(chosen.problem, log_weight, log_scale, blocks if in_place else None)
+    return _sum_of_rows(chosen.scores(), log_weight) if found is None else found
 
 
 @_slot_masses_op.register_fake
 def _(*arguments: Any) -> Tensor:
-    queries, embeddings = arguments[:2]
-    return queries.new_empty(-(-embeddings.shape[0] // BLOCK) * BLOCK)
+    *problem, blocks, _, _ = arguments
+    return problem[0].new_empty(blocks.shape[0] * BLOCK)
+
+
+@torch.library.custom_op("negcache_fn::sum_of_rows", mutates_args=())
+def _sum_of_rows_op(values: Tensor, log_weight: Tensor) -> Tensor:
+    found = dispatch.sum_of_rows(values, log_weight)
+    return _sum_of_rows(values, log_weight) if found is None else found
+
+
+@_sum_of_rows_op.register_fake
+def _(values: Tensor, log_weight: Tensor) -> Tensor:
+    return values.new_empty(values.shape[1])
 
 
 @torch.library.custom_op(
@@ -240,7 +273,7 @@ def _summarize_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         blocks, log_normalizer, mean = blocks_and_mean(ScoreMatrix.of(problem))
     else:
         blocks = _block_logsumexp(problem)
-        log_normalizer, mean = blocks.logsumexp(1), torch.empty_like(problem.queries[:0])
+        log_normalizer, mean = _logsumexp_of_rows(blocks), torch.empty_like(problem.queries[:0])
     return in_stretches(blocks, length), log_normalizer, mean
 
 

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 from tensordict import TensorDictBase
 
 import negcache_fn
-from negcache_fn._draws.for_batch import _given_maximum
+from negcache_fn._draws.for_batch import _given_maximum, _largest
 from negcache_fn._draws.gumbel_tree import _better, _Groups
 from negcache_fn._draws.noise import Noise
 from negcache_fn._kernels.blocks import BLOCK, GROUP
@@ -135,3 +137,13 @@ def test_masses_among_the_best_are_sums_over_queries() -> None:
     queries, importance = unit(6, 8, 9, torch.float64), torch.linspace(0.2, 1.0, 6)
     options: dict[str, Any] = {"num_draws": 9, "top_k": 12, "importance": importance, "scale": 2.0}
     for_batch.fields(sample, varied(30, torch.float64), queries, tolerance=1e-6, **options)
+
+
+@given(
+    values=st.lists(st.sampled_from([-math.inf, -3.5, -0.25, 0.5, 2.0, math.inf]), min_size=1, max_size=40),
+    n=st.integers(1, 45),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_largest_values_ties_by_place(values: list[float], n: int, dtype: torch.dtype) -> None:
+    expected = sorted(sorted(range(len(values)), key=lambda place: (-values[place], place))[:n])
+    assert _largest(torch.tensor(values, dtype=dtype), n).tolist() == expected

@@ -41,7 +41,5 @@ def test_the_more_is_scored_the_less_is_wrong() -> None:
         errors = [getattr(one, name) for one in found]
         assert errors == sorted(errors)
         assert errors[0] > 0
-    assert all(
-        one.log_normalizer < one.without_draws for one in found[1:]
-    )  # of half there is nearly all mass
+    assert all(one.log_normalizer < one.without_draws for one in found[1:])  # of half there is nearly all mass
     assert all(one.bias < 0.5 * one.noise for one in found)

@@ -355,10 +355,79 @@ masses = pytest.mark.parametrize(
 def test_masses_of_slots(rows: int, capacity: int, storage: torch.dtype, limited: bool) -> None:
     """Of 1500 rows, more than a panel has."""
     given_problem, weight, expected = masses_problem(rows, capacity, storage, limited)
-    found = cpu.slot_masses(given_problem, weight)
+    log_scale = about_masses_of_blocks(expected)
+    check_masses(cpu.slot_masses(given_problem, weight, log_scale), expected, log_scale, rows)
+    blocks = torch.arange(len(log_scale))
+    torch.library.opcheck(torch.ops.negcache_fn.slot_masses.default, (*given_problem, blocks, weight, log_scale))
+
+
+def check_masses(found: Tensor, expected: Tensor, log_scale: Tensor, rows: int, bound: float = 1e-4) -> None:
+    """Against float64; of slots that are far below the scale of their block, one of the rows may be all that counts."""
     assert torch.equal(found > -math.inf, expected > -math.inf)
-    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=0)
-    torch.library.opcheck(torch.ops.negcache_fn.slot_masses.default, (*given_problem, weight))
+    small = expected < log_scale.repeat_interleave(BLOCK)[: len(expected)] - 60.0
+    least = torch.where(small, expected - math.log(rows), expected)
+    assert bool((found <= expected + bound).all())
+    assert bool((found >= least - bound).all())
+
+
+def about_masses_of_blocks(masses: Tensor) -> Tensor:
+    """Their log-sum-exps, each off by a factor of up to 20."""
+    return (masses.view(-1, BLOCK).logsumexp(1) + torch.arange(len(masses) // BLOCK).cos() * 3).float()
+
+
+@needs_kernels
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("rows", [3, 70])
+def test_masses_of_some_blocks_are_read_where_they_lie(rows: int, storage: torch.dtype) -> None:
+    """As if they had been copied, which they are where the last block is not whole."""
+    for capacity in (6 * BLOCK, 6 * BLOCK - 1):
+        given_problem, weight, expected = masses_problem(rows, capacity, storage, False)
+        blocks = torch.tensor([0, 2, 5])
+        expected = expected.view(-1, BLOCK)[blocks].flatten()
+        log_scale = about_masses_of_blocks(expected)
+        found = torch.ops.negcache_fn.slot_masses(*given_problem, blocks, weight, log_scale)
+        check_masses(found, expected, log_scale, rows)
+
+
+@needs_kernels
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 15), (5, 16), (7, 100), (300, 4000), (0, 3), (4, 0)])
+def test_logsumexp(rows: int, columns: int, scale: float) -> None:
+    """Of finite values and -inf; NaN is seen wherever it is, and stays in its row."""
+    values = scale * torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    values[:, ::7] = -math.inf
+    values[2:3] = -math.inf
+    found = cpu.logsumexp(values)
+    torch.testing.assert_close(found.double(), values.double().logsumexp(1), atol=1e-5, rtol=1e-6)
+    for place in (0, columns - 1):
+        if rows > 1 and columns > 0:
+            spoilt = values.clone()
+            spoilt[1, place] = math.nan
+            assert cpu.logsumexp(spoilt).isnan().nonzero().flatten().tolist() == [1]
+
+
+@needs_kernels
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 63), (33, 64), (7, 200), (300, 4000), (0, 3), (4, 0)])
+def test_sums_of_rows(rows: int, columns: int, scale: float) -> None:
+    """Of finite values and -inf; rows without weight do not count, even if they hold NaN, and NaN elsewhere is seen."""
+    generator = torch.Generator().manual_seed(0)
+    values = scale * torch.randn(rows, columns, generator=generator)
+    values[:, ::7] = -math.inf
+    weight = torch.randn(rows, generator=generator)
+    if rows > 4:
+        values[3], weight[3] = math.nan, -math.inf
+        values[1, :2] = -math.inf
+    kept = weight > -math.inf
+    expected = (values[kept].double() + weight[kept, None]).logsumexp(0)
+    found = cpu.sum_of_rows(values, weight)
+    assert torch.equal(found > -math.inf, expected > -math.inf)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(stream._sum_of_rows(values, weight), found, atol=1e-4, rtol=1e-6)
+    torch.library.opcheck(torch.ops.negcache_fn.sum_of_rows.default, (values, weight))
+    if rows > 4:
+        values[2, columns // 2] = math.nan
+        assert bool(cpu.sum_of_rows(values, weight)[columns // 2].isnan())
 
 
 @needs_kernels

@@ -159,7 +159,7 @@ void stream_by_tiles(const T* embeddings, const Problem& problem, MakeConsumer m
 #pragma omp for schedule(static)
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t slot = block * kBlock, count = std::min(kBlock, problem.capacity - slot);
-        pack_block<kBlockParts>(embeddings + slot * problem.dim, count, problem.dim, depths, parts.data());
+        pack_block<kBlockParts>(problem.embeddings_of(embeddings, block), count, problem.dim, depths, parts.data());
         load_bias(problem, slot, count, bias);
         for (int64_t depth = 0; depth < depths; depth += step)
           for (int64_t group = 0; group < rows; group += kTile)

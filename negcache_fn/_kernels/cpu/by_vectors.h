@@ -186,10 +186,11 @@ void stream_by_vectors(const T* embeddings, const Problem& problem, MakeConsumer
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t slot = block * kBlock, count = std::min(kBlock, problem.capacity - slot);
         load_bias(problem, slot, count, bias);
-        const Number* numbers = (const Number*)(embeddings + slot * problem.dim);
+        const T* stored = problem.embeddings_of(embeddings, block);
+        const Number* numbers = (const Number*)stored;
         if (!in_place || count < kBlock) {
           for (int64_t j = 0; j < count; ++j)
-            convert(embeddings + (slot + j) * problem.dim, problem.dim, padded, converted.data() + j * padded);
+            convert(stored + j * problem.dim, problem.dim, padded, converted.data() + j * padded);
           std::fill(converted.begin() + count * padded, converted.end(), Number{});
           numbers = converted.data();
         }

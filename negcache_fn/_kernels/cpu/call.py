@@ -18,12 +18,15 @@ __all__ = [
     "find_slots",
     "gumbel",
     "hardest",
+    "logsumexp",
     "lowest_slots",
     "score_blocks",
     "slot_masses",
+    "sum_of_rows",
     "supports",
     "supports_hardest",
     "supports_scans",
+    "supports_sums",
 ]
 
 _NUMBERS = {dtype: storage.number for dtype, storage in STORAGES.items() if storage.number is not None}
@@ -54,6 +57,11 @@ def supports_scans(key: Tensor) -> bool:
     return key.device.type == "cpu" and library() is not None
 
 
+def supports_sums(values: Tensor) -> bool:
+    """Whether `sum_of_rows` and `logsumexp` take values like these."""
+    return values.device.type == "cpu" and values.dtype == torch.float32 and library() is not None
+
+
 def block_logsumexp(problem: Problem) -> Tensor:
     """[B, ceil(C / BLOCK)]: the log-sum-exp of every block of scores."""
     out = problem.queries.new_empty(problem.queries.shape[0], -(-problem.embeddings.shape[0] // BLOCK))
@@ -79,12 +87,37 @@ def score_blocks(problem: Problem, blocks: Tensor) -> Tensor:
     return out
 
 
-def slot_masses(problem: Problem, log_weight: Tensor) -> Tensor:
-    """[ceil(C / BLOCK) * BLOCK]: `(scores + log_weight[:, None]).logsumexp(0)`, over rows with a weight above -inf."""
-    out = problem.queries.new_empty(-(-problem.embeddings.shape[0] // BLOCK) * BLOCK)
-    log_weight = log_weight.contiguous()
+def slot_masses(problem: Problem, log_weight: Tensor, log_scale: Tensor, places: Tensor | None = None) -> Tensor:
+    """[ceil(C / BLOCK) * BLOCK]: `(scores + log_weight[:, None]).logsumexp(0)`, over rows with a weight above -inf.
+
+    Args:
+        problem: of C slots.
+        log_weight: [B].
+        log_scale: [ceil(C / BLOCK)] about the log-sum-exp of each block's results. Of a slot that is smaller by 60 or
+            more, only the row of the largest score counts.
+        places: [ceil(C / BLOCK)] which blocks of the embeddings are meant, C being a multiple of BLOCK.
+    """
+    out = problem.queries.new_empty(-(-problem.bias.shape[0] // BLOCK) * BLOCK)
+    log_weight, log_scale = log_weight.contiguous(), log_scale.contiguous()
     tiles, _ = _arithmetic(problem)  # in full precision: few slots are scored again
-    _score("negcache_slot_masses", problem, tiles, _PARTS["highest"], log_weight.data_ptr(), out.data_ptr())
+    pointers = (log_weight.data_ptr(), log_scale.data_ptr(), out.data_ptr())
+    _score("negcache_slot_masses", problem, tiles, _PARTS["highest"], *pointers, places=places)
+    return out
+
+
+def sum_of_rows(values: Tensor, log_weight: Tensor) -> Tensor:
+    """[B, n] -> [n]: `(values + log_weight[:, None]).logsumexp(0)`, over rows with a weight above -inf."""
+    out = values.new_empty(values.shape[1])
+    values, log_weight = values.contiguous(), log_weight.contiguous()
+    _function("negcache_sum_of_rows")(values.data_ptr(), log_weight.data_ptr(), *values.shape, out.data_ptr())
+    return out
+
+
+def logsumexp(values: Tensor) -> Tensor:
+    """[B, n] -> [B]: `values.logsumexp(1)`."""
+    out = values.new_empty(values.shape[0])
+    values = values.contiguous()
+    _function("negcache_logsumexp")(values.data_ptr(), *values.shape, out.data_ptr())
     return out
 
 
@@ -141,6 +174,7 @@ class _Problem(ctypes.Structure):
         ("row_labels", ctypes.c_void_p),
         ("slot_labels", ctypes.c_void_p),
         ("row_scale", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
     )
 
 
@@ -151,7 +185,9 @@ _ARGUMENTS = {
     "negcache_score_blocks": (_IN, _TENSOR, _SIZE, _TENSOR),
     "negcache_block_logsumexp": (_IN, _INT, _INT, _TENSOR),
     "negcache_blocks_and_sums": (_IN, _INT, _INT, _TENSOR, _TENSOR, _TENSOR),
-    "negcache_slot_masses": (_IN, _INT, _INT, _TENSOR, _TENSOR),
+    "negcache_slot_masses": (_IN, _INT, _INT, _TENSOR, _TENSOR, _TENSOR),
+    "negcache_logsumexp": (_TENSOR, _SIZE, _SIZE, _TENSOR),
+    "negcache_sum_of_rows": (_TENSOR, _TENSOR, _SIZE, _SIZE, _TENSOR),
     "negcache_hardest": (_IN, _INT, _INT, _SIZE, _TENSOR, _TENSOR),
     "negcache_lowest": (_TENSOR, _TENSOR, _SIZE, _SIZE, _TENSOR),
     "negcache_find_slots": (_TENSOR, _SIZE, _TENSOR, _TENSOR, _SIZE, _TENSOR),
@@ -159,15 +195,16 @@ _ARGUMENTS = {
 }
 
 
-def _score(name: str, problem: Problem, *arguments: int) -> None:
+def _score(name: str, problem: Problem, *arguments: int, places: Tensor | None = None) -> None:
     """Calls a score kernel, copies of tensors that are not contiguous must live until it returns."""
     queries, embeddings, bias, excluded, *others = problem
     queries, bias, excluded = queries.contiguous(), bias.contiguous(), excluded.contiguous()
-    others = [None if values is None else values.contiguous() for values in others]
+    others = [None if values is None else values.contiguous() for values in (*others, places)]
     passed = _Problem(
         embeddings.data_ptr(),
         _NUMBERS[embeddings.dtype],
-        *embeddings.shape,
+        bias.shape[0],
+        embeddings.shape[1],
         queries.shape[0],
         queries.data_ptr(),
         bias.data_ptr(),

@@ -1,40 +1,43 @@
-// The log-sum-exp of each slot over the rows of a batch, from scores that come block by block.
+// Sums over the rows of a batch, of each slot and of each column of a matrix, as logarithms.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "problem.h"
 #include "vectors.h"
 
 namespace negcache {
 
+// exp(x), and 0 below the range of `exponential`. NaN stays NaN.
+inline Floats mass_of(Floats x) { return x < -86.0f ? Floats{} : exponential(x); }
+
 // A consumer of `stream`: out[slot] = logaddexp(out[slot], logsumexp over the rows of score + weight). A row with the
-// weight -inf does not count, for any scores.
+// weight -inf does not count, for any scores. `log_scale[block]` is about the log-sum-exp of the block's results, so
+// that one exponential a score is enough; of a slot that is smaller by a factor of exp(-60) only the largest term
+// counts.
 class SlotMasses {
  public:
-  SlotMasses(const float* weight, float* out) : weight_(weight), out_(out) {}
+  // `weight` is as long as whole vectors, filled up with -inf.
+  SlotMasses(const float* weight, const float* log_scale, float* out)
+      : weight_(weight), log_scale_(log_scale), out_(out) {}
   SlotMasses(const SlotMasses&) = delete;
   ~SlotMasses() { finish(); }
 
-  void operator()(int64_t block, int64_t row, int64_t lanes, const float* scores) {
+  void operator()(int64_t block, int64_t row, int64_t, const float* scores) {
     if (block != block_) {
       finish();
       block_ = block;
-      for (int64_t j = 0; j < kBlock; ++j) {
-        store(top_ + j * kLanes, splat(-kInfinity));
-        store(total_ + j * kLanes, Floats{});
-      }
+      shift_ = log_scale_[block] == -kInfinity ? 0.0f : log_scale_[block];
+      std::fill(total_, total_ + kBlock * kLanes, 0.0f);
+      std::fill(top_, top_ + kBlock * kLanes, -kInfinity);
     }
-    float weights[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) weights[i] = i < lanes ? weight_[row + i] : -kInfinity;
-    const Floats weight = load(weights);
+    const Floats weight = load(weight_ + row) - splat(shift_);
     for (int64_t j = 0; j < kBlock; ++j) {
-      const Floats mass = weight == -kInfinity ? splat(-kInfinity) : load(scores + j * kLanes) + weight;
-      const Floats top = load(top_ + j * kLanes), larger = maximum(mass, top);
-      const Floats shift = larger == -kInfinity ? splat(0.0f) : larger;
-      const Floats total = load(total_ + j * kLanes) * exponential(top - shift) + exponential(mass - shift);
-      store(top_ + j * kLanes, larger);
-      store(total_ + j * kLanes, total);
+      const Floats relative = weight == -kInfinity ? splat(-kInfinity) : load(scores + j * kLanes) + weight;
+      store(top_ + j * kLanes, maximum(relative, load(top_ + j * kLanes)));
+      store(total_ + j * kLanes, load(total_ + j * kLanes) + mass_of(relative));
     }
   }
 
@@ -44,19 +47,67 @@ class SlotMasses {
     if (block_ < 0) return;
     float* out = out_ + block_ * kBlock;
     for (int64_t j = 0; j < kBlock; ++j) {
-      float top = out[j];
-      for (int i = 0; i < kLanes; ++i) top = top_[j * kLanes + i] > top ? top_[j * kLanes + i] : top;
-      if (top == -kInfinity) continue;
-      const Floats relative = load(total_ + j * kLanes) * exponential(load(top_ + j * kLanes) - splat(top));
-      const float before = exponential(splat(out[j] - top))[0];
-      out[j] = top + logarithm(splat(sum(relative) + (out[j] == -kInfinity ? 0.0f : before)))[0];
+      const float before = out[j] - shift_;
+      const float total = sum(load(total_ + j * kLanes)) + mass_of(splat(before))[0];
+      const float top = std::max(before, *std::max_element(top_ + j * kLanes, top_ + (j + 1) * kLanes));
+      out[j] = shift_ + (total < kSmall ? top : logarithm(splat(total))[0]);
     }
   }
 
-  const float* weight_;
+  static constexpr float kSmall = 8.8e-27f;  // exp(-60)
+
+  const float *weight_, *log_scale_;
   float* out_;
   int64_t block_ = -1;
-  float top_[kBlock * kLanes], total_[kBlock * kLanes];
+  float shift_ = 0.0f;
+  float total_[kBlock * kLanes], top_[kBlock * kLanes];
 };
+
+// out[column] = logsumexp over the rows of value + weight; a row with the weight -inf does not count.
+inline void sum_of_rows(const float* values, const float* weight, int64_t rows, int64_t columns, float* out) {
+#pragma omp parallel for schedule(static) if (rows * columns > kWorthThreads)
+  for (int64_t first = 0; first < columns; first += kBlock) {
+    constexpr int64_t kVectorsOfBlock = kBlock / kLanes;
+    const int64_t count = std::min(kBlock, columns - first);
+    Floats top[kVectorsOfBlock], total[kVectorsOfBlock] = {};
+    for (Floats& largest : top) largest = splat(-kInfinity);
+    const auto visit = [&](auto use) {
+      for (int64_t row = 0; row < rows; ++row) {
+        if (weight[row] == -kInfinity) continue;
+        const float* from = values + row * columns + first;
+        for (int64_t v = 0; v * kLanes < count; ++v)
+          use(v, load(from + v * kLanes, count - v * kLanes) + splat(weight[row]));
+      }
+    };
+    visit([&](int64_t v, Floats mass) { top[v] = maximum(mass, top[v]); });
+    for (Floats& largest : top) largest = largest == -kInfinity ? Floats{} : largest;
+    visit([&](int64_t v, Floats mass) { total[v] += mass_of(mass - top[v]); });
+    for (int64_t v = 0; v * kLanes < count; ++v) {
+      const Floats sums = total[v] == 0.0f ? splat(-kInfinity) : top[v] + logarithm(total[v]);
+      float lanes[kLanes];
+      store(lanes, sums);
+      std::copy(lanes, lanes + std::min<int64_t>(kLanes, count - v * kLanes), out + first + v * kLanes);
+    }
+  }
+}
+
+// out[row] = logsumexp of the row's values.
+inline void logsumexp_of_rows(const float* values, int64_t rows, int64_t columns, float* out) {
+#pragma omp parallel for schedule(static) if (rows * columns > kWorthThreads)
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* from = values + row * columns;
+    const int64_t whole = columns / kLanes * kLanes;
+    Floats tops = splat(-kInfinity), totals = {};
+    for (int64_t i = 0; i < whole; i += kLanes) tops = maximum(load(from + i), tops);
+    float top = -kInfinity;
+    for (int i = 0; i < kLanes; ++i) top = std::max(top, tops[i]);
+    for (int64_t i = whole; i < columns; ++i) top = std::max(top, from[i]);
+    const float shift = top == -kInfinity ? 0.0f : top;
+    for (int64_t i = 0; i < whole; i += kLanes) totals += mass_of(load(from + i) - shift);
+    float total = sum(totals);
+    for (int64_t i = whole; i < columns; ++i) total += mass_of(splat(from[i] - shift))[0];
+    out[row] = total == 0.0f ? -kInfinity : shift + logarithm(splat(total))[0];
+  }
+}
 
 }  // namespace negcache

@@ -25,8 +25,14 @@ struct Problem {
   const int32_t* row_labels;   // [rows]; null: no labels
   const int32_t* slot_labels;  // [capacity]
   const float* row_scale;      // [capacity]: an embedding is its stored numbers times it; null: the numbers themselves
+  const int64_t* places;       // [blocks()]: the place of each block's embeddings in the storage; null: in order
 
   int64_t blocks() const { return (capacity + kBlock - 1) / kBlock; }
+
+  template <typename T>
+  const T* embeddings_of(const T* stored, int64_t block) const {
+    return stored + (places ? places[block] : block) * kBlock * dim;
+  }
 };
 
 // Calls `function` with the embeddings as a pointer to numbers of the storage's type.

@@ -190,12 +190,25 @@ int negcache_block_logsumexp(const Problem* problem, int tiles, int parts, float
 }
 
 // out[slot] = logsumexp over the rows of score + weight[row], of every slot of the blocks; -inf past the end.
-int negcache_slot_masses(const Problem* problem, int tiles, int parts, const float* weight, float* out) {
+int negcache_slot_masses(const Problem* problem, int tiles, int parts, const float* weight, const float* log_scale,
+                         float* out) {
   std::fill(out, out + problem->blocks() * kBlock, -kInfinity);
-  const auto make_consumer = [=] { return SlotMasses(weight, out); };
   return guarded([&] {
+    std::vector<float> padded(weight, weight + problem->rows);
+    padded.resize((problem->rows + kLanes - 1) / kLanes * kLanes, -kInfinity);
+    const auto make_consumer = [&] { return SlotMasses(padded.data(), log_scale, out); };
     return with_storage(*problem, [&](auto* typed) { stream(typed, *problem, {tiles, parts}, make_consumer); });
   });
+}
+
+// out[column] = logsumexp over the rows of values[rows, columns] + weight[row].
+void negcache_sum_of_rows(const float* values, const float* weight, int64_t rows, int64_t columns, float* out) {
+  sum_of_rows(values, weight, rows, columns, out);
+}
+
+// out[row] = logsumexp of values[row, :].
+void negcache_logsumexp(const float* values, int64_t rows, int64_t columns, float* out) {
+  logsumexp_of_rows(values, rows, columns, out);
 }
 
 // The log-sum-exp of blocks, and total[row, :] = the sum of exp(score - log_scale[row]) times the embedding, over all
