@@ -50,8 +50,8 @@ _DRAWS_PER_QUERY_OF_BATCH = 1  # the default of num_draws, for each query of all
 class StepOptions:
     """The options of `step` that are constant during a run.
 
-    Immutable, hashable, and compared by value: a compiled step does not recompile for equal options. Loggers get
-    `dataclasses.asdict(options)`; `dataclasses.replace(options, top_k=64)` gives a changed copy.
+    Immutable, hashable and compared by value, so a compiled step does not recompile for equal options. Use
+    `dataclasses.asdict(options)` for loggers, and `dataclasses.replace(options, top_k=64)` for a changed copy.
 
     Raises:
         ValueError, TypeError: an option that is invalid, or that contradicts another one.
@@ -90,7 +90,8 @@ class StepOptions:
 
     weigh_positives: bool = True
     """Whether a document's log-weight is added to its score where it is the positive, too. False: only where it is a
-    negative, for a positive is there whatever the chance of sampling it (Khrylchenko et al., RecSys 2025)."""
+    negative, because a positive is always among the classes, whatever its sampling probability is (Khrylchenko et al.,
+    RecSys 2025)."""
 
     reduction: Reduction = "mean"
     """How the losses of the queries are reduced: "mean" (of those that have a positive), "sum" or "none"."""

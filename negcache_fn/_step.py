@@ -104,9 +104,9 @@ def step(
             instead of row i for query i. The loss is the mean over them, each in a softmax without the others, see
             `loss`. A query without any (a masked one) has the loss 0, is not in the mean, and does not influence
             the draws for the batch.
-        group: of ranks that train together, each with its own queries and documents: draws, losses and states are those
-            of one rank that has the queries, the positives and the further candidates of all, in the order of ranks.
-            The loss is that of this rank's queries; see docs/scaling.md for gradients.
+        group: ranks that train together, each with its own queries and documents. Draws, losses and states are the same
+            as on one rank that has the queries, the positives and the further candidates of all ranks, in the order of
+            ranks. The loss covers this rank's queries; see docs/scaling.md for gradients.
 
     Returns:
         Loss, next state, metrics and draw. The metrics, of the cache before the update:
@@ -119,7 +119,7 @@ def step(
         - `drift`: mean `|fresh - stale|^2 / |fresh|^2` of the drawn documents;
         - `effective_sample_size`: mean `(sum w)^2 / sum w^2` of the weights with which a query uses the draws;
         - `draw_noise`: with draws for the batch, the relative error of the documents' gradient from drawing only M of
-          them, estimated from the draws; above about .3 a larger `num_draws` is worth its price;
+          them, estimated from the draws; above about .3 a larger `num_draws` pays;
         - `unique_draws`: with `draws_per_query`, distinct documents among the draws, as a share of the draws;
         - `masked_pairs`: share of the pairs of a query and a draw that are false negatives, by id or by score;
         - `non_finite`: rows that were not written because they were not finite.

@@ -45,7 +45,7 @@ def hard_negatives(
     text, and all but the best document of one id or one text. A loop on the host: not for a training step.
 
     Args:
-        scores: [B, n] floating, of `top_negatives` or, in any order, of several of them or of a cross-encoder.
+        scores: [B, n] floating, in any order: from `top_negatives`, from several calls of it, or from a cross-encoder.
         ids: [B, n] int64 ids of these documents: `state["items", "id"][slots]`.
         positives: [B, P] int64 ids of each query's positives, -1 where there are fewer.
         texts: the documents' texts by id, to compare them; None: by id alone.
@@ -94,7 +94,7 @@ def hard_negatives(
 def training_rows(
     queries: Sequence[str], positives: Tensor, negatives: Tensor, texts: Texts, *, output_format: str = "triplet"
 ) -> list[dict[str, Any]]:
-    """Rows of a training set, for `datasets.Dataset.from_list(rows)` or one JSON object a line.
+    """Rows of a training set, for `datasets.Dataset.from_list(rows)` or one JSON object per line.
 
     | `output_format` | a row                                                 | there is one for                    |
     | --------------- | ----------------------------------------------------- | ----------------------------------- |
@@ -112,7 +112,7 @@ def training_rows(
         output_format: "triplet", "n-tuple" or "passages".
 
     Returns:
-        The rows, in the order of the queries. A query without a positive or without a negative has none.
+        The rows, in the order of the queries. A query without a positive or without a negative has no row.
 
     Raises:
         ValueError, TypeError: invalid shapes or dtypes, an unknown `output_format`, an id that `texts` does not have.

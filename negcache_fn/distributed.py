@@ -122,7 +122,7 @@ def checkpointable(state: TensorDictBase, group: dist.ProcessGroup | None = None
 
     Args:
         state: the cache, or this rank's part of it.
-        group: of the ranks over which it is sharded.
+        group: ranks over which it is sharded.
 
     Returns:
         A nested dict.

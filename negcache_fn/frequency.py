@@ -51,7 +51,7 @@ def init_frequency(buckets: int, *, hashes: int = 4, device: torch.device | str 
     Args:
         buckets: K, of each table.
         hashes: H, the number of tables.
-        device: where it lives.
+        device: device of the tables.
 
     Returns:
         The frequency, a locked TensorDict (see the module's schema).
@@ -91,9 +91,9 @@ def observe(
         frequency: H tables of K buckets.
         ids: [N] int64 ids of the documents of the batch, N >= 1. Anonymous ones, -1, are not observed.
         rate: weight of a new interval in the mean, in (0, 1]. The mean is as noisy as one of the last `2 / rate - 1`
-            intervals: a smaller rate has less noise and follows a change of the stream later.
+            intervals: a smaller rate has less noise and follows a change of the stream more slowly.
         mask: [N] bool, False for documents that are not observed.
-        group: of ranks whose ids, in the same number, make one batch; each has the same frequency before and after.
+        group: ranks whose ids, in the same number, make one batch; each has the same frequency before and after.
 
     Returns:
         The new frequency, its `step` one further, even if the batch has no ids. The given one is unchanged.
@@ -151,8 +151,8 @@ def observe(
 def log_frequency(frequency: TensorDictBase, ids: Tensor) -> Tensor:
     """Log of the estimated probability that a document is in a batch.
 
-    `-log(max(interval[h, bucket_h(id)] for every hash h))`, at most 0. An id whose bucket nobody has used counts as if
-    it came in the next batch for the first time: `-log(step + 1)`. Minus this is the log-weight of log-Q correction:
+    `-log(max(interval[h, bucket_h(id)] for every hash h))`, at most 0. An id whose buckets are unused counts as if its
+    first batch were the next one: `-log(step + 1)`. Minus this is the log-weight of log-Q correction:
     `log_weights=-log_frequency(frequency, ids)`, which is larger for rarer documents.
 
     Args:

@@ -22,7 +22,7 @@ _BELOW_ONE = 1.0 - 2.0**-24
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit random words per counter, bit for bit those of Random123's `philox4x32_R(10, ...)`.
+    """Four 32-bit random words per counter, bit for bit the same as Random123's `philox4x32_R(10, ...)`.
 
     Args:
         counter: four int64 tensors that broadcast together, each holding values in [0, 2**32).

@@ -84,7 +84,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _report(results: dict[str, Any], options: argparse.Namespace) -> None:
-    from examples.benchmarks.plots import draw
+    from examples.benchmarks.plots import draw, markdown
     from examples.benchmarks.report import fill_page, sections
 
     made = sections(results)
@@ -92,11 +92,8 @@ def _report(results: dict[str, Any], options: argparse.Namespace) -> None:
     (options.out / "table.md").write_text(table + "\n", encoding="utf-8")
     draw(results["rows"], options.out)
     if options.page is not None:
-        images = options.page.parent / "images"
-        images.mkdir(exist_ok=True)
-        for file in draw(results["rows"], images):
-            file.rename(file.with_name(f"benchmark_{file.name}"))
-        fill_page(options.page, made)
+        draw(results["rows"], options.page.parent / "images")
+        fill_page(options.page, made | markdown(results["rows"]))
     print(table)
 
 

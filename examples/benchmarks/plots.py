@@ -1,93 +1,115 @@
-"""Log-log plots of the sweeps: time, and peak memory."""
+"""Log-log plots of the sweeps, each in a light and a dark variant: time, and peak memory."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from examples.benchmarks.experiments import Row
+from examples.pictures.drawing import THEMES, Theme, canvas, save
 
-__all__ = ["draw"]
+__all__ = ["draw", "markdown"]
 
-_AXES = {
-    "capacity": "slots of the cache, C",
-    "batch": "queries, B",
-    "dim": "dimensions, D",
-    "samples": "draws per query, k",
+
+class _Panel(NamedTuple):
+    """The field on the x axis and its name; the key, factor and unit of the y axis."""
+
+    field: str
+    label: str
+    key: str
+    factor: float
+    unit: str
+
+
+_TIME = ("seconds_median", 1e3, "ms")
+_PANELS = {
+    "capacity": _Panel("capacity", "slots of the cache, C", *_TIME),
+    "batch": _Panel("batch", "queries, B", *_TIME),
+    "dim": _Panel("dim", "dimensions, D", *_TIME),
+    "samples": _Panel("samples", "draws per query, k", *_TIME),
+    "memory": _Panel("capacity", "slots of the cache, C", "peak_bytes", 2**-20, "MiB beyond the state"),
 }
+_SECTIONS = {"time_pictures": ("capacity", "batch", "dim", "samples"), "memory_picture": ("memory",)}
+# Two more colours than a theme has; they can be read on a light and on a dark ground.
+_GREEN, _RED = "#1a9e77", "#d0563c"
+_DASHED = (0, (4, 2))
 _LINES = {
-    "product": ("bare product", "#30363d", (0, (4, 3))),
-    "ours": ("negcache_fn", "#1668b8", "-"),
-    "ours-eager": ("negcache_fn, eager", "#1668b8", ":"),
-    "ours-bf16": ("negcache_fn, bfloat16", "#1a9e77", "-"),
-    "ours-bf16-eager": ("negcache_fn, bfloat16, eager", "#1a9e77", ":"),
-    "softmax": ("full softmax", "#7a828c", "-"),
-    "port": ("the port", "#c98500", "-"),
-    "port-top64": ("the port, top_k=64", "#c98500", (0, (4, 3))),
-    "memory-bank": ("CrossBatchMemory", "#b3402a", "-"),
-}
-_STYLE = {
-    "font.size": 9.5,
-    "axes.edgecolor": "#b8bec5",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "grid.color": "#e6e9ec",
+    "product": ("bare product", "ink", _DASHED),
+    "ours": ("negcache_fn", "ours", "-"),
+    "ours-eager": ("negcache_fn, eager", "ours", ":"),
+    "ours-bf16": ("negcache_fn, bfloat16", _GREEN, "-"),
+    "ours-bf16-eager": ("… bfloat16, eager", _GREEN, ":"),
+    "softmax": ("full softmax", "other", "-"),
+    "port": ("the port", "accent", "-"),
+    "port-top64": ("the port, top_k=64", "accent", _DASHED),
+    "memory-bank": ("CrossBatchMemory", _RED, "-"),
 }
 
 
 def draw(rows: list[Row], folder: Path) -> list[Path]:
-    """Writes time.png and memory.png, as far as there are rows for them; returns what it wrote."""
+    """Writes benchmark_NAME_light.svg and _dark.svg for every sweep that has rows; returns their paths."""
     written: list[Path] = []
-    swept = [name for name in _AXES if any(row["experiment"] == name for row in rows)]
-    if swept:
-        written.append(
-            _figure(rows, {name: (name, "seconds_median", 1e3, "ms") for name in swept}, folder / "time.png")
-        )
-    if any(row["experiment"] == "memory" for row in rows):
-        panels = {"memory": ("capacity", "peak_bytes", 2**-20, "MiB beyond the state")}
-        written.append(_figure(rows, panels, folder / "memory.png"))
+    for name in _measured(rows):
+        written += save(f"benchmark_{name}", partial(_figure, rows=rows, name=name), folder)
     return written
 
 
-def _figure(rows: list[Row], panels: dict[str, tuple[str, str, float, str]], file: Path) -> Path:
-    """One panel an experiment: (field on the x axis, key and factor of the y axis, its unit)."""
-    with mpl.rc_context(_STYLE):
-        columns = min(2, len(panels))
-        lines = -(-len(panels) // columns)
-        figure = Figure(figsize=(5.2 * columns, 3.9 * lines + 0.9), dpi=140, layout="constrained")
-        handles = {}
-        for place, (experiment, (field, key, factor, unit)) in enumerate(panels.items(), start=1):
-            axes = figure.add_subplot(lines, columns, place)
-            of_panel = [row for row in rows if row["experiment"] == experiment and key in row]
-            handles |= _panel(axes, of_panel, field, key, factor)
-            axes.set(xscale="log", yscale="log", xlabel=_AXES[field], ylabel=unit, title=_title(of_panel, field))
-            axes.set_xscale("log", base=2)
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=1 + columns, frameon=False)
-        figure.savefig(file)
-    return file
+def markdown(rows: list[Row]) -> dict[str, str]:
+    """The links to the pictures in images/, by section of the page."""
+    measured = _measured(rows)
+    made: dict[str, str] = {}
+    for section, names in _SECTIONS.items():
+        blocks = [
+            "\n".join(f"![{_alt(name)}](images/benchmark_{name}_{scheme}.svg#only-{scheme})" for scheme in THEMES)
+            for name in names
+            if name in measured
+        ]
+        if blocks:
+            made[section] = "\n\n".join(blocks)
+    return made
 
 
-def _panel(axes: Axes, rows: list[Row], field: str, key: str, factor: float) -> dict[str, object]:
-    handles: dict[str, object] = {}
+def _measured(rows: list[Row]) -> list[str]:
+    return [name for name, panel in _PANELS.items() if any(_is_point(row, name, panel) for row in rows)]
+
+
+def _is_point(row: Row, name: str, panel: _Panel) -> bool:
+    return row["experiment"] == name and panel.key in row
+
+
+def _alt(name: str) -> str:
+    what = "Peak memory" if name == "memory" else "Time"
+    return f"{what} of each method over the {_PANELS[name].label}, both axes logarithmic"
+
+
+def _figure(theme: Theme, rows: list[Row], name: str) -> Figure:
+    figure, (axes,) = canvas(height=6.6)
+    panel = _PANELS[name]
+    of_panel = [row for row in rows if _is_point(row, name, panel)]
     for method, (label, color, style) in _LINES.items():
-        points = [(row["shape"][field], row[key] * factor) for row in rows if row["method"] == method]
+        points = [
+            (row["shape"][panel.field], row[panel.key] * panel.factor) for row in of_panel if row["method"] == method
+        ]
         if points:
-            x, y = zip(*points, strict=True)
-            (handles[label],) = axes.plot(x, y, color=color, linestyle=style, marker="o", markersize=3, linewidth=1.6)
-    return handles
+            shown = getattr(theme, color, color)
+            axes.plot(*zip(*points, strict=True), color=shown, linestyle=style, marker="o", markersize=5, label=label)
+    axes.set(xlabel=panel.label, ylabel=panel.unit)
+    axes.set_title(_title(of_panel[0], panel.field), pad=12)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid()
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=14, columnspacing=1.2, handlelength=1.6)
+    return figure
 
 
-def _title(rows: list[Row], field: str) -> str:
-    """The sizes that stay."""
-    if not rows:
-        return ""
+def _title(row: Row, field: str) -> str:
+    """The sizes that stay the same."""
     names = {"batch": "B", "capacity": "C", "dim": "D", "samples": "k"}
-    shape = rows[0]["shape"]
-    return ", ".join(f"{letter}={shape[name]:,}" for name, letter in names.items() if name != field)
+    return ", ".join(f"{letter}={row['shape'][name]:,}" for name, letter in names.items() if name != field)

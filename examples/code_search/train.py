@@ -58,10 +58,10 @@ def train(
     gap = results["with the cache"]["mrr@10"] - results["in-batch"]["mrr@10"]
     summary = {"steps": steps, "mask_names": mask_names, **options.described(), **sizes, "test": results, "gap": gap}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    draw(histories, lexical["validation"]["mrr@10"], out / "training.png")
+    pictures = ", ".join(file.name for file in draw(histories, lexical["validation"]["mrr@10"], out))
     print(_table(results))
     print(f"the cache adds {gap:+.3f} MRR@10 to in-batch negatives at the same batch size and steps")
-    print(f"{out}: training.png, summary.json, {INDEX_FILE}, and for each run metrics.jsonl and checkpoint.pt")
+    print(f"{out}: {pictures}, summary.json, {INDEX_FILE}, and for each run metrics.jsonl and checkpoint.pt")
 
 
 def _train_together(data: Data, out: Path, steps: int, options: Options, workers: Workers) -> None:

@@ -39,7 +39,7 @@ def draw_gradients(study: GradientStudy, found: Results, folder: Path) -> list[P
 
 
 def _curves(theme: Theme, comparison: Comparison, found: Results, budget: str) -> Figure:
-    figure, (axes,) = canvas(width=8.4, height=5.0)
+    figure, (axes,) = canvas(height=5.0)
     most = comparison.budgets[budget]
     ends: list[tuple[float, float, str, str]] = []
     for line in lines(comparison, budget, found):
@@ -80,7 +80,7 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], most: flo
         height = max(y, height + (high - low) * 0.06)
         place: Any = {"textcoords": "offset points", "xytext": (6, 0), "va": "center", "fontsize": 14}
         axes.annotate(label, (most, height), color=color, **place).set_in_layout(False)
-    axes.set_xlim(left, most * (most / left) ** 0.75)
+    axes.set_xlim(left, most * (most / left) ** 0.85)
     axes.set_ylim(low, max(high, height))
     ticks = [tick for tick in 10.0 ** np.arange(1, 9) if left <= tick <= most]
     axes.xaxis.set_major_locator(FixedLocator(ticks or [most]))
@@ -89,18 +89,18 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], most: flo
 
 
 def _bias_and_noise(theme: Theme, study: GradientStudy, stops: list[dict[str, Any]]) -> Figure:
-    figure, (axes,) = canvas(width=8.4, height=6.4)
     stop = stops[-1]
     methods = sorted(study.methods, key=lambda method: -_error(stop["methods"][method.name]))
+    figure, (axes,) = canvas(height=0.42 * len(methods) + 1.5)
     for place, method in enumerate(methods):
         row = stop["methods"][method.name]
         color = _color(theme, method.loss, method.name)
         axes.barh(place + 0.2, row["bias"], color=color, height=0.38)
         axes.barh(place - 0.2, row["noise"], color=color, height=0.38, alpha=0.45)
-    axes.set_yticks(range(len(methods)), [method.label for method in methods], fontsize=13)
+    axes.set_yticks(range(len(methods)), [method.label for method in methods], fontsize=14)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("bias (dark) and noise (light)")
-    axes.set_title(f"Error of a gradient, step {stop['step']:,}")
+    axes.set_title(f"Error of a gradient, step {stop['step']:,}", loc="right")
     return figure
 
 

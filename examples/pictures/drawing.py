@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,10 +59,17 @@ def save(name: str, draw: Callable[[Theme], Figure], folder: Path) -> list[Path]
     return written
 
 
-def canvas(width: float = 7.2, height: float = 4.0, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of so many pictures one above the other; at a phone's width its type is still that of small print."""
+def canvas(
+    width: float = 7.2, height: float = 4.0, rows: int = 1, heights: Sequence[float] | None = None
+) -> tuple[Figure, list[Axes]]:
+    """A figure with ``rows`` plots, one above the other, or one for each of the relative ``heights``.
+
+    At the width of a phone its labels have the size of small print.
+    """
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, [figure.add_subplot(rows, 1, row + 1) for row in range(rows)]
+    ratios = [1.0] * rows if heights is None else list(heights)
+    grid = figure.add_gridspec(len(ratios), 1, height_ratios=ratios)
+    return figure, [figure.add_subplot(grid[row]) for row in range(len(ratios))]
 
 
 def _colors(theme: Theme) -> dict[str, str]:

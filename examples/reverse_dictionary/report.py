@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,14 +77,15 @@ def tables(first: dict[str, Any], rows: Sequence[Row]) -> dict[str, str]:
 
 
 def picture(rows: Sequence[Row], untrained: float) -> Callable[[Theme], Figure]:
-    """A point and an interval for each method, the caches in colour."""
+    """A point and an interval for each method, under its name; the caches in colour."""
 
     def draw(theme: Theme) -> Figure:
-        figure, (axes,) = canvas(width=11.5, height=0.62 * len(rows) + 1.4)
+        figure, (axes,) = canvas(height=0.84 * len(rows) + 1.4)
         for place, row in enumerate(rows):
             mrr, ours = mean_of(row.mrr), row.name.startswith("cache")
             color = theme.ours if ours else theme.other
-            axes.errorbar(mrr.mean, place, xerr=mrr.margin, fmt="o", color=color, markersize=11, capsize=6)
+            axes.errorbar(mrr.mean, place, xerr=mrr.margin, fmt="o", color=color, markersize=9, capsize=5)
+            axes.annotate(row.name, (0, place + 0.36), xycoords=("axes fraction", "data"), va="center", fontsize=15)
             right = mrr.mean < 0.27
             axes.annotate(
                 f"{mrr.mean:.3f}",
@@ -94,7 +96,8 @@ def picture(rows: Sequence[Row], untrained: float) -> Callable[[Theme], Figure]:
                 ha="left" if right else "right",
                 color=color,
             )
-        axes.axvline(untrained, color=theme.accent, linestyle=":")
+        places = [height for place in range(-1, len(rows)) for height in (place - 0.3, place + 0.2, math.nan)]
+        axes.plot([untrained] * len(places), places, color=theme.accent, linestyle=":")  # not through the names
         axes.annotate(
             "before training",
             (untrained, -0.75),
@@ -104,8 +107,9 @@ def picture(rows: Sequence[Row], untrained: float) -> Callable[[Theme], Figure]:
             xytext=(8, 0),
             textcoords="offset points",
         )
-        axes.set_yticks(range(len(rows)), [row.name for row in rows])
-        axes.set_ylim(-1.1, len(rows) - 0.5)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.set_ylim(-1.1, len(rows) - 0.3)
         axes.set_xlabel("MRR@10")
         axes.grid(axis="x")
         return figure

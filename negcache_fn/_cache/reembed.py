@@ -39,7 +39,7 @@ def reembed(state: TensorDictBase, encode: Callable[[Any], Tensor], *, batch_siz
         batch_size: documents per call, in the order of slots; the last call has what remains. Empty slots have none.
 
     Returns:
-        The new state; its `step` is that of the given one, and so are features, ids, weights and `inserted_at`.
+        The new state, with the same `step`, features, ids, weights and `inserted_at`.
 
     Raises:
         ValueError, TypeError: an `encode` that cannot be called or gives another shape; a `batch_size` that is not a
@@ -58,7 +58,7 @@ def reembed(state: TensorDictBase, encode: Callable[[Any], Tensor], *, batch_siz
 def reembed_(state: TensorDictBase, encode: Callable[[Any], Tensor], *, batch_size: int = 1024) -> TensorDictBase:
     """`reembed` in place: writes embeddings and their age into `state`, which it returns, and copies nothing.
 
-    Arguments and errors as there. If `encode` raises, the batches before are written.
+    It has the same arguments and errors. If `encode` raises, the earlier batches have been written.
 
     Examples:
         >>> state = update(init_cache(8, 4, torch.zeros(1, 3)), torch.ones(2, 3), torch.zeros(2, 4))

@@ -29,7 +29,7 @@ def take(
     Args:
         state: the cache.
         slots: int64 of any shape. Negative slots ("nothing drawn") read slot 0.
-        group: of the ranks over which the cache is sharded; slots are then numbers of all its slots.
+        group: ranks over which the cache is sharded; `slots` are then numbered over the whole cache.
 
     Returns:
         The features, nested as in the state, each leaf [*slots.shape, ...].

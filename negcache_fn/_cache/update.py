@@ -65,8 +65,8 @@ def update(
         ids: [N] int64, -1 where anonymous; all anonymous by default.
         log_weights: [N] floating, added to the documents' scores from now on; 0 by default.
         cacheable: [N] bool, False for rows to leave out.
-        refresh: slots [R] int64 and their fresh embeddings [R, D]; negative and empty slots are ignored, and of
-            several rows for one slot the last counts. The age of these documents starts anew.
+        refresh: slots [R] int64 and their fresh embeddings [R, D]; negative and empty slots are ignored, and of several
+            rows for one slot the last counts. The age of a refreshed document starts again at 0.
         evict: "lru" (oldest embedding) or "fifo" (oldest insertion).
         priorities: instead of `evict`, the priority of every slot here, [C] floating or int64: the lowest leave first.
             NaN counts as -inf; floats are rounded to float32, integers beyond 32 bits to the nearest 32-bit integer. If

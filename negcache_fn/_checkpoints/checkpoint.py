@@ -28,9 +28,9 @@ def save_checkpoint(
 ) -> Path:
     """Saves the state of all ranks, so that a run killed at any moment keeps its last complete checkpoint.
 
-    A checkpoint is a folder of its own, with a manifest of the sizes and checksums of its files. It appears when all of
-    them are on the disk, and never replaces another: saving a step again, or a lower one, makes another checkpoint, and
-    the newest is the one that was saved last.
+    A checkpoint is a folder with a manifest of the sizes and checksums of its files. It appears once all of its files
+    are on the disk, and never replaces another checkpoint: saving the same or a lower step again makes another one. The
+    newest checkpoint is the one that was saved last.
 
     Args:
         folder: folder of this run's checkpoints, which all ranks share.
@@ -80,9 +80,9 @@ def load_checkpoint(
 ) -> int | None:
     """Loads the newest complete checkpoint into `state_dict`, in place, on any number of ranks.
 
-    All of it is read and checked before anything is written: files against their checksums; entries, shapes and dtypes
-    against those of `state_dict`. If the newest one is damaged, the one before is loaded, with a warning. Until then
-    this rank's part waits in CPU memory. No code in the files is run.
+    Everything is read and checked before anything is written: files against their checksums; entries, shapes and dtypes
+    against those of `state_dict`. Until then, this rank's part is kept in CPU memory. If the newest checkpoint is
+    damaged, the previous one is loaded, with a warning. No code in the files is run.
 
     Args:
         folder: as in `save_checkpoint`.

@@ -64,7 +64,7 @@ def sample_gumbel(
     `sum_i importance[i] * softmax(score(state, queries))[i, j]`. For each query, equivalent to
     `(score(state, queries)[:, None, :] + gumbel_noise).argmax(-1)`, independently for every query and sample. Neither
     makes a [B, C] matrix. The draws are a function of the arguments alone; `state["step"]`, which every update
-    advances, makes them new.
+    advances, gives every step new draws.
 
     Args:
         state: the cache.

@@ -22,7 +22,7 @@ For draws of each query, with weights `w_im` of the draws and only `f_im` differ
     share_draws=True                        w_im = p_i(j_m) / sum_i' k p_i'(j_m)
     share_draws=False                       w_im = 1/k for the draws of query i, 0 for others
 
-A draw that is a false negative of query i, or outside its `top_k`, has no part in either sum of `c_i`.
+A draw that is a false negative of query i, or outside its `top_k`, is in neither sum of `c_i`.
 
 Sources: Duffield, Lund, Thorup, J. ACM 2007, and Kool, van Hoof, Welling, ICLR 2020 (`r_m`); Lindgren, Reddi, Guo,
 Kumar, NeurIPS 2021 (own draws, "none"); Veach, Guibas, SIGGRAPH 1995 (the balance heuristic that shares draws). Proofs:
@@ -149,7 +149,7 @@ def _of_queries(
 ) -> CacheClass:
     """The draws of each query."""
     if shared is None:
-        # The stand-in for a draw that does not exist takes no part in the loss, not even as a NaN.
+        # The stand-in for a draw that does not exist does not enter the loss, not even as a NaN.
         negatives = torch.where(draw.slot.flatten()[:, None] >= 0, negatives, 0.0)
         fresh = similarity.rowwise(queries, negatives.view(draw.embedding.shape)) + draw.log_weight
     else:
@@ -190,7 +190,7 @@ def _of_queries(
 
 def _fresh_of_shared(similarity: Similarity, queries: Tensor, shared: SharedDraws) -> Tensor:
     """[B, M] fresh scores."""
-    # The stand-in for a draw that does not exist takes no part in the loss, not even as a NaN.
+    # The stand-in for a draw that does not exist does not enter the loss, not even as a NaN.
     negatives = torch.where(shared.slot[:, None] >= 0, shared.negatives, 0.0)
     return similarity.pairwise(queries, negatives) + shared.log_weight
 

@@ -102,12 +102,12 @@ def loss(
             positives as `exclude_ids` when drawing; `step` does.
         share_draws: with draws of each query, whether every query uses every draw (multiple importance sampling with
             the balance heuristic).
-        staleness_correction: "self_normalized": the expected loss is that of the fresh softmax, up to O(1/M) or O(1/k);
-            "none": drift is not corrected for, except to first order with draws for the batch.
+        staleness_correction: "self_normalized": in expectation, the loss of the fresh softmax, up to O(1/M) or O(1/k);
+            "none": no correction for drift, except to first order with draws for the batch.
         weigh_positives: whether a document's log-weight counts where it is the positive, too; see `StepOptions`.
         reduction: "mean", "sum" or "none".
-        group: ranks that share their draws. The loss is that of this rank's queries; the gradient of this rank's
-            embeddings is that of the sum of all ranks' losses.
+        group: ranks that share their draws. The loss covers this rank's queries; the gradient of this rank's embeddings
+            is the gradient of the sum of all ranks' losses.
 
     Returns:
         [] or, with reduction "none", [B]; float32 or wider. Differentiable in `queries`, `documents`, `negatives` and

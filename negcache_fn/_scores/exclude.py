@@ -28,8 +28,8 @@ __all__ = [
 class Labels(NamedTuple):
     """Labels of queries and documents, such as classes: documents of a query's label are excluded from its negatives.
 
-    A number is a label of its own, except -1: no label. That costs O(B + C) a step, however many documents have a
-    label; the kernels compare it slot by slot.
+    Every number is a label, except -1, which means no label. Labels cost O(B + C) per step, for any number of documents
+    with the same label: the kernels compare them slot by slot.
 
     Examples:
         >>> labels = torch.tensor([0, 1, 1])
@@ -45,18 +45,19 @@ class Labels(NamedTuple):
     """[B] int64."""
 
     documents: Tensor | None = None
-    """[N] int64, of the documents of the batch: wherever these are classes of all queries."""
+    """[N] int64, labels of the batch's documents; needed where these are classes of all queries."""
 
     cached: Tensor | None = None
-    """[C] int64, of the cache's slots, with a group of those on this rank: wherever the cache is searched. A feature,
-    `state["items", "features", "label"]`, or by the ids, `label_of[state["items", "id"]]`."""
+    """[C] int64, labels of the cache's slots (with a group, of this rank's slots); needed where the cache is searched.
+    Store them as a feature, `state["items", "features", "label"]`, or look them up by id:
+    `label_of[state["items", "id"]]`."""
 
 
 class FalseNegatives(NamedTuple):
     """Documents to exclude from a query's negatives in addition to its positive.
 
-    They are left out of its softmax: of the cache's part (they are not drawn, not in the normaliser, and have weight 0
-    when another query draws them) and, with in-batch classes, of the batch's part.
+    The query's softmax does not contain them. In the cache they are not drawn, are not in the normaliser, and have
+    weight 0 when another query draws them. With in-batch classes the same holds for documents of the batch.
 
     Examples:
         >>> state = update(init_cache(8, 4, torch.zeros(1, 3)), torch.ones(3, 3), torch.eye(4)[:3], ids=torch.arange(3))

@@ -5,7 +5,7 @@ already, in the module's `state_dict`. With several, Lightning writes rank 0's, 
 
 | cache                       | in the checkpoint                    | on another number of ranks         |
 | --------------------------- | ------------------------------------ | ---------------------------------- |
-| of a `group`, sharded       | `state_dict` has the whole one       | it is spread anew                  |
+| of a `group`, sharded       | `state_dict` has the whole one       | it is distributed again            |
 | of a `group`, replicated    | `state_dict` has it                  | every rank has it                  |
 | each rank's own, no `group` | rank 0's there, the others beside it | each rank has that of its number;  |
 |                             |                                      | more ranks start from rank 0's     |
@@ -37,11 +37,11 @@ class NegativeCacheCallback(Callback):
 
     Metrics go through `log_dict` after each training batch that used the loss, so Lightning writes them every
     `log_every_n_steps`: as `cache/drift`, or `cache/<path of the loss>/drift` if there are several losses. With a group
-    they cover all ranks, without one rank 0.
+    they cover all ranks; without one, rank 0 only.
 
     A resumed run equals the uninterrupted one, bit for bit on the same number of ranks. Rank 0 holds all caches in CPU
-    memory while it saves, and every rank reads the whole file. Beside a `WeightAveraging`, such as
-    `EMAWeightAveraging`, weights are averaged, and the cache stays that of the training.
+    memory while it saves, and every rank reads the whole file. With a `WeightAveraging`, such as `EMAWeightAveraging`,
+    the weights are averaged and the cache is not.
 
     Args:
         prefix: prefix of the names of logged metrics.

@@ -24,6 +24,11 @@ IDIOMS = {
     r"\blooked at\b": "read, logged",
     r"\bwhat else\b": "further ...",
     r"\ball there is\b": "the only ...",
+    r"\banew\b": "again",
+    r"\bgo(es)? on (from|where)\b": "resumes, continues",
+    r"\bworth (its|their) price\b": "pays",
+    r"\bnow and then\b": "occasionally",
+    r"\b(has|have|takes?) no part\b": "does not enter, is left out",
 }
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = sorted(path for path in PACKAGE.rglob("*") if path.suffix in {".py", ".cpp", ".h"})
@@ -59,6 +64,10 @@ def test_no_idiom_comes_back(path: Path) -> None:
         "and the metrics besides",
         "the rest is looked at",
         "while a cache fills they are all there is",
+        "the same command goes on from there",
+        "a larger M is worth its price",
+        "empty slots take no part in anything",
+        "the cache is distributed anew, now and then",
     ],
 )
 def test_the_list_bites(text: str) -> None:

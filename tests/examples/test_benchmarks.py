@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def test_sweeps_updates_and_plots(tmp_path: Path) -> None:
     ]
     (tmp_path / "results.json").write_text(json.dumps({"hardware": _hardware(), "rows": rows}))
     page = tmp_path / "page.md"
-    names = ("hardware", "updates", "memory")
+    names = ("hardware", "updates", "memory", "time_pictures", "memory_picture")
     page.write_text("".join(f"<!-- begin {name} -->\nold\n<!-- end {name} -->\n" for name in names))
     for _ in range(2):  # filling again replaces
         assert main(["--report-only", "--out", str(tmp_path), "--page", str(page)]) == 0
@@ -59,7 +60,11 @@ def test_sweeps_updates_and_plots(tmp_path: Path) -> None:
     assert "old" not in text
     assert text.count("1 MiB") == 1
     assert "`update_` alone, eager" in text
-    assert {file.name for file in (tmp_path / "images").iterdir()} == {"benchmark_time.png", "benchmark_memory.png"}
+    pictures = {f"benchmark_{name}_{scheme}.svg" for name in ("capacity", "memory") for scheme in ("light", "dark")}
+    assert {file.name for file in (tmp_path / "images").iterdir()} == pictures
+    assert set(re.findall(r"\(images/(\w+\.svg)#only-(?:light|dark)\)", text)) == pictures
+    documented = (Path(__file__).parents[2] / "docs/performance.md").read_text(encoding="utf-8")
+    assert all(f"<!-- begin {name} -->" in documented for name in names)
     with pytest.raises(ValueError, match="no place for sizes"):
         fill_page(page, {"sizes": ""})
 

@@ -19,6 +19,7 @@ from examples.code_search.features import inverse_document_frequency, padded
 from examples.code_search.harvest import harvest_file
 from examples.code_search.methods import METHODS, in_batch_loss
 from examples.code_search.run import Run
+from examples.pictures.drawing import THEMES
 from tests.support.same_files import assert_same
 
 OPTIONS = ["--embedding-dim=32", "--batch-size=4", "--draws-per-query=2", "--cache-size=24", "--evaluate-every=3"]
@@ -40,7 +41,8 @@ def test_training_leaves_results_picture_and_checkpoints(trained: Path) -> None:
     labels = ["tf-idf", *(method.label for method in METHODS)]
     assert list(summary["test"]) == labels
     assert all(0 <= summary["test"][label]["mrr@10"] <= summary["test"][label]["recall@10"] <= 1 for label in labels)
-    assert (trained / "training.png").read_bytes().startswith(b"\x89PNG")
+    for scheme, theme in THEMES.items():
+        assert theme.ours in (trained / f"training_{scheme}.svg").read_text(encoding="utf-8")
     for method in METHODS:
         rows = [json.loads(line) for line in (trained / method.name / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == list(range(1, 8))

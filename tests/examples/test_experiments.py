@@ -375,6 +375,17 @@ def test_page_shows_the_published_results() -> None:
         assert (PAGE.parent / "images" / image).is_file()
 
 
+def test_only_the_first_table_of_the_page_is_open() -> None:
+    """A folded block has its summary, and blank lines around its markdown."""
+    text = PAGE.read_text(encoding="utf-8")
+    block = r'<details markdown="1">\n<summary>Table: [^<]+</summary>\n\n<!-- begin .*?-->\n\n</details>\n'
+    folded = re.findall(block, text, re.DOTALL)
+    assert len(folded) == text.count("<details") == text.count("<!-- begin ") - 1
+    opened = re.sub(r"<details.*?</details>", "", text, flags=re.DOTALL)
+    assert re.findall(r"<!-- begin (\w+) -->", opened) == ["encoder_gpu"]
+    assert "\n|" not in opened.split("<!-- end encoder_gpu -->")[1]
+
+
 def test_published_results_are_named_as_their_trials_are() -> None:
     """Every line that a trial of the grid finds describes that trial, so that a new line is like the published ones."""
     grid, found = read_grid(GRID), read_results(PUBLISHED)

@@ -24,7 +24,7 @@ class NegativeCacheCallback(TrainerCallback):
     `NegativeCacheCallback.attach(trainer)` finds the losses. A resumed run equals the uninterrupted one. The cache of
     `<output_dir>/checkpoint-<step>` is in `<output_dir>/_negative_cache`: it holds training data, and `push_to_hub`
     uploads a checkpoint's own folder. It is deleted with the checkpoint, and is not written with `save_only_model`. On
-    another number of ranks a shared cache is distributed anew, and of separate caches each rank takes the one of its
+    another number of ranks a shared cache is distributed again. Of separate caches, each rank takes the one with its
     number, if there is one.
 
     Args:

@@ -25,8 +25,9 @@ _SLOTS_AT_A_TIME = 65_536
 class FalseNegativeFilter:
     """Excludes documents whose similarity to the query is above a limit, in the batch and in the cache.
 
-    With a `guide`, its cosine similarity counts, as in `GISTEmbedLoss`: the cache then keeps the guide's embedding of
-    each document. Without, the model's own similarity counts, as in the positive-aware mining of NV-Retriever.
+    With a `guide`, the guide's cosine similarity decides, as in `GISTEmbedLoss`, and the cache keeps the guide's
+    embedding of each document. Without a guide, the model's own similarity decides, as in the positive-aware mining of
+    NV-Retriever.
 
     | `margin_strategy` | limit                                         |
     | ----------------- | --------------------------------------------- |

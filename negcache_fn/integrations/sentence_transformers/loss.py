@@ -54,8 +54,8 @@ class NegativeCacheLoss(Attributes):
     All arguments are attributes, too. The first batch fixes those that define the cache; the others can be set during
     training, the scale in every step.
 
-    The cache is not in the trainer's checkpoints: `NegativeCacheCallback` keeps it beside them. It belongs to the
-    model: with another one, as `model_init` makes for each trial, the loss begins anew.
+    The cache is not in the trainer's checkpoints: `NegativeCacheCallback` saves it beside them. The cache belongs to
+    the model: with another model, as `model_init` makes for each trial, the loss starts with an empty cache.
 
     Args:
         model: the trained model, which preprocesses all columns of documents alike.
@@ -78,8 +78,8 @@ class NegativeCacheLoss(Attributes):
         learnable_scale: whether the scale is trained; its gradient is averaged over the ranks.
         mini_batch_size: documents that are embedded at a time, with activations computed again in the backward pass;
             None: all at once.
-        max_length: tokens that a slot of the cache has room for; longer texts are cut, as the tokenizer would have cut
-            them. The model's `max_seq_length` by default, up to 1024.
+        max_length: number of tokens that a slot of the cache can hold; longer texts are cut, as the tokenizer would
+            have cut them. The model's `max_seq_length` by default, up to 1024.
         document_ids: "tokens": documents with equal features are one. "labels": the label column has the ids, an
             integer for each positive, or [B, n] for all n documents of each row.
         embedding_dtype: dtype of the cached embeddings.
@@ -238,7 +238,7 @@ class NegativeCacheLoss(Attributes):
 """
 
     def _forget_other_models(self) -> None:
-        """Begins anew, scale included, if the trainer has made another model, as `model_init` does in each trial."""
+        """Starts with an empty cache and the first scale, if the model is another one, as with `model_init`."""
         if sentence_transformer(self.model) is not self.made_by:
             self.begin_anew()
             self._layout = None
