@@ -111,30 +111,15 @@ def _ours(
     label: str,
     *,
     compiled: bool = True,
-    precision: str = "highest",
     dtype: torch.dtype = torch.float32,
     options: StepOptions = StepOptions(),
     for_batch: bool = False,
 ) -> Method:
     def make(problem: Problem) -> Call:
         step = _compiled_step if compiled else _step
-        call = cache_step(problem, step, dtype=dtype, options=options, for_batch=for_batch)
-        return call if precision == "highest" else _with_precision(call, precision)
+        return cache_step(problem, step, dtype=dtype, options=options, for_batch=for_batch)
 
-    swept = precision == "highest" and options.top_k is None
-    return Method(name, label, make, swept=swept, compiled=compiled)
-
-
-def _with_precision(call: Call, precision: str) -> Call:
-    def with_precision() -> None:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(precision)
-        try:
-            call()
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-    return with_precision
+    return Method(name, label, make, swept=options.top_k is None, compiled=compiled)
 
 
 def _product(dtype: torch.dtype = torch.float32) -> Callable[[Problem], Call]:
@@ -177,7 +162,6 @@ _BFLOAT16 = torch.bfloat16
 OURS = (
     _ours("ours", "`negcache_fn`, compiled"),
     _ours("ours-eager", "`negcache_fn`, eager", compiled=False),
-    _ours("ours-high", "`negcache_fn`, compiled, precision “high”", precision="high"),
     _ours("ours-bf16", "`negcache_fn`, bfloat16 storage, compiled", dtype=_BFLOAT16),
     _ours("ours-bf16-eager", "`negcache_fn`, bfloat16 storage, eager", dtype=_BFLOAT16, compiled=False),
     _ours("ours-int8", "`negcache_fn`, int8 storage, compiled", dtype=torch.int8),

@@ -26,7 +26,7 @@ from examples.reverse_dictionary.corpus import Corpus
 from examples.reverse_dictionary.encoder import Encoder
 from examples.whole_files import written_whole
 
-__all__ = ["Found", "Lists", "lists_of", "main", "simulate"]
+__all__ = ["Found", "Lists", "embedded", "lists_of", "main", "simulate"]
 
 _SHARES = (1.0, 0.1, 0.03, 0.01, 0.0)
 
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     corpus = Corpus.load(options.data, torch.device("cpu"))
-    documents = _embedded(options.data, corpus)
+    documents = embedded(options.data, corpus)
     rows = corpus.rows_of("validation", at_most=options.batch)
     with torch.no_grad():
         queries = Encoder.load(options.data)(corpus.queries[rows])
@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace) -> None:
         fill_page(options.page, {"inverted_lists": "\n".join(lines)})
 
 
-def _embedded(folder: Path, corpus: Corpus) -> Tensor:
+def embedded(folder: Path, corpus: Corpus) -> Tensor:
     """The embeddings of all documents, kept in a file: encoding them takes minutes."""
     file = folder / "embeddings.npy"
     if not file.exists():

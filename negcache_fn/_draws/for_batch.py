@@ -221,7 +221,7 @@ def _given_maximum(perturbed: Tensor, maximum: Tensor) -> Tensor:
 
 def _largest(values: Tensor, n: int) -> Tensor:
     """[min(n, values)] places of the n largest values, ties by place; the places ascend."""
-    n = torch.sym_min(n, values.shape[0])
+    n = min(n, values.shape[0])
     if values.dtype != torch.float32:
         return values.sort(descending=True, stable=True).indices[:n].sort().values
     # As integers in the same order, all different, of which `topk` finds the largest in a third of the time.

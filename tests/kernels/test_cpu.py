@@ -36,6 +36,12 @@ STORAGES = (torch.float32, torch.bfloat16, torch.float16)
 # Error of a product of P bfloat16 parts relative to |q| |e|: 2^-8 is the unit roundoff of one part.
 ERRORS = {"highest": 2.0**-21, "high": 2.0**-15, "medium": 2.0**-7}
 
+
+def error_of_pass(precision: str, products: str) -> float:
+    """The same where all of the cache is summed over, for which tiles take two parts at most."""
+    return ERRORS["high" if precision == "highest" and products in ("tiles", "emulated") else precision]
+
+
 load_library = build._load.__wrapped__
 needs_kernels = pytest.mark.skipif(build.library() is None, reason="no C++ compiler on this machine")
 
@@ -130,7 +136,7 @@ def test_block_logsumexp_is_exact(
     with configured(precision, products=products):
         computed = cpu.block_logsumexp(Problem(*arguments, None))
     norms = float(arguments[0].norm(dim=1).max() * arguments[1].float().norm(dim=1).max())
-    bound = ERRORS[precision] * norms + 1e-5  # vectors may round as much but need not
+    bound = error_of_pass(precision, products) * norms + 1e-5  # vectors may round as much but need not
     assert largest_error(computed, padded.view(rows, -1, 64).logsumexp(-1)) <= bound
 
 

@@ -253,7 +253,6 @@ def _arithmetic(problem: Problem) -> tuple[int, int]:
 
 
 def _arithmetic_of_pass(problem: Problem) -> tuple[int, int]:
-    """The same where all of the cache is summed over: two parts do for int8, see `_codec`."""
+    """The same where all of the cache is summed over: two parts are enough, see docs/recipes/precision.md."""
     tiles, parts = _arithmetic(problem)
-    # They err by 2^-17 of |q| |e|, as 16-bit queries do, beside the 2^-8 to which the embeddings are rounded.
-    return tiles, min(parts, 2) if problem.embeddings.dtype == torch.int8 else parts
+    return tiles, min(parts, 2)

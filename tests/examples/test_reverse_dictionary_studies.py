@@ -1,6 +1,8 @@
-"""The simulation of inverted lists, where the answer is known."""
+"""The studies of inverted lists and of the precision of a pass, where the answer is known."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.nn.functional import normalize
 pytest.importorskip("sklearn")
 
 from examples.reverse_dictionary.inverted_lists import Lists, lists_of, simulate
+from examples.reverse_dictionary.precision import errors
 
 COUNT, DIM, BATCH = 300, 6, 20
 
@@ -43,3 +46,12 @@ def test_the_more_is_scored_the_less_is_wrong() -> None:
         assert errors[0] > 0
     assert all(one.log_normalizer < one.without_draws for one in found[1:])  # of half there is nearly all mass
     assert all(one.bias < 0.5 * one.noise for one in found)
+
+
+def test_errors_fall_with_the_parts_of_a_number() -> None:
+    queries, documents = vectors()
+    found = [errors(20.0 * queries, documents, parts) for parts in (1, 2, 3)]
+    for one, next_one in itertools.pairwise(found):
+        assert all(better < worse / 8 for worse, better in zip(one, next_one, strict=True))
+    assert max(found[-1]) < 1e-4
+    assert max(errors(20.0 * queries, documents, None)) < 1e-4
