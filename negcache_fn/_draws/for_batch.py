@@ -31,7 +31,8 @@ from negcache_fn._kernels.blocks import BLOCK, GROUP
 from negcache_fn._ranks.group import Ranks
 from negcache_fn._ranks.order import sequenced_after
 from negcache_fn._scores.definition import ScoreMatrix
-from negcache_fn._scores.stream import Summary, logsumexp, reduce_blocks, slot_masses, sum_of_rows, summarize
+from negcache_fn._scores.masses import slot_masses, sum_of_rows
+from negcache_fn._scores.stream import Summary, logsumexp, reduce_blocks, summarize
 from negcache_fn._scores.transformed import summarize_transformed
 
 __all__ = [

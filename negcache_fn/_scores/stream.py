@@ -1,8 +1,9 @@
 """The passes over the scores of a batch against the cache, without the [B, C] matrix of them.
 
 A `ScoreMatrix` is read in two ways only: reduced block by block in one streaming pass (`reduce_blocks`, and `summarize`
-with a gradient), or scored again in a few chosen blocks (`score_blocks`). Each is a custom operator, opaque to the
-compiler; with a transform, which an operator cannot take, the same Python code runs inline.
+with a gradient), or scored again in a few chosen blocks (`score_blocks`, and `slot_masses` in `masses.py`). Each is a
+custom operator, opaque to the compiler; with a transform, which an operator cannot take, the same Python code runs
+inline.
 
 A block is `BLOCK` consecutive slots. The last one is filled up with slots of score -inf.
 
@@ -30,8 +31,6 @@ __all__ = [
     "logsumexp",
     "reduce_blocks",
     "score_blocks",
-    "slot_masses",
-    "sum_of_rows",
     "summarize",
 ]
 
@@ -52,30 +51,6 @@ def score_blocks(matrix: ScoreMatrix, blocks: Tensor) -> Tensor:
     if matrix.transform is not None:
         return _score_blocks(matrix, blocks)
     return cast(Tensor, _score_blocks_op(*matrix.problem, blocks))
-
-
-def slot_masses(matrix: ScoreMatrix, blocks: Tensor, log_weight: Tensor, log_scale: Tensor) -> Tensor:
-    """[n * BLOCK]: `sum_of_rows` of the scores in the blocks [n], whose numbers ascend.
-
-    `log_scale` [n] is about the log-sum-exp of each block's result. For a slot that is smaller by 60 or more, a kernel
-    may count only the row of the largest score.
-    """
-    if matrix.transform is not None:
-        return sum_of_rows(matrix.of_stretches(blocks, BLOCK).scores(), log_weight)
-    return cast(Tensor, _slot_masses_op(*matrix.problem, blocks, log_weight, log_scale))
-
-
-def sum_of_rows(values: Tensor, log_weight: Tensor) -> Tensor:
-    """[B, n] -> [n]: `(values + log_weight[:, None]).logsumexp(0)`, over rows with a weight above -inf.
-
-    Itself not differentiable.
-    """
-    return cast(Tensor, _sum_of_rows_op(values, log_weight))
-
-
-def _sum_of_rows(values: Tensor, log_weight: Tensor) -> Tensor:
-    counts = log_weight > -_INFINITY
-    return torch.where(counts[:, None], values + log_weight[:, None], -_INFINITY).logsumexp(0)
 
 
 class Summary(NamedTuple):
@@ -227,37 +202,6 @@ def _score_blocks_op(*arguments: Any) -> Tensor:
 @_score_blocks_op.register_fake
 def _(*arguments: Any) -> Tensor:
     return arguments[0].new_empty(*arguments[-1].shape, BLOCK)
-
-
-@torch.library.custom_op(
-    "negcache_fn::slot_masses",
-    mutates_args=(),
-    schema=f"({SCHEMA}, Tensor blocks, Tensor log_weight, Tensor log_scale) -> Tensor",
-)
-def _slot_masses_op(*arguments: Any) -> Tensor:
-    *problem, blocks, log_weight, log_scale = arguments
-    problem = dispatch.Problem(*problem)
-    in_place = dispatch.reads_in_place(problem)
-    chosen = ScoreMatrix.of(problem).of_stretches(blocks, BLOCK, with_embeddings=not in_place)
-    found = dispatch.slot_masses(chosen.problem, log_weight, log_scale, blocks if in_place else None)
-    return _sum_of_rows(chosen.scores(), log_weight) if found is None else found
-
-
-@_slot_masses_op.register_fake
-def _(*arguments: Any) -> Tensor:
-    *problem, blocks, _, _ = arguments
-    return problem[0].new_empty(blocks.shape[0] * BLOCK)
-
-
-@torch.library.custom_op("negcache_fn::sum_of_rows", mutates_args=())
-def _sum_of_rows_op(values: Tensor, log_weight: Tensor) -> Tensor:
-    found = dispatch.sum_of_rows(values, log_weight)
-    return _sum_of_rows(values, log_weight) if found is None else found
-
-
-@_sum_of_rows_op.register_fake
-def _(values: Tensor, log_weight: Tensor) -> Tensor:
-    return values.new_empty(values.shape[1])
 
 
 @torch.library.custom_op(

@@ -21,6 +21,7 @@ from negcache_fn._kernels.cpu import build
 from negcache_fn._kernels.cpu import call as cpu
 from negcache_fn._kernels.dispatch import Problem
 from negcache_fn._scores import hardest, stream
+from negcache_fn._scores import masses as sums
 from negcache_fn._scores.definition import ScoreMatrix
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -336,7 +337,7 @@ def masses_problem(rows: int, capacity: int, storage: torch.dtype, limited: bool
     exact = ScoreMatrix(
         queries.double(), embeddings.double(), bias.double(), excluded, limit.double() if limited else None, None
     )
-    expected = stream.sum_of_rows(exact.scores(), weight.double())
+    expected = sums.sum_of_rows(exact.scores(), weight.double())
     queries[4::5] = math.nan
     return Problem(queries, embeddings, bias, excluded, limit if limited else None), weight, expected
 
@@ -429,7 +430,7 @@ def test_sums_of_rows(rows: int, columns: int, scale: float) -> None:
     found = cpu.sum_of_rows(values, weight)
     assert torch.equal(found > -math.inf, expected > -math.inf)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-6)
-    torch.testing.assert_close(stream._sum_of_rows(values, weight), found, atol=1e-4, rtol=1e-6)
+    torch.testing.assert_close(sums._sum_of_rows(values, weight), found, atol=1e-4, rtol=1e-6)
     torch.library.opcheck(torch.ops.negcache_fn.sum_of_rows.default, (values, weight))
     if rows > 4:
         values[2, columns // 2] = math.nan

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from negcache_fn._kernels.cpu import call as cpu
 from negcache_fn._kernels.dispatch import Problem
-from negcache_fn._scores import stream
+from negcache_fn._scores import masses as sums
 from tests.kernels.test_cpu import (
     ERRORS,
     PRECISIONS,
@@ -92,7 +92,7 @@ def test_what_is_scored_again_has_full_precision(products: str, shape: tuple[int
     assert torch.equal(there, best > -math.inf)
     where = torch.where(there, scores.gather(1, slots.clamp(min=0)), -math.inf)
     assert largest_error(best, where) <= bound
-    exact = stream.sum_of_rows(in_blocks(scores).flatten(1), weight.double())
+    exact = sums.sum_of_rows(in_blocks(scores).flatten(1), weight.double())
     check_masses(masses, exact, log_scale, len(weight), bound + 1e-5)
 
 

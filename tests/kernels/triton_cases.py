@@ -21,6 +21,7 @@ from negcache_fn._kernels.dispatch import Problem
 from negcache_fn._kernels.triton import block_logsumexp as block_logsumexp_module
 from negcache_fn._kernels.triton import call as cuda
 from negcache_fn._kernels.triton import gumbel as gumbel_module
+from negcache_fn._scores import masses as sums
 from negcache_fn._scores import stream
 from negcache_fn._scores.definition import ScoreMatrix
 from tests.kernels.test_cpu import exact_scores, largest_error, limited_problem, masses, masses_problem, problem
@@ -267,7 +268,7 @@ def test_rows_with_scales(shape: tuple[int, int, int, int, int], precision: str,
     assert float(error) <= float(rows.abs().max()) * (2 * bound + 2 * WEIGHTS[torch.int8])
     weight = queries[:, 0].contiguous()
     masses_found = cuda.slot_masses(on_device, weight.to(DEVICE)).cpu()
-    assert largest_error(masses_found, stream.sum_of_rows(padded, weight.double())) <= bound + ROUNDING
+    assert largest_error(masses_found, sums.sum_of_rows(padded, weight.double())) <= bound + ROUNDING
 
 
 @pytest.mark.parametrize("storage", cuda._STORAGE)
