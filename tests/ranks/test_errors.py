@@ -167,6 +167,7 @@ OTHER: dict[str, Any] = {
     "share_draws": False,
     "top_k": 9,
     "score_transform": soft_cap,
+    "hardness": 1.5,
     "in_batch": True,
     "staleness_correction": "none",
     "weigh_positives": False,

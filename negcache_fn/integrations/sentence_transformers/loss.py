@@ -67,7 +67,7 @@ class NegativeCacheLoss(Attributes):
             Otherwise each has its own.
         directions: as in `MultipleNegativesRankingLoss`; the cache is in "query_to_doc".
         partition_mode: "joint" or "per_direction", as there.
-        hardness_mode: None or "hard_negatives", as there.
+        hardness_mode: as there; "in_batch_negatives" and "all_negatives" weight the cached documents, too.
         hardness_strength: as there.
         negatives: the negatives in addition to the cache: "batch", all documents of the batch; "own", the query's hard
             negatives.
