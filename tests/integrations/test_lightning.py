@@ -311,12 +311,13 @@ def uneven(rank: int, world: int, folder: Path) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides:UserWarning")
+@pytest.mark.parametrize("use_buffers", [True, False])
 @pytest.mark.parametrize("ours_first", [True, False])
-def test_beside_averaged_weights(tmp_path: Path, ours_first: bool) -> None:
+def test_beside_averaged_weights(tmp_path: Path, ours_first: bool, use_buffers: bool) -> None:
     """Weights are averaged, the cache is not; a resumed run is the uninterrupted one, whatever comes first."""
 
     def beside() -> list[Callback]:
-        both: list[Callback] = [NegativeCacheCallback(), EMAWeightAveraging(decay=0.9)]
+        both: list[Callback] = [NegativeCacheCallback(), EMAWeightAveraging(decay=0.9, use_buffers=use_buffers)]
         return both if ours_first else both[::-1]
 
     plain = fit(DualEncoder(capacity=64))
