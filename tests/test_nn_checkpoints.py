@@ -140,7 +140,7 @@ def test_a_loop_that_averages_integers_in_place_is_stopped_by_torch() -> None:
     before = snapshot(average.criterion.state)
     pairs = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
     with pytest.raises(RuntimeError, match="can't be cast"):
-        list(map(lambda both: both[0].mul_(0.9).add_(both[1] * 0.1), pairs))
+        _ = [mine.mul_(0.9).add_(value * 0.1) for mine, value in pairs]
     assert same_snapshot(snapshot(average.criterion.state), before)
 
 
