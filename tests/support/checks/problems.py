@@ -404,6 +404,7 @@ def scenarios() -> dict[str, Scenario]:
         "margin that leaves nothing": Scenario(capacity=3, margin=-40.0),
         "sharp": Scenario(scale=25.0),
         "labels": Scenario(documents=4, capacity=5, labels=((4, -1), (4, -1, 4, 7), (4, -1, 7, 4, 9))),
+        "labels, unnamed": Scenario(documents=4, capacity=5, labels=((-1, 4), (7, 4, -1, 4), (-1, 4, -1, 7, 4))),
         "labels, own only": Scenario(capacity=4, in_batch=False, labels=((2, 5), (0, 0, 0), (5, 2, 5, -1))),
         "labels that leave nothing": Scenario(capacity=3, labels=((2, 5), (2, 5, 5), (2, 2, 2))),
         "labels, merged": Scenario(capacity=5, split=2, labels=((-3, 5), (1, -3, -3), (5, -3, -3, 5, 1))),
@@ -431,6 +432,9 @@ def scenarios() -> dict[str, Scenario]:
             targets=((3, 0, -1), (-1, 4, 1)),
         ),
         "targets, a query without": Scenario(rows=3, documents=5, capacity=3, targets=((0, 4), (-1, -1), (2, -1))),
+        "targets, nothing left": Scenario(
+            capacity=2, in_batch=False, ids=(3, 5, 9), cache_ids=(3, 9), targets=((0, 2), (2, 0))
+        ),
         "targets of nobody": Scenario(capacity=3, targets=((-1,), (-1,))),
         "targets, all at once": Scenario(
             documents=6,
