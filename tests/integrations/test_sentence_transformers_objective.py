@@ -97,6 +97,26 @@ def test_modes_of_multiple_negatives_ranking(directions: tuple[str, ...], mode: 
                 torch.testing.assert_close(evaluated(copied(batch), torch.empty(0)), expected.detach())
 
 
+@pytest.mark.parametrize(
+    ("directions", "mode"),
+    [(DIRECTIONS[-1], "joint"), (("query_to_doc", "doc_to_query"), "per_direction")],
+)
+def test_modes_of_documents_without_ids(directions: tuple[str, ...], mode: str) -> None:
+    """Anonymous in training, unknown in evaluation: nothing but its place says which documents a query has."""
+    model = made()
+    options: dict[str, Any] = {"directions": directions, "partition_mode": mode}
+    options |= {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0}
+    batch = columns(model, 5, 3, 1)
+    ours = NegativeCacheLoss(model, 64, document_ids="labels", **options)
+    theirs = MultipleNegativesRankingLoss(model, **options)
+    expected = theirs(copied(batch), torch.empty(0))
+    found = ours(copied(batch), torch.full((5,), -1))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient(model, found), gradient(model, expected), atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(copied(batch)), expected.detach())
+
+
 def expected_with_cache(
     model: SentenceTransformer, anchors: list[str], batch: list[str], cached: list[str], directions: tuple[str, ...]
 ) -> dict[str, float]:
