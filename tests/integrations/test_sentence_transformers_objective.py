@@ -24,6 +24,7 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from sentence_transformers.util import dot_score
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 import negcache_fn
@@ -167,9 +168,9 @@ def test_duplicates_are_no_negatives_in_any_direction() -> None:
         scores = [positive, *(20 * queries[i] @ texts[j] for j in one_of_each)]
         scores += [20 * queries[i] @ queries[j] for j in others]
         scores += [20 * texts[i] @ queries[j] for j in (i, *others)]
+        scores += [20 * texts[i] @ texts[j] for j in others]
         total += float(torch.stack(scores).logsumexp(0) - positive) / 3
-    directions = ("query_to_doc", "query_to_query", "doc_to_query")
-    loss = NegativeCacheLoss(model, 64, directions=directions)
+    loss = NegativeCacheLoss(model, 64, directions=DIRECTIONS[-1])
     found = loss([dict(model.preprocess(part)) for part in (anchors, documents)])
     assert float(found.detach()) == pytest.approx(total, rel=1e-5)
 
@@ -520,6 +521,37 @@ def test_log_weights_and_what_is_cacheable() -> None:
     before = loss.state.clone()
     with pytest.raises(ValueError, match=r"log_weights gave \(2,\) for the ids \[4\] of documents; expected \[4\]"):
         loss([dict(model.preprocess(part)) for part in (anchors, batch)])
+    assert (loss.state == before).all()
+
+
+def test_log_weights_are_of_documents_alone() -> None:
+    """The direction of a document to the queries has none, neither in its scores nor in its positive's."""
+    model = made()
+    anchors, positives = tiny.texts(4, 2), tiny.texts(4, 3)
+    loss = NegativeCacheLoss(
+        model,
+        64,
+        directions=("query_to_doc", "doc_to_query"),
+        partition_mode="per_direction",
+        document_ids="labels",
+        log_weights=lambda ids: ids.float(),
+    )
+    found = loss([dict(model.preprocess(part)) for part in (anchors, positives)], torch.arange(4))
+    scores = 20 * embedded(model, anchors) @ embedded(model, positives).T
+    own = torch.arange(4)
+    each = [nn.functional.cross_entropy(part, own) for part in (scores + own, scores.T)]
+    assert float(found.detach()) == pytest.approx(float(sum(each)) / 2, rel=1e-5)
+
+
+def test_a_checkpoint_around_the_loss_is_refused() -> None:
+    """It would draw again, from the cache that is written already."""
+    model = made()
+    loss, batch = NegativeCacheLoss(model, 64), columns(model, 4, 3, 1)
+    loss(copied(batch))
+    assert loss.state is not None
+    before = loss.state.clone()
+    with pytest.raises(ValueError, match=r"under torch.utils.checkpoint, which calls it again"):
+        checkpoint(lambda _: loss(copied(batch)), model[0].embedding.weight, use_reentrant=False)
     assert (loss.state == before).all()
 
 
