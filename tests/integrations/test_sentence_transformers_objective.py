@@ -780,6 +780,7 @@ ON_RANKS: dict[str, dict[str, Any]] = {
     "in batch": {"hardness_mode": "in_batch_negatives"},
     "dot": {"directions": DIRECTIONS[1], "similarity_fct": dot_score, "scale": 0.3, "hardness_mode": None},
     "own": {"negatives": "own", "hardness_mode": "all_negatives"},
+    "shorter": {"directions": DIRECTIONS[-1], "hardness_mode": "in_batch_negatives", "dims": [32, 8]},
     "filtered": {
         "false_negatives": FalseNegativeFilter(margin=0.1),
         "directions": DIRECTIONS[-1],
@@ -798,14 +799,18 @@ def two_ranks(rank: int, world: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, settings in ON_RANKS.items():
         settings = {"hardness_strength": 3.0, "gather_across_devices": True, **settings}
-        loss = NegativeCacheLoss(model, 2048, **settings)
+        dims = settings.pop("dims", None)
+        inner = NegativeCacheLoss(model, 2048, **settings)
+        loss: Any = inner if dims is None else MatryoshkaLoss(model, inner, dims)
         for step in range(2):
-            value = loss(copied(batch))
-            found[f"{name} {step}"] = (value.detach(), gradient(model, value), dict(loss.metrics))
+            value = loss(copied(batch), torch.empty(0))
+            found[f"{name} {step}"] = (value.detach(), gradient(model, value), dict(inner.metrics))
         with torch.no_grad():
-            found[f"{name} evaluated"] = loss(copied(batch))
+            found[f"{name} evaluated"] = loss(copied(batch), torch.empty(0))
         if name not in NOT_THEIRS:
-            value = MultipleNegativesRankingLoss(model, **settings)(copied(batch), torch.empty(0))
+            theirs: Any = MultipleNegativesRankingLoss(model, **settings)
+            theirs = theirs if dims is None else MatryoshkaLoss(model, theirs, dims)
+            value = theirs(copied(batch), torch.empty(0))
             found[f"{name} theirs"] = (value.detach(), gradient(model, value))
     return found
 
