@@ -780,6 +780,7 @@ ON_RANKS: dict[str, dict[str, Any]] = {
     "in batch": {"hardness_mode": "in_batch_negatives"},
     "dot": {"directions": DIRECTIONS[1], "similarity_fct": dot_score, "scale": 0.3, "hardness_mode": None},
     "own": {"negatives": "own", "hardness_mode": "all_negatives"},
+    "weighted": {"log_weights": lambda ids: (ids % 7).float() / 3, "hardness_mode": None},
     "shorter": {"directions": DIRECTIONS[-1], "hardness_mode": "in_batch_negatives", "dims": [32, 8]},
     "filtered": {
         "false_negatives": FalseNegativeFilter(margin=0.1),
@@ -787,7 +788,7 @@ ON_RANKS: dict[str, dict[str, Any]] = {
         "hardness_mode": "in_batch_negatives",
     },
 }
-NOT_THEIRS = ("own", "filtered")
+NOT_THEIRS = ("own", "filtered", "weighted")
 
 
 def two_ranks(rank: int, world: int) -> dict[str, Any]:
