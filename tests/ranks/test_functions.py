@@ -156,3 +156,20 @@ def test_gradients_of_half_precision_are_added_in_float32(tmp_path: Path) -> Non
     """Added one after the other in bfloat16, the small ones of two ranks would be lost."""
     for found in run_ranks(3, {"gathered": (gradient_of_gathered, {})}, tmp_path)["gathered"]:
         assert found.tolist() == [1 + 2.0**-7] * 2
+
+
+def ages(rank: int, world: int) -> list[Tensor]:
+    state = whole_cache(torch.float64).clone()
+    state["step"].fill_(50)
+    state["items", "embedded_at"].copy_(torch.where(torch.arange(CAPACITY) < 1024, 49, 10))
+    group = dist.group.WORLD
+    assert group is not None
+    part = distributed.shard(state, group)
+    return [*negcache_fn.age_histogram(part, bins=4, group=group), *negcache_fn.age_histogram(state, bins=4)]
+
+
+def test_bins_reach_the_oldest_document_of_any_rank(tmp_path: Path) -> None:
+    for counts, edges, expected, expected_edges in run_ranks(2, {"ages": (ages, {})}, tmp_path)["ages"]:
+        assert torch.equal(counts, expected)
+        assert torch.equal(edges, expected_edges)
+        assert counts.tolist() == [1024, 0, 0, CAPACITY - 1024]
