@@ -118,6 +118,22 @@ def test_modes_of_documents_without_ids(directions: tuple[str, ...], mode: str) 
         torch.testing.assert_close(ours(copied(batch)), expected.detach())
 
 
+@pytest.mark.parametrize("dims", [[32, 8], [16, 4]])
+def test_weights_of_matryoshka_sizes(dims: list[int]) -> None:
+    """All dimensions among them, or not: value and gradient of theirs, and in evaluation."""
+    model = made()
+    batch = columns(model, 5, 3, 1)
+    ours, theirs = (
+        MatryoshkaLoss(model, loss, dims, [0.3, 1.7])
+        for loss in (NegativeCacheLoss(model, 64), MultipleNegativesRankingLoss(model))
+    )
+    found, expected = ours(copied(batch), torch.empty(0)), theirs(copied(batch), torch.empty(0))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient(model, found), gradient(model, expected), atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(copied(batch), torch.empty(0)), expected.detach())
+
+
 def expected_with_cache(
     model: SentenceTransformer, anchors: list[str], batch: list[str], cached: list[str], directions: tuple[str, ...]
 ) -> dict[str, float]:

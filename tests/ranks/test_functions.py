@@ -161,9 +161,11 @@ def test_gradients_of_half_precision_are_added_in_float32(tmp_path: Path) -> Non
 def ages(rank: int, world: int) -> list[Tensor]:
     state = whole_cache(torch.float64).clone()
     state["step"].fill_(50)
-    state["items", "embedded_at"].copy_(torch.where(torch.arange(CAPACITY) < 1024, 49, 10))
     group = dist.group.WORLD
     assert group is not None
+    own = distributed.local_capacity(CAPACITY, group)
+    of_first = own if rank == 0 else CAPACITY - own
+    state["items", "embedded_at"].copy_(torch.where(torch.arange(CAPACITY) < of_first, 49, 10))
     part = distributed.shard(state, group)
     return [*negcache_fn.age_histogram(part, bins=4, group=group), *negcache_fn.age_histogram(state, bins=4)]
 
@@ -172,4 +174,4 @@ def test_bins_reach_the_oldest_document_of_any_rank(tmp_path: Path) -> None:
     for counts, edges, expected, expected_edges in run_ranks(2, {"ages": (ages, {})}, tmp_path)["ages"]:
         assert torch.equal(counts, expected)
         assert torch.equal(edges, expected_edges)
-        assert counts.tolist() == [1024, 0, 0, CAPACITY - 1024]
+        assert (counts > 0).tolist() == [True, False, False, True]
