@@ -15,6 +15,7 @@ __all__ = [
     "check_embeddings",
     "check_encoder",
     "check_flag",
+    "check_hardness",
     "check_ids",
     "check_positive_rows",
     "check_rows",
@@ -46,6 +47,14 @@ def check_flag(name: str, value: Any) -> None:
     """Raises unless `value` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; expected True or False")
+
+
+def check_hardness(name: str, value: Any) -> None:
+    """Raises unless `value` is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a number of at least 0")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} is {value}; expected a number of at least 0")
 
 
 def check_embeddings(

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 
-from negcache_fn._checks import check_choice, check_flag, check_size
+from negcache_fn._checks import check_choice, check_flag, check_hardness, check_size
 
 __all__ = [
     "Eviction",
@@ -82,6 +82,11 @@ class StepOptions:
     """An elementwise function of the scaled inner products, the same on all ranks. It should have no parameters to
     train: with draws for the batch they would miss the part of the gradient that comes from the whole cache."""
 
+    hardness: float = 0.0
+    """Adds `hardness * stop_gradient(q . d)` to the score of every negative, in the batch and in the cache, so that
+    negatives count the more the closer they are to the query (Lan et al., 2025, equation 5); the positive's score stays
+    as it is. At least 0; without a `score_transform`."""
+
     in_batch: InBatch = True
     """Whether all documents of the batch are classes of every query; "global": the documents of all ranks."""
 
@@ -114,6 +119,9 @@ class StepOptions:
         if self.score_transform is not None and not callable(self.score_transform):
             kind = type(self.score_transform).__name__
             raise TypeError(f"score_transform is a {kind}; expected an elementwise function of tensors, or None")
+        check_hardness("hardness", self.hardness)
+        if self.hardness and self.score_transform is not None:
+            raise ValueError(f"hardness is {self.hardness} with a score_transform; expected one of them")
         if not isinstance(self.in_batch, bool) and self.in_batch != "global":
             raise ValueError(f"in_batch is {self.in_batch!r}; expected True, False or 'global'")
         check_choice("staleness_correction", self.staleness_correction, get_args(StalenessCorrection))
@@ -178,6 +186,11 @@ class StepOptions:
         return self.score_transform is not None
 
     @property
+    def weighs_negatives(self) -> bool:
+        """Whether negatives weigh more by their similarity."""
+        return self.hardness != 0
+
+    @property
     def all_ranks_in_batch(self) -> bool:
         """Whether the batch is that of all ranks."""
         return self.in_batch == "global"
@@ -194,16 +207,11 @@ class StepOptions:
 
     def of_draws(self) -> dict[str, Any]:
         """The keywords of `sample_gumbel`."""
-        return _some(self, "num_draws", "draws_per_query", "top_k", "score_transform", "placement")
+        return _some(self, "num_draws", "draws_per_query", "top_k", "score_transform", "hardness", "placement")
 
     def of_update(self) -> dict[str, Any]:
         """The keywords of `update`."""
         return _some(self, "evict", "placement")
-
-    def of_loss(self) -> dict[str, Any]:
-        """The keywords of `loss`."""
-        names = ("score_transform", "in_batch", "share_draws", "staleness_correction", "weigh_positives", "reduction")
-        return _some(self, *names)
 
     def with_batch_of_all_ranks(self) -> "StepOptions":
         """The same options, for a batch that all ranks share."""
@@ -213,9 +221,9 @@ class StepOptions:
         """The same options, with no class of the batch but each query's positive."""
         return replace(self, in_batch=False)
 
-    def unreduced(self) -> "StepOptions":
-        """The same options, with a loss for each query."""
-        return replace(self, reduction="none")
+    def with_hardness(self, hardness: float) -> "StepOptions":
+        """The same options, with another hardness."""
+        return replace(self, hardness=hardness)
 
     def transformed(self, products: Tensor) -> Tensor:
         """The scores, from scaled inner products."""
@@ -242,6 +250,7 @@ class StepOptions:
         """The other options, except for the transform: ranks compare its values for some scores."""
         return {
             "share_draws": f"{self.share_draws}",
+            "hardness": f"{self.hardness}",
             "in_batch": f"{self.in_batch}",
             "staleness_correction": self.staleness_correction,
             "weigh_positives": f"{self.weigh_positives}",

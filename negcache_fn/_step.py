@@ -1,5 +1,6 @@
 """The assembly: one training step made of the pure functions."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -27,21 +28,16 @@ from negcache_fn._encoders.one_pass import Encoder, encode_checked, encode_in_on
 from negcache_fn._features import Features, copied
 from negcache_fn._loss.batch_classes import BatchScores, batch_scores, known_ids, positive_scores, without_idle
 from negcache_fn._loss.cache_class import SharedDraws, estimate_cache_logit, gather_draws
-from negcache_fn._loss.cross_entropy import Terms, cross_entropy, log_share_of_cache, reduced
+from negcache_fn._loss.cross_entropy import Terms, log_share_of_cache, reduced_loss
 from negcache_fn._monitor.metrics import count_not_storable, draw_noise, step_metrics
 from negcache_fn._options import StepOptions, check_options
 from negcache_fn._ranks.agree import checking_arguments
 from negcache_fn._ranks.attempts import Attempts
 from negcache_fn._ranks.group import Ranks, ranks_of
 from negcache_fn._scores.definition import Similarity, dtype_of_scores, full_precision, in_dtype
-from negcache_fn._scores.exclude import (
-    NO_FALSE_NEGATIVES,
-    Exclusions,
-    FalseNegatives,
-    needs_positives,
-)
+from negcache_fn._scores.exclude import NO_FALSE_NEGATIVES, Exclusions, FalseNegatives, needs_positives
 
-__all__ = ["StepOutput", "step", "step_"]
+__all__ = ["StepOutput", "step", "step_", "take_step_"]
 
 
 class StepOutput(NamedTuple):
@@ -143,7 +139,7 @@ def step(
     """
     facts = (ids, log_weights, cacheable, false_negatives, priorities, positive_rows)
     state = copy_state(state) if torch.is_grad_enabled() else state
-    return _stepped(state, queries, features, encode, options, scale, facts, ranks_of(group))
+    return take_step_(state, queries, features, encode, options, scale, facts, ranks_of(group))
 
 
 def step_(
@@ -175,10 +171,10 @@ def step_(
     facts, ranks = (ids, log_weights, cacheable, false_negatives, priorities, positive_rows), ranks_of(group)
     with checking_arguments(ranks):
         check_not_recomputed()
-    return _stepped(state, queries, features, encode, options, scale, facts, ranks)
+    return take_step_(state, queries, features, encode, options, scale, facts, ranks)
 
 
-def _stepped(
+def take_step_(
     state: TensorDictBase,
     queries: Tensor,
     features: Features,
@@ -187,8 +183,9 @@ def _stepped(
     scale: float | Tensor,
     facts: Facts,
     ranks: Ranks,
+    finish: Callable[[Terms, StepOptions], Tensor] = reduced_loss,
 ) -> StepOutput:
-    """`step_`, wherever it is called."""
+    """`step_`, wherever it is called, with a function that makes the loss from the classes."""
     training = torch.is_grad_enabled()
     with checking_arguments(ranks):
         check_options(options)
@@ -226,7 +223,7 @@ def _stepped(
     with full_precision(queries):
         cache = estimate_cache_logit(similarity, queries, fresh.draws, draw, shared, options)
     terms = Terms(known.scores, cache)
-    loss = reduced(cross_entropy(terms.batch, cache.logit), options, terms.batch.trains)
+    loss = finish(terms, options)
     loss = same_when_recomputed(loss, scalar(state, "step"))
     with torch.no_grad():  # metrics and cached embeddings are constants
         slots, embeddings = _drawn_by_all(draw, fresh.draws, shared, ranks)

@@ -68,3 +68,105 @@ def test_torchs_averages_leave_the_cache_alone() -> None:
     other.load_state_dict(criterion(3.0).state_dict())
     average.update_parameters(other)
     assert same_snapshot(snapshot(average.module.state), before)
+
+
+class Tower(torch.nn.Module):
+    """A model that holds its loss, as users write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = torch.nn.Linear(3, 4)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.criterion = NegativeCacheLoss(negcache_fn.init_cache(8, 4, torch.zeros(1, 3)))
+
+    def train_on(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        documents = torch.randn(3, 3)
+        loss = self.criterion(self.encoder(documents), documents, self.encoder, ids=torch.arange(3) + 10 * seed)
+        loss.backward()
+        with torch.no_grad():
+            for parameter in self.encoder.parameters():
+                parameter -= 0.1 * parameter.grad
+                parameter.grad = None
+
+
+def average_floats(average: torch.Tensor, value: torch.Tensor) -> None:
+    if average.is_floating_point():
+        average.mul_(0.9).add_(value * 0.1)
+
+
+def average_floats_and_copy_others(average: torch.Tensor, value: torch.Tensor) -> None:
+    average_floats(average, value)
+    if not average.is_floating_point():
+        average.copy_(value)
+
+
+def average_all(average: torch.Tensor, value: torch.Tensor) -> None:
+    average.copy_(0.9 * average + 0.1 * value)  # integers are truncated, without an error
+
+
+@pytest.mark.parametrize("update", [average_floats, average_floats_and_copy_others, average_all])
+def test_an_average_in_place_leaves_the_cache_of_a_copy_alone(update: Any) -> None:
+    """The weights of the copy are averaged, its cache is whole, and the copy trains on as another copy would."""
+    model = Tower()
+    for seed in (1, 2):
+        model.train_on(seed)
+    average, untouched = copy.deepcopy(model), copy.deepcopy(model)
+    before, weight = snapshot(average.criterion.state), model.encoder.weight.detach().clone()
+    for seed in (3, 4):
+        model.train_on(seed)
+        of_average, of_model = average.state_dict(), model.state_dict()
+        assert of_average.keys() == of_model.keys()
+        for mine, value in zip(of_average.values(), of_model.values(), strict=True):
+            update(mine, value)
+    assert not torch.equal(average.encoder.weight, weight)
+    assert not same_snapshot(snapshot(model.criterion.state), before)
+    assert same_snapshot(snapshot(average.criterion.state), before)
+    negcache_fn.validate(average.criterion.state)
+    untouched.encoder.load_state_dict(average.encoder.state_dict())
+    for one in (average, untouched):
+        one.train_on(9)
+    assert same_snapshot(snapshot(average.criterion.state), snapshot(untouched.criterion.state))
+    saved = average.state_dict()  # of what the copy holds now, as that of any module
+    assert torch.equal(saved["criterion.cache.items/embedding"], average.criterion.state["items", "embedding"])
+    restored = Tower()
+    restored.load_state_dict(saved)
+    assert same_snapshot(snapshot(restored.criterion.state), snapshot(average.criterion.state))
+
+
+def test_a_loop_that_averages_integers_in_place_is_stopped_by_torch() -> None:
+    model = Tower()
+    average = copy.deepcopy(model)
+    before = snapshot(average.criterion.state)
+    pairs = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
+    with pytest.raises(RuntimeError, match="can't be cast"):
+        _ = [mine.mul_(0.9).add_(value * 0.1) for mine, value in pairs]
+    assert same_snapshot(snapshot(average.criterion.state), before)
+
+
+def test_a_copy_of_a_copy_is_one() -> None:
+    average = copy.deepcopy(copy.deepcopy(criterion(1.0)))
+    before = snapshot(average.state)
+    average.state_dict()["cache.items/id"].add_(1)
+    assert same_snapshot(snapshot(average.state), before)
+    original = criterion(1.0)
+    original.state_dict()["cache.items/id"].add_(1)  # shares memory, as that of buffers
+    assert original.state["items", "id"][:2].tolist() == [6, 8]
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize("rule", [None, get_ema_multi_avg_fn(0.9)])
+def test_torchs_averages_of_a_model_that_holds_its_loss(use_buffers: bool, rule: Any) -> None:
+    model = Tower()
+    model.train_on(1)
+    average = AveragedModel(model, multi_avg_fn=rule, use_buffers=use_buffers)
+    before = snapshot(average.module.criterion.state)
+    for seed in (2, 3):
+        model.train_on(seed)
+        average.update_parameters(model)
+    assert same_snapshot(snapshot(average.module.criterion.state), before)
+    average.module.train_on(4)
+    negcache_fn.validate(average.module.criterion.state)
+    restored = AveragedModel(Tower(), multi_avg_fn=rule, use_buffers=use_buffers)
+    restored.load_state_dict(average.state_dict())
+    assert same_snapshot(snapshot(restored.module.criterion.state), snapshot(average.module.criterion.state))

@@ -40,6 +40,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mask": {"scale": 12.0, "cacheable": torch.tensor([True, False, True, False, True])},
     "top_k": {"scale": 12.0, "draws_per_query": 3, "top_k": 4},
     "transform": {"scale": 12.0, "score_transform": strategies.soft_cap},
+    "hardness": {
+        "scale": 8.0,
+        "hardness": 5.0,
+        "num_draws": 4,
+        "ids": torch.tensor([4, 90, 7, 8, 9]),
+        "log_weights": torch.tensor([0.5, -1.0, 0.0, 2.0, 1.0]),
+        "false_negatives": negcache_fn.FalseNegatives(max_score=lambda positive: positive + 6.0),
+    },
+    "hardness, of own": {"scale": 8.0, "hardness": 5.0, "in_batch": False, "draws_per_query": 2},
     "stalest": {"scale": 12.0, "refresh_stalest": 3},
     "fifo": {"scale": 12.0, "evict": "fifo", "refresh_stalest": 2},
     "positives": {

@@ -52,6 +52,7 @@ def sample_gumbel(
     draws_per_query: int | None = None,
     scale: float | Tensor = 1.0,
     score_transform: ScoreTransform | None = None,
+    hardness: float = 0.0,
     exclude_ids: Tensor | None = None,
     false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
     top_k: int | None = None,
@@ -77,6 +78,7 @@ def sample_gumbel(
         draws_per_query: k, instead of `num_draws`.
         scale: number or 0-d tensor.
         score_transform: elementwise function of the scaled inner products.
+        hardness: weight of negatives by their similarity, see `StepOptions`.
         exclude_ids: int64 ids of documents that must not be drawn (positives, and documents that are classes already),
             [P] for all queries or [B, P] for each; -1 means none.
         false_negatives: further documents to exclude from a query's negatives, by id or by score.
@@ -118,6 +120,7 @@ def sample_gumbel(
             draws_per_query=draws_per_query,
             top_k=top_k,
             score_transform=score_transform,
+            hardness=hardness,
             placement=placement,
         )
         options.check_group(ranks.name is None)

@@ -186,13 +186,14 @@ def batch_scores(
         return _scores_and_targets(similarity, queries, classes, options, false_negatives)
     rows, first, log_weights = queries.shape[0], classes.first, classes.log_weights
     if not options.batch_is_classes:
-        positive = similarity.rowwise(queries, classes.documents[:rows, None, :])
+        positive = similarity.of_positives.rowwise(queries, classes.documents[:rows, None, :])
         if log_weights is not None:
             positive = positive + log_weights[:rows, None]
         return BatchScores(positive, positive[:, 0])
     products = similarity.pairwise(queries, classes.documents)
     scores = products if log_weights is None else products + log_weights
     own = torch.arange(rows, device=scores.device)[:, None] + first
+    scores = _with_positives(scores, similarity, queries, classes, own)
     positive = scores.gather(1, own).squeeze(1)
     with torch.no_grad():  # a document is a class or not
         none = _no_classes(products, own, classes, false_negatives)
@@ -208,12 +209,15 @@ def _scores_and_targets(
         targets = torch.arange(rows, device=queries.device)[:, None] + classes.first
     is_target, place = targets >= 0, targets.clamp(min=0)
     if not options.batch_is_classes:
-        positive = similarity.rowwise(queries, classes.documents[place])
+        positive = similarity.of_positives.rowwise(queries, classes.documents[place])
         negatives = positive.new_full((rows, 1), -_INFINITY)
         weights = None if log_weights is None else log_weights[place]
     else:
         products = similarity.pairwise(queries, classes.documents)
-        positive = products.gather(1, place)
+        if similarity.weighs_negatives:
+            positive = similarity.of_positives.rowwise(queries, classes.documents[place])
+        else:
+            positive = products.gather(1, place)
         with torch.no_grad():  # a document is a class or not
             none = _no_classes(products, targets, classes, false_negatives)
             own = _rows_among(targets, products.shape[1])
@@ -224,6 +228,15 @@ def _scores_and_targets(
     if weights is not None and options.weights_count_everywhere:
         positive = positive + weights
     return BatchScores(negatives, torch.where(is_target, positive, 0.0), is_target)
+
+
+def _with_positives(scores: Tensor, similarity: Similarity, queries: Tensor, classes: Classes, own: Tensor) -> Tensor:
+    """The scores [B, N], without hardness where the document is the positive, in column `own` [B, 1]."""
+    if not similarity.weighs_negatives:
+        return scores
+    positive = similarity.of_positives.rowwise(queries, classes.documents[own])
+    weights = 0.0 if classes.log_weights is None else classes.log_weights[own]
+    return scores.scatter(1, own, positive + weights)
 
 
 def _no_classes(products: Tensor, own: Tensor, classes: Classes, false_negatives: FalseNegatives) -> Tensor | None:

@@ -26,7 +26,7 @@ from negcache_fn._loss.batch_classes import (
 from negcache_fn._loss.cache_class import CacheClass, estimate_cache_logit, gather_draws
 from negcache_fn._options import InBatch, Reduction, ScoreTransform, StalenessCorrection, StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
-from negcache_fn._ranks.group import ranks_of
+from negcache_fn._ranks.group import Ranks, ranks_of
 from negcache_fn._scores.definition import Similarity, full_precision, in_dtype
 from negcache_fn._scores.exclude import NO_FALSE_NEGATIVES, FalseNegatives
 from negcache_fn._scores.stream import logsumexp
@@ -39,6 +39,8 @@ __all__ = [
     "losses_of_positives",
     "mean_of_positives",
     "reduced",
+    "reduced_loss",
+    "terms_of_draw",
 ]
 
 _INFINITY = float("inf")
@@ -59,6 +61,7 @@ def loss(
     *,
     scale: float | Tensor = 1.0,
     score_transform: ScoreTransform | None = None,
+    hardness: float = 0.0,
     in_batch: InBatch = True,
     ids: Tensor | None = None,
     log_weights: Tensor | None = None,
@@ -88,6 +91,7 @@ def loss(
             `queries`, not detached.
         scale: number or 0-d tensor, learnable.
         score_transform: elementwise function of the scaled inner products.
+        hardness: weight of negatives by their similarity, see `StepOptions`; draw with the same.
         in_batch: whether all documents are classes of every query; "global": those of all ranks.
         ids: [N] int64 ids of the documents, -1 where anonymous. A document with the id of a query's positive is not
             among its negatives, and of several documents with one id only the first is a class. Pass the same ids as
@@ -136,12 +140,30 @@ def loss(
         options = StepOptions(
             draws_per_query=None if draw.for_batch else draw.slot.shape[1],
             score_transform=score_transform,
+            hardness=hardness,
             in_batch=in_batch,
             share_draws=share_draws,
             staleness_correction=staleness_correction,
             weigh_positives=weigh_positives,
             reduction=reduction,
         )
+    facts = (ids, log_weights, false_negatives, positive_rows)
+    return reduced_loss(terms_of_draw(queries, documents, negatives, draw, scale, facts, options, ranks), options)
+
+
+def terms_of_draw(
+    queries: Tensor,
+    documents: Tensor,
+    negatives: Tensor,
+    draw: Draw,
+    scale: float | Tensor,
+    facts: tuple[Tensor | None, Tensor | None, FalseNegatives, Tensor | None],
+    options: StepOptions,
+    ranks: Ranks,
+) -> Terms:
+    """The classes from which `loss` is made; the facts are ids, log-weights, false negatives and positive rows."""
+    ids, log_weights, false_negatives, positive_rows = facts
+    with checking_arguments(ranks):
         options.check_group(ranks.name is None)
         check_embeddings("queries", queries, draw.embedding, rows=draw.log_normalizer.shape[0])
         check_embeddings("negatives", negatives, queries, rows=draw.slot.numel())
@@ -150,7 +172,7 @@ def loss(
         _check_labels_of_draw(draw, false_negatives, options)
         if draw.for_batch and torch.is_grad_enabled() and queries.requires_grad:
             _check_gradient_of_draw(draw)
-        if group is not None:
+        if ranks.name is not None:
             similarity = Similarity.of(options, scale, draw.log_normalizer.dtype)
             try_limits(similarity, queries, documents, false_negatives, positive_rows)
     queries, _ = check_ranks_agree(
@@ -182,13 +204,13 @@ def loss(
     )
     labels = false_negatives.labels
     classes = batch_classes(queries.shape[0], documents, ids, log_weights, options, ranks, positive_rows, labels)
-    shared = gather_draws(negatives, draw, ranks) if share_draws else None
+    shared = gather_draws(negatives, draw, ranks) if options.share_draws else None
     queries, scale = in_dtype(queries, scale, draw.log_normalizer.dtype)
     similarity = Similarity.of(options, scale, draw.log_normalizer.dtype)
     with full_precision(queries):
         batch = batch_scores(similarity, queries, classes, options, false_negatives)
         cache = estimate_cache_logit(similarity, queries, negatives, draw, shared, options)
-    return reduced(cross_entropy(batch, cache.logit), options, batch.trains)
+    return Terms(batch, cache)
 
 
 def _check_labels_of_draw(draw: Draw, false_negatives: FalseNegatives, options: StepOptions) -> None:
@@ -248,6 +270,11 @@ def log_share_of_cache(batch: BatchScores, log_normalizer: Tensor) -> Tensor:
     shares = torch.nn.functional.logsigmoid(log_normalizer[:, None] - of_batch)
     mean = logsumexp(torch.where(batch.is_target, shares, -_INFINITY))
     return mean - batch.is_target.sum(1).clamp(min=1).log().to(mean.dtype)
+
+
+def reduced_loss(terms: Terms, options: StepOptions) -> Tensor:
+    """The cross entropies, reduced."""
+    return reduced(cross_entropy(terms.batch, terms.cache.logit), options, terms.batch.trains)
 
 
 def reduced(losses: Tensor, options: StepOptions, trains: Tensor | None = None) -> Tensor:

@@ -45,6 +45,7 @@ def exact_loss(
     *,
     scale: float | Tensor = 1.0,
     score_transform: ScoreTransform | None = None,
+    hardness: float = 0.0,
     in_batch: InBatch = True,
     ids: Tensor | None = None,
     log_weights: Tensor | None = None,
@@ -71,6 +72,7 @@ def exact_loss(
         documents: [N, D] floating, N >= B, as in `loss`.
         scale: number or 0-d tensor, learnable.
         score_transform: elementwise function of the scaled inner products.
+        hardness: weight of negatives by their similarity, see `StepOptions`.
         in_batch: as in `loss`.
         ids: [N] int64, as in `loss`.
         log_weights: [N] floating, as in `loss`.
@@ -100,6 +102,7 @@ def exact_loss(
             check_transforms("exact_loss with a group", queries, documents, scale)
         options = StepOptions(
             score_transform=score_transform,
+            hardness=hardness,
             in_batch=in_batch,
             top_k=top_k,
             weigh_positives=weigh_positives,

@@ -1,6 +1,6 @@
 """The score of a query and a document, defined once: product, transform, log-weight, and exclusions.
 
-    score[i, j] = transform(scale * queries[i] . embeddings[j]) + log_weight[j]
+    score[i, j] = transform(scale * x) + hardness * stop_gradient(x) + log_weight[j],    x = queries[i] . embeddings[j]
 
 `Similarity` is the part without the log-weight, for embeddings at hand: the documents of a batch, fresh embeddings of
 drawn documents. `ScoreMatrix` is all of it for a whole cache, never evaluated at once: slots that are empty or excluded
@@ -8,6 +8,7 @@ have score -inf. `stream` reads the matrix by parts. Another similarity changes 
 `negcache_fn._kernels` that should compute it.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,32 +40,45 @@ _INFINITY = float("inf")
 
 
 class Similarity(NamedTuple):
-    """`transform(scale * q . d)` in the dtype of the softmax."""
+    """`transform(scale * x) + hardness * stop_gradient(x)`, with x = q . d, in the dtype of the softmax."""
 
     dtype: torch.dtype
     scale: float | Tensor
     transform: ScoreTransform | None
+    hardness: float = 0.0
 
     @classmethod
     def of(cls, options: StepOptions, scale: float | Tensor, dtype: torch.dtype) -> "Similarity":
-        """With the transform of a step's options."""
-        return cls(dtype, scale, options.score_transform)
+        """With the transform and the hardness of a step's options."""
+        return cls(dtype, scale, options.score_transform, options.hardness)
 
     def pairwise(self, queries: Tensor, documents: Tensor) -> Tensor:
         """[B, D], [M, D] -> [B, M]: every query with every document."""
-        return self.of_products(self.scaled(queries) @ documents.to(self.dtype).T)
+        return self._of(lambda left, right: left @ right.T, queries, documents)
 
     def rowwise(self, queries: Tensor, documents: Tensor) -> Tensor:
         """[B, D], [B, k, D] -> [B, k]: each query with its own documents."""
-        return self.of_products((self.scaled(queries)[:, None, :] * documents.to(self.dtype)).sum(-1))
+        return self._of(lambda left, right: (left[:, None, :] * right).sum(-1), queries, documents)
 
     def scaled(self, queries: Tensor) -> Tensor:
-        """The queries, scaled, for inner products."""
-        return queries.to(self.dtype) * self.scale
+        """The queries, scaled, for inner products with documents that are constants."""
+        queries = queries.to(self.dtype)
+        return queries * self.scale + self.hardness * queries.detach() if self.hardness else queries * self.scale
 
-    def of_products(self, products: Tensor) -> Tensor:
-        """The similarity, from the scaled inner products."""
-        return _transformed(products, self.transform)
+    @property
+    def weighs_negatives(self) -> bool:
+        """Whether the similarity of a positive is another one."""
+        return self.hardness != 0.0
+
+    @property
+    def of_positives(self) -> "Similarity":
+        """The same without hardness, which weights negatives."""
+        return self._replace(hardness=0.0)
+
+    def _of(self, product: Callable[[Tensor, Tensor], Tensor], queries: Tensor, documents: Tensor) -> Tensor:
+        queries, documents = queries.to(self.dtype), documents.to(self.dtype)
+        found = _transformed(product(queries * self.scale, documents), self.transform)
+        return found + self.hardness * product(queries.detach(), documents.detach()) if self.hardness else found
 
 
 class ScoreMatrix(NamedTuple):

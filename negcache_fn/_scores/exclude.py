@@ -76,10 +76,11 @@ class FalseNegatives(NamedTuple):
     """[B, P] int64: ids of all known positives of each query, padded with -1."""
 
     max_score: float | Tensor | Callable[[Tensor], Tensor] | None = None
-    """Documents with a higher score are excluded. A number or [B], in units of the scores (scaled and transformed,
-    without log-weights), or a function of the positives' scores [B] that returns it, such as `lambda positive:
-    positive + 1.0`. The limit applies to stale scores in the cache and to fresh scores in the batch, without gradient.
-    (-inf excludes every document; passed to `sample_gumbel` alone, it excludes the whole cache for that query.)"""
+    """Documents with a higher score are excluded. A number or [B], in units of the scores (scaled and transformed, or
+    with the hardness, but without log-weights), or a function of the positives' scores [B], in the same units, that
+    returns it, such as `lambda positive: positive + 1.0`. The limit applies to stale scores in the cache and to fresh
+    scores in the batch, without gradient. (-inf excludes every document; passed to `sample_gumbel` alone, it excludes
+    the whole cache for that query.)"""
 
     labels: Labels | None = None
     """Documents of a query's own label are excluded."""

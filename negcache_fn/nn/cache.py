@@ -29,6 +29,10 @@ class Cache(nn.Module):
     `double` and the like change the dtype of the embeddings alone. Its entries in a `state_dict` are named as in the
     schema of a state: `items/embedding`, `items/features/input_ids`, ..., `step`, `seed`.
 
+    The `state_dict` of a deep copy holds clones of the cache. So an average of weights (EMA) that writes into the
+    `state_dict` of a copy leaves its cache as it is: the mean of two ids is the id of another document, and a slot's
+    mean embedding would be that of two documents.
+
     It cannot be made on the meta device, where `from_pretrained` makes a model before it loads the weights, because
     the weights have no cache. Put it into the model afterwards.
 
@@ -38,6 +42,8 @@ class Cache(nn.Module):
     Raises:
         ValueError, TypeError: a `state` that is not a cache, or on the meta device.
     """
+
+    _is_copy = False  # a deep copy
 
     def __init__(self, state: TensorDictBase) -> None:
         super().__init__()
@@ -53,6 +59,7 @@ class Cache(nn.Module):
         copy = Cache.__new__(Cache)
         nn.Module.__init__(copy)
         copy.state = copy_state(self.state)  # that of a TensorDict is unlocked
+        copy._is_copy = True
         return copy
 
     def __getattr__(self, name: str) -> Any:
@@ -86,7 +93,7 @@ class Cache(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, leaf in _named(self.state):
-            destination[prefix + name] = leaf
+            destination[prefix + name] = leaf.clone() if self._is_copy else leaf
 
     def _load_from_state_dict(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +104,7 @@ class DualEncoder(LightningModule):
             state = negcache_fn.init_cache(self.capacity, DIM, example, seed=self.seed, embedding_dtype=dtype)
             options = {"scale": 10.0, "learnable_scale": True, "draws_per_query": 2} | self.loss_options
             self.criterion = NegativeCacheLoss(state, **step_keywords(**options))
+            self.loss_options = {}  # a copy of the model cannot have a group
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         queries = self.query_encoder(batch["queries"])
@@ -246,6 +248,7 @@ def train(rank: int, world: int, folder: Path, *, resume: bool = False, **option
         os.environ.update({"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "test"})
         integration._PIECE_BYTES = 10_000  # so that a tensor takes several messages
         strategy = DDPStrategy(cluster_environment=TorchElasticEnvironment())
+    callbacks = options.pop("callbacks", None)
     if options.pop("own", False):
         options["seed"] = rank
     elif world > 1:
@@ -254,7 +257,7 @@ def train(rank: int, world: int, folder: Path, *, resume: bool = False, **option
             options["capacity"] = distributed.local_capacity(CAPACITY, dist.group.WORLD)
     model = DualEncoder(**options).double()  # Lightning loads before it converts
     start = folder / "epoch=0.ckpt" if resume else None
-    fit(model, folder, rank=rank, world=world, start=start, strategy=strategy, precision="64-true")
+    fit(model, folder, rank=rank, world=world, start=start, strategy=strategy, precision="64-true", callbacks=callbacks)
     return everything(model)
 
 
@@ -311,12 +314,13 @@ def uneven(rank: int, world: int, folder: Path) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides:UserWarning")
+@pytest.mark.parametrize("use_buffers", [True, False])
 @pytest.mark.parametrize("ours_first", [True, False])
-def test_beside_averaged_weights(tmp_path: Path, ours_first: bool) -> None:
+def test_beside_averaged_weights(tmp_path: Path, ours_first: bool, use_buffers: bool) -> None:
     """Weights are averaged, the cache is not; a resumed run is the uninterrupted one, whatever comes first."""
 
     def beside() -> list[Callback]:
-        both: list[Callback] = [NegativeCacheCallback(), EMAWeightAveraging(decay=0.9)]
+        both: list[Callback] = [NegativeCacheCallback(), EMAWeightAveraging(decay=0.9, use_buffers=use_buffers)]
         return both if ours_first else both[::-1]
 
     plain = fit(DualEncoder(capacity=64))
@@ -330,6 +334,38 @@ def test_beside_averaged_weights(tmp_path: Path, ours_first: bool) -> None:
         assert torch.equal(averaged.state_dict()[name], saved["state_dict"][name]), name
     loaded = DualEncoder.load_from_checkpoint(tmp_path / "epoch=1.ckpt", weights_only=True, capacity=64)
     assert_equal(everything(loaded), everything(averaged))
+
+
+def averaging(rank: int, world: int, folder: Path, *, resume: bool = False, kind: str = "replicated") -> Any:
+    """A run beside averaged weights: what this rank has in the end, or why there is none."""
+    warnings.simplefilter("ignore")
+    callbacks = [NegativeCacheCallback(), EMAWeightAveraging(decay=0.9)]
+    options: dict[str, Any] = {"own": True} if kind == "own" else {"placement": kind} if kind == "replicated" else {}
+    try:
+        return train(rank, world, folder, resume=resume, callbacks=callbacks, **options)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides:UserWarning")
+def test_averaged_weights_on_two_ranks(tmp_path: Path) -> None:
+    """A replicated cache is that of one process, weights are averaged; any other cache is refused on every rank."""
+    alone = averaging(0, 1, tmp_path / "alone", kind="sharded")
+    cases: dict[str, Any] = {
+        "replicated": (averaging, {"folder": tmp_path / "replicated"}),
+        "resumed": (averaging, {"folder": tmp_path / "replicated", "resume": True}),
+        "sharded": (averaging, {"folder": tmp_path / "sharded", "kind": "sharded"}),
+        "own": (averaging, {"folder": tmp_path / "own", "kind": "own"}),
+    }
+    (tmp_path / "ranks").mkdir()
+    ran = run_ranks(2, cases, tmp_path / "ranks", fresh=True)
+    for name in ("replicated", "resumed"):
+        for of_rank in ran[name]:
+            assert_equal(of_rank, alone, atol=1e-9)
+    for name in ("sharded", "own"):
+        for told in ran[name]:
+            assert "have a EMAWeightAveraging" in told, told
+            assert "cache of criterion is not the same on all" in told, told
 
 
 def test_averages_of_parts_are_refused(group_of_one: dist.ProcessGroup) -> None:

@@ -16,12 +16,15 @@ pytest.importorskip("sentence_transformers", reason="the extra sentence-transfor
 
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import (
+    CachedGISTEmbedLoss,
+    CachedMultipleNegativesRankingLoss,
     GISTEmbedLoss,
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
 from sentence_transformers.util import dot_score
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 import negcache_fn
@@ -36,6 +39,7 @@ DIRECTIONS = [
     for count in range(4)
     for further in itertools.combinations(("query_to_query", "doc_to_query", "doc_to_doc"), count)
 ]
+HARDNESS = ("in_batch_negatives", "hard_negatives", "all_negatives")
 # Embeddings as they are cached and drawn: nothing is stale.
 EXACT = negcache_fn.StepOptions(staleness_correction="none")
 
@@ -69,7 +73,7 @@ def embedded(model: SentenceTransformer, texts: list[str]) -> Tensor:
 
 @pytest.mark.parametrize("mode", ["joint", "per_direction"])
 @pytest.mark.parametrize("directions", DIRECTIONS)
-@pytest.mark.parametrize("hardness", [None, "hard_negatives"])
+@pytest.mark.parametrize("hardness", [None, *HARDNESS])
 def test_modes_of_multiple_negatives_ranking(directions: tuple[str, ...], mode: str, hardness: str | None) -> None:
     """Value and gradient with an empty cache, in all dimensions and in fewer, and in evaluation."""
     model = made()
@@ -92,6 +96,42 @@ def test_modes_of_multiple_negatives_ranking(directions: tuple[str, ...], mode: 
             torch.testing.assert_close(gradient(model, found), gradient(model, expected), atol=1e-5, rtol=1e-4)
             with torch.no_grad():
                 torch.testing.assert_close(evaluated(copied(batch), torch.empty(0)), expected.detach())
+
+
+@pytest.mark.parametrize(
+    ("directions", "mode"),
+    [(DIRECTIONS[-1], "joint"), (("query_to_doc", "doc_to_query"), "per_direction")],
+)
+def test_modes_of_documents_without_ids(directions: tuple[str, ...], mode: str) -> None:
+    """Anonymous in training, unknown in evaluation: nothing but its place says which documents a query has."""
+    model = made()
+    options: dict[str, Any] = {"directions": directions, "partition_mode": mode}
+    options |= {"hardness_mode": "in_batch_negatives", "hardness_strength": 5.0}
+    batch = columns(model, 5, 3, 1)
+    ours = NegativeCacheLoss(model, 64, document_ids="labels", **options)
+    theirs = MultipleNegativesRankingLoss(model, **options)
+    expected = theirs(copied(batch), torch.empty(0))
+    found = ours(copied(batch), torch.full((5,), -1))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient(model, found), gradient(model, expected), atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(copied(batch)), expected.detach())
+
+
+@pytest.mark.parametrize("dims", [[32, 8], [16, 4]])
+def test_weights_of_matryoshka_sizes(dims: list[int]) -> None:
+    """All dimensions among them, or not: value and gradient of theirs, and in evaluation."""
+    model = made()
+    batch = columns(model, 5, 3, 1)
+    ours, theirs = (
+        MatryoshkaLoss(model, loss, dims, [0.3, 1.7])
+        for loss in (NegativeCacheLoss(model, 64), MultipleNegativesRankingLoss(model))
+    )
+    found, expected = ours(copied(batch), torch.empty(0)), theirs(copied(batch), torch.empty(0))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient(model, found), gradient(model, expected), atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(copied(batch), torch.empty(0)), expected.detach())
 
 
 def expected_with_cache(
@@ -144,9 +184,9 @@ def test_duplicates_are_no_negatives_in_any_direction() -> None:
         scores = [positive, *(20 * queries[i] @ texts[j] for j in one_of_each)]
         scores += [20 * queries[i] @ queries[j] for j in others]
         scores += [20 * texts[i] @ queries[j] for j in (i, *others)]
+        scores += [20 * texts[i] @ texts[j] for j in others]
         total += float(torch.stack(scores).logsumexp(0) - positive) / 3
-    directions = ("query_to_doc", "query_to_query", "doc_to_query")
-    loss = NegativeCacheLoss(model, 64, directions=directions)
+    loss = NegativeCacheLoss(model, 64, directions=DIRECTIONS[-1])
     found = loss([dict(model.preprocess(part)) for part in (anchors, documents)])
     assert float(found.detach()) == pytest.approx(total, rel=1e-5)
 
@@ -177,19 +217,68 @@ def test_own_negatives_alone(count: int) -> None:
         assert float(loss(batch)) == pytest.approx(float(expected), abs=1e-6)
 
 
-def test_hardness_over_batch_and_cache() -> None:
+def with_hardness(
+    model: SentenceTransformer, texts: list[list[str]], cached: list[str], dims: list[int], **settings: Any
+) -> Tensor:
+    """Over batch and cache by loops, with every document encoded now: the loss, with gradient."""
+    mode, strength = settings["hardness_mode"], settings["hardness_strength"]
+    own_alone, scale = settings.get("negatives") == "own", settings.get("scale", 20.0)
+    whole = [
+        model(dict(model.preprocess(part)))["sentence_embedding"].double() for part in (*texts, cached) if len(part) > 0
+    ]
+    total = torch.zeros((), dtype=torch.float64)
+    for dim in dims:
+        queries, *columns, others = (nn.functional.normalize(part[:, :dim], dim=-1) for part in whole)
+        for i, query in enumerate(queries):
+            positive, scores = query @ columns[0][i], []
+            for c, column in enumerate(columns):
+                for j, document in enumerate(column):
+                    if (i, 0) == (j, c) or (own_alone and j != i):
+                        continue
+                    own = j == i
+                    weighted = {"hard_negatives": own, "in_batch_negatives": not own, "all_negatives": True}[mode]
+                    x = query @ document
+                    scores.append(scale * x + strength * weighted * x.detach())
+            for document in others:
+                x = query @ document
+                scores.append(scale * x + strength * (mode != "hard_negatives") * x.detach())
+            everything = torch.stack([scale * positive, *scores])
+            total = total + (everything.logsumexp(0) - scale * positive) / len(queries)
+    return total
+
+
+@pytest.mark.parametrize("dims", [[32], [32, 8]])
+@pytest.mark.parametrize("negatives", ["batch", "own"])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("mode", HARDNESS)
+def test_hardness_over_batch_and_cache(mode: str, count: int, negatives: str, dims: list[int]) -> None:
+    """Value and gradient, drawn documents' included, as every cached document is drawn."""
     model = made()
-    earlier, anchors, positives, hard = (tiny.texts(n, seed) for seed, n in ((1, 10), (2, 4), (3, 4), (4, 4)))
-    loss = NegativeCacheLoss(model, 64, hardness_mode="hard_negatives", hardness_strength=5.0, options=EXACT)
-    loss.prefill(earlier)
-    found = loss([dict(model.preprocess(part)) for part in (anchors, positives, hard)])
-    queries = embedded(model, anchors)
-    documents = torch.cat([embedded(model, part) for part in (positives, hard, earlier)])
-    scores = 20 * queries @ documents.T
-    for i in range(4):
-        scores[i, 4 + i] += 5 * queries[i] @ documents[4 + i]
-    expected = nn.functional.cross_entropy(scores, torch.arange(4))
-    assert float(found.detach()) == pytest.approx(float(expected), rel=1e-5)
+    settings: dict[str, Any] = {"hardness_mode": mode, "hardness_strength": 4.0, "negatives": negatives, "scale": 9.0}
+    options = negcache_fn.StepOptions(staleness_correction="none", num_draws=40)
+    inner = NegativeCacheLoss(model, 64, options=options, **settings)
+    earlier, texts = tiny.texts(10, 1), [tiny.texts(4, 2 + column) for column in range(1 + count)]
+    inner.prefill(earlier)
+    loss = inner if dims == [32] else MatryoshkaLoss(model, inner, dims)
+    found = loss([dict(model.preprocess(part)) for part in texts], torch.empty(0))
+    expected = with_hardness(model, texts, earlier, dims, **settings)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient(model, found), gradient(model, expected), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["in_batch_negatives", "all_negatives"])
+def test_cached_documents_weigh_as_in_multiple_negatives_ranking(mode: str) -> None:
+    """There "all_negatives" weights further columns as if they were cached: value and gradient."""
+    model = made()
+    texts, cached = [tiny.texts(4, seed) for seed in (1, 2)], [tiny.texts(4, seed) for seed in (3, 4)]
+    options = negcache_fn.StepOptions(staleness_correction="none", num_draws=40)
+    ours = NegativeCacheLoss(model, 64, hardness_mode=mode, hardness_strength=9.0, options=options)
+    ours.prefill([*cached[0], *cached[1]])
+    found = ours([dict(model.preprocess(part)) for part in texts])
+    theirs = MultipleNegativesRankingLoss(model, hardness_mode="all_negatives", hardness_strength=9.0)
+    expected = theirs([dict(model.preprocess(part)) for part in (*texts, *cached)], torch.empty(0))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient(model, found), gradient(model, expected), atol=1e-5, rtol=1e-4)
 
 
 FILTERS = [
@@ -200,16 +289,18 @@ FILTERS = [
 ]
 
 
+@pytest.mark.parametrize("mode", [None, "in_batch_negatives"])
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("options", FILTERS)
-def test_filters_over_batch_and_cache(options: dict[str, Any], guided: bool) -> None:
+def test_filters_over_batch_and_cache(options: dict[str, Any], guided: bool, mode: str | None) -> None:
     """By the model's own scores and by a guide's, with hard negatives, in all dimensions and in fewer."""
     model = made()
     guide = made(7) if guided else None
     earlier, anchors, batch = tiny.texts(20, 1), tiny.texts(5, 2), tiny.texts(10, 3)
     chosen = FalseNegativeFilter(guide=guide, **options)
     for dims in ([32], [32, 8]):
-        inner = NegativeCacheLoss(model, 64, false_negatives=chosen, options=EXACT)
+        hardness: dict[str, Any] = {"hardness_mode": mode, "hardness_strength": 4.0}
+        inner = NegativeCacheLoss(model, 64, false_negatives=chosen, options=EXACT, **hardness)
         inner.prefill(earlier)
         loss = inner if dims == [32] else MatryoshkaLoss(model, inner, dims)
         before = inner.state.clone()  # type: ignore[union-attr]
@@ -234,7 +325,9 @@ def test_filters_over_batch_and_cache(options: dict[str, Any], guided: bool) -> 
                     limits.append(positive - (1 if absolute else positive.abs()) * options["margin"])
                 kept = (judged[i] <= min(limits)) | (torch.arange(30) == i)
                 left_out += int((~kept).sum())
-                scores = 20 * queries[i] @ documents.T
+                others = torch.arange(30) % 5 != i if mode is not None else torch.zeros(30)
+                others[10:] = mode is not None
+                scores = (20 + 4 * others) * (queries[i] @ documents.T)
                 for name, many in (("all", 30), ("batch", 10)):
                     totals[name] += float(scores[:many][kept[:many]].logsumexp(0) - scores[i]) / 5
         assert left_out > 5
@@ -242,12 +335,169 @@ def test_filters_over_batch_and_cache(options: dict[str, Any], guided: bool) -> 
         assert float(evaluated) == pytest.approx(totals["batch"], rel=1e-5, abs=1e-6)
 
 
+def discriminating(model: SentenceTransformer) -> SentenceTransformer:
+    """With scores that are far from each other, so that a filter keeps some documents."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("word_embeddings.weight"):
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+        elif name.endswith("embeddings.weight"):  # of positions and types, which all texts share
+            nn.init.zeros_(parameter)
+    return model
+
+
+def loss_of_directions(
+    parts: dict[str, tuple[Tensor, Tensor]], directions: tuple[str, ...], mode: str, limit: Any
+) -> float:
+    """By loops over the scores and the judged similarities [B, n] of each direction, both with its own exclusions."""
+    rows = len(parts["query_to_doc"][0])
+    total = 0.0
+    for i in range(rows):
+        positive, highest = (float(part[i, i]) for part in parts["query_to_doc"])
+        kept: dict[str, list[float]] = {}
+        for name in directions:
+            scores, judged = parts[name]
+            kept[name] = []
+            for j in range(scores.shape[1]):
+                pair = name in ("query_to_doc", "doc_to_query") and j == i
+                own = name in ("query_to_query", "doc_to_doc") and j % rows == i
+                if pair or (not own and float(judged[i, j]) <= limit(highest)):
+                    kept[name].append(float(scores[i, j]))
+        if mode == "joint":
+            kept = {"joint": list(itertools.chain.from_iterable(kept.values()))}
+        each = [float(torch.tensor(scores, dtype=torch.float64).logsumexp(0)) for scores in kept.values()]
+        total += sum(each) / len(each)
+        total -= positive
+    return total / rows
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(
+    ("directions", "mode"),
+    [(names, "joint") for names in DIRECTIONS[1:]] + [(("query_to_doc", "doc_to_query"), "per_direction")],
+)
+def test_filters_in_every_direction(directions: tuple[str, ...], mode: str, guided: bool) -> None:
+    model = made()
+    guide = made(7) if guided else None
+    earlier, anchors, batch = tiny.texts(20, 1), tiny.texts(6, 2), tiny.texts(12, 3)
+    inputs = [dict(model.preprocess(part)) for part in (anchors, batch[:6], batch[6:])]
+    judge = guide or model
+    queries, documents, others = (embedded(model, texts) for texts in (anchors, batch, earlier))
+    of_judge = [embedded(judge, texts) for texts in (anchors, batch, earlier)]
+    for margin, strategy in ((0.1, "absolute"), (0.3, "relative")):
+        parts: dict[str, list[Tensor]] = {name: [] for name in DIRECTIONS[-1]}
+        for scale, (q, d, c) in ((20.0, (queries, documents, others)), (1.0, of_judge)):
+            parts["query_to_doc"].append(scale * q @ torch.cat([d, c]).T)
+            parts["query_to_query"].append(scale * q @ q.T)
+            parts["doc_to_query"].append(scale * d[:6] @ q.T)
+            parts["doc_to_doc"].append(scale * d[:6] @ d.T)
+
+        def limit(positive: float, margin: float = margin, strategy: str = strategy) -> float:
+            return positive - (margin if strategy == "absolute" else abs(positive) * margin)
+
+        chosen = FalseNegativeFilter(guide=guide, margin_strategy=strategy, margin=margin)
+        loss = NegativeCacheLoss(
+            model, 64, directions=directions, partition_mode=mode, false_negatives=chosen, options=EXACT
+        )
+        loss.prefill(earlier)
+        found = loss(copied(inputs), torch.empty(0))
+        pairs = {name: (both[0], both[1]) for name, both in parts.items()}
+        expected = loss_of_directions(pairs, directions, mode, limit)
+        assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
+        everything = loss_of_directions(pairs, directions, mode, lambda _: 2.0)
+        filtered_once = dict(pairs)
+        for name in directions[1:]:
+            filtered_once[name] = (pairs[name][0], torch.full_like(pairs[name][1], -2.0))
+        assert abs(expected - everything) > 1e-3
+        # Each further direction loses something to the filter.
+        assert abs(expected - loss_of_directions(filtered_once, directions, mode, limit)) > 1e-6
+
+
+@pytest.mark.parametrize("loss_class", [GISTEmbedLoss, CachedGISTEmbedLoss])
+@pytest.mark.parametrize("strategy", ["absolute", "relative"])
+@pytest.mark.parametrize(("anchors", "positives"), [(True, False), (False, True), (True, True)])
+def test_guided_directions_are_those_of_gist(
+    loss_class: Any, strategy: str, anchors: bool, positives: bool, tmp_path: Path
+) -> None:
+    """`contrast_anchors` and `contrast_positives` are the directions "query_to_query" and "doc_to_doc", for pairs."""
+    model = tiny.transformer(tmp_path / "model").eval()
+    guide = discriminating(tiny.transformer(tmp_path / "model").eval())
+    batch = [dict(model.preprocess(tiny.texts(6, seed))) for seed in (1, 2)]
+    names = ("query_to_doc", *["query_to_query"] * anchors, *["doc_to_doc"] * positives)
+    chosen = FalseNegativeFilter(guide=guide, margin_strategy=strategy, margin=0.05)
+    ours = NegativeCacheLoss(model, 64, scale=100.0, false_negatives=chosen, directions=names)
+    options: dict[str, Any] = {"contrast_anchors": anchors, "contrast_positives": positives}
+    if loss_class is CachedGISTEmbedLoss:
+        options["mini_batch_size"] = 4
+    theirs = loss_class(model, guide, temperature=0.01, margin_strategy=strategy, margin=0.05, **options)
+    same_as_theirs(model, ours, theirs, batch)
+
+
+def same_as_theirs(model: SentenceTransformer, ours: nn.Module, theirs: nn.Module, batch: Columns) -> None:
+    """Value and gradients."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    results: list[tuple[float, list[Tensor]]] = []
+    for loss in (ours, theirs):
+        model.zero_grad()
+        value = loss(copied(batch), torch.empty(0))
+        value.backward()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+        results.append((float(value.detach()), gradients))
+    model.zero_grad()
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4, abs=1e-5)
+    assert max(float(g.abs().max()) for g in results[1][1]) > 1e-4
+    for one, two in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(one, two, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dims", [None, [16, 8]])
+@pytest.mark.parametrize("hardness", [None, *HARDNESS])
+@pytest.mark.parametrize(
+    ("directions", "mode"), [(DIRECTIONS[-1], "joint"), (("query_to_doc", "doc_to_query"), "per_direction")]
+)
+def test_mini_batches_are_those_of_cached_multiple_negatives_ranking(
+    directions: tuple[str, ...], mode: str, hardness: str | None, dims: list[int] | None, tmp_path: Path
+) -> None:
+    """A transformer, three columns of documents, and mini-batches that do not divide the batch."""
+    model = tiny.transformer(tmp_path / "model").eval()
+    batch = [dict(model.preprocess(tiny.texts(7, seed))) for seed in range(4)]
+    options: dict[str, Any] = {"directions": directions, "partition_mode": mode, "mini_batch_size": 3, "scale": 15.0}
+    options |= {"hardness_mode": hardness, "hardness_strength": 5.0}
+    ours: nn.Module = NegativeCacheLoss(model, 64, **options)
+    theirs: nn.Module = CachedMultipleNegativesRankingLoss(model, **options)
+    if dims is not None:
+        ours, theirs = (MatryoshkaLoss(model, loss, dims) for loss in (ours, theirs))
+    same_as_theirs(model, ours, theirs, batch)
+
+
+def test_log_weights_of_negatives_alone() -> None:
+    """`weigh_positives=False` of the options: a positive's score stays as it is."""
+    model = made()
+    earlier, anchors, batch = tiny.texts(10, 1), tiny.texts(4, 2), tiny.texts(8, 3)
+    options = negcache_fn.StepOptions(staleness_correction="none", weigh_positives=False)
+    for dims in ([32], [32, 8]):
+        inner = NegativeCacheLoss(
+            model, 64, log_weights=lambda ids: (ids % 7).float() / 3, options=options, document_ids="labels"
+        )
+        inner.prefill(earlier, ids=torch.arange(50, 60))
+        loss = inner if dims == [32] else MatryoshkaLoss(model, inner, dims)
+        labels = torch.arange(8).view(2, 4).t().contiguous()
+        parts = [dict(model.preprocess(part)) for part in (anchors, batch[:4], batch[4:])]
+        found = loss(parts, labels)
+        expected = 0.0
+        for dim in dims:
+            queries, documents = (
+                nn.functional.normalize(embedded(model, part)[:, :dim], dim=-1) for part in (anchors, batch + earlier)
+            )
+            weights = torch.tensor([*range(8), *range(50, 60)]) % 7 / 3
+            scores = 20 * queries @ documents.T + weights.double() * (torch.arange(18) != torch.arange(4)[:, None])
+            expected += float(nn.functional.cross_entropy(scores, torch.arange(4)))
+        assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_guide_is_that_of_gist(tmp_path: Path) -> None:
     """Value and gradient of GISTEmbedLoss with an empty cache, a guide that has another tokenizer included."""
     model = tiny.transformer(tmp_path / "model").eval()
-    other = tiny.transformer(tmp_path / "model").eval()
-    for parameter in other.parameters():
-        nn.init.normal_(parameter, std=0.3)
+    other = discriminating(tiny.transformer(tmp_path / "model").eval())
     shorter = tiny.transformer(tmp_path / "model").eval()
     shorter.load_state_dict(other.state_dict())
     shorter.max_seq_length = 6
@@ -258,15 +508,7 @@ def test_a_guide_is_that_of_gist(tmp_path: Path) -> None:
         chosen = FalseNegativeFilter(guide=guide, margin_strategy=strategy, margin=margin)
         ours = NegativeCacheLoss(model, 64, scale=100.0, false_negatives=chosen)
         theirs = GISTEmbedLoss(model, guide, 0.01, strategy, margin, contrast_anchors=False, contrast_positives=False)
-        found, expected = ours(copied(batch)), theirs(copied(batch), torch.empty(0))
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        for one, two in zip(
-            torch.autograd.grad(found, parameters, allow_unused=True),
-            torch.autograd.grad(expected, parameters, allow_unused=True),
-            strict=True,
-        ):
-            torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
+        same_as_theirs(model, ours, theirs, batch)
 
 
 def test_log_weights_and_what_is_cacheable() -> None:
@@ -295,6 +537,37 @@ def test_log_weights_and_what_is_cacheable() -> None:
     before = loss.state.clone()
     with pytest.raises(ValueError, match=r"log_weights gave \(2,\) for the ids \[4\] of documents; expected \[4\]"):
         loss([dict(model.preprocess(part)) for part in (anchors, batch)])
+    assert (loss.state == before).all()
+
+
+def test_log_weights_are_of_documents_alone() -> None:
+    """The direction of a document to the queries has none, neither in its scores nor in its positive's."""
+    model = made()
+    anchors, positives = tiny.texts(4, 2), tiny.texts(4, 3)
+    loss = NegativeCacheLoss(
+        model,
+        64,
+        directions=("query_to_doc", "doc_to_query"),
+        partition_mode="per_direction",
+        document_ids="labels",
+        log_weights=lambda ids: ids.float(),
+    )
+    found = loss([dict(model.preprocess(part)) for part in (anchors, positives)], torch.arange(4))
+    scores = 20 * embedded(model, anchors) @ embedded(model, positives).T
+    own = torch.arange(4)
+    each = [nn.functional.cross_entropy(part, own) for part in (scores + own, scores.T)]
+    assert float(found.detach()) == pytest.approx(float(sum(each)) / 2, rel=1e-5)
+
+
+def test_a_checkpoint_around_the_loss_is_refused() -> None:
+    """It would draw again, from the cache that is written already."""
+    model = made()
+    loss, batch = NegativeCacheLoss(model, 64), columns(model, 4, 3, 1)
+    loss(copied(batch))
+    assert loss.state is not None
+    before = loss.state.clone()
+    with pytest.raises(ValueError, match=r"under torch.utils.checkpoint, which calls it again"):
+        checkpoint(lambda _: loss(copied(batch)), model[0].embedding.weight, use_reentrant=False)
     assert (loss.state == before).all()
 
 
@@ -421,12 +694,22 @@ def test_attributes_work_or_are_refused() -> None:
         ({"directions": ("doc_to_query",)}, ValueError, "expected 'query_to_doc' among them"),
         ({"directions": ("query_to_doc", "up")}, ValueError, "a direction is 'up'; expected one of"),
         ({"partition_mode": "both"}, ValueError, "partition_mode is 'both'; expected one of"),
+        ({"hardness_mode": "batch"}, ValueError, "hardness_mode is 'batch'; expected one of 'in_batch_negatives',"),
+        ({"hardness_strength": "x"}, TypeError, "hardness_strength is a str; expected a number of at least 0"),
         (
-            {"hardness_mode": "in_batch_negatives"},
+            {
+                "hardness_mode": "all_negatives",
+                "hardness_strength": 1.0,
+                "options": negcache_fn.StepOptions(score_transform=torch.tanh),
+            },
             ValueError,
-            "hardness_mode is 'in_batch_negatives'; expected None or",
+            "hardness_mode is 'all_negatives' with options.score_transform; expected one of them",
         ),
-        ({"hardness_mode": "all_negatives"}, ValueError, "would have to weight the cached documents too"),
+        (
+            {"options": negcache_fn.StepOptions(hardness=2.0)},
+            ValueError,
+            "expected no hardness there, but hardness_mode and hardness_strength of the loss",
+        ),
         ({"hardness_strength": -1.0}, ValueError, "hardness_strength is -1.0; expected a number of at least 0"),
         ({"negatives": "none"}, ValueError, "negatives is 'none'; expected one of 'batch', 'own'"),
         (
@@ -457,7 +740,6 @@ def test_filters_fail_where_they_are_written() -> None:
         with pytest.raises(error, match=message):
             FalseNegativeFilter(**options)
     for options, message in (
-        ({"directions": ("query_to_doc", "doc_to_query")}, "false_negatives is given with directions="),
         ({"options": negcache_fn.StepOptions(score_transform=torch.tanh)}, "with options.score_transform"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -507,6 +789,24 @@ def test_evaluation_is_comparable_over_time(tmp_path: Path) -> None:
     assert after["ours"] > 0.95 * after["theirs"]
 
 
+ON_RANKS: dict[str, dict[str, Any]] = {
+    "all": {"directions": DIRECTIONS[-1], "hardness_mode": "hard_negatives"},
+    "symmetric": {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    | {"hardness_mode": "all_negatives"},
+    "in batch": {"hardness_mode": "in_batch_negatives"},
+    "dot": {"directions": DIRECTIONS[1], "similarity_fct": dot_score, "scale": 0.3, "hardness_mode": None},
+    "own": {"negatives": "own", "hardness_mode": "all_negatives"},
+    "weighted": {"log_weights": lambda ids: (ids % 7).float() / 3, "hardness_mode": None},
+    "shorter": {"directions": DIRECTIONS[-1], "hardness_mode": "in_batch_negatives", "dims": [32, 8]},
+    "filtered": {
+        "false_negatives": FalseNegativeFilter(margin=0.1),
+        "directions": DIRECTIONS[-1],
+        "hardness_mode": "in_batch_negatives",
+    },
+}
+NOT_THEIRS = ("own", "filtered", "weighted")
+
+
 def two_ranks(rank: int, world: int) -> dict[str, Any]:
     """The loss and gradient of a rank's part of a batch."""
     model = made()
@@ -514,28 +814,30 @@ def two_ranks(rank: int, world: int) -> dict[str, Any]:
         dict(model.preprocess(tiny.texts(8, seed)[4 * rank : 4 * rank + 4 if world == 2 else 8])) for seed in (1, 2, 3)
     ]
     found: dict[str, Any] = {}
-    for name, directions in (("all", DIRECTIONS[-1]), ("symmetric", ("query_to_doc", "doc_to_query"))):
-        loss = NegativeCacheLoss(
-            model,
-            2048,
-            gather_across_devices=True,
-            directions=directions,
-            partition_mode="joint" if name == "all" else "per_direction",
-            hardness_mode="hard_negatives",
-            hardness_strength=3.0,
-        )
+    for name, settings in ON_RANKS.items():
+        settings = {"hardness_strength": 3.0, "gather_across_devices": True, **settings}
+        dims = settings.pop("dims", None)
+        inner = NegativeCacheLoss(model, 2048, **settings)
+        loss: Any = inner if dims is None else MatryoshkaLoss(model, inner, dims)
         for step in range(2):
-            value = loss(copied(batch))
-            found[f"{name} {step}"] = (value.detach(), gradient(model, value), dict(loss.metrics))
+            value = loss(copied(batch), torch.empty(0))
+            found[f"{name} {step}"] = (value.detach(), gradient(model, value), dict(inner.metrics))
         with torch.no_grad():
-            found[f"{name} evaluated"] = loss(copied(batch))
+            found[f"{name} evaluated"] = loss(copied(batch), torch.empty(0))
+        if name not in NOT_THEIRS:
+            theirs: Any = MultipleNegativesRankingLoss(model, **settings)
+            theirs = theirs if dims is None else MatryoshkaLoss(model, theirs, dims)
+            value = theirs(copied(batch), torch.empty(0))
+            found[f"{name} theirs"] = (value.detach(), gradient(model, value))
     return found
 
 
 def test_modes_on_two_ranks(tmp_path: Path) -> None:
-    """Losses and gradients of two ranks are, on average, those of one that has both batches."""
+    """Losses and gradients of two ranks are, on average, those of one that has both batches, and of theirs at first."""
     (first, second), alone = run_ranks(2, {"two": (two_ranks, {})}, tmp_path)["two"], two_ranks(0, 1)
     for name, expected in alone.items():
+        if "theirs" in name:
+            continue
         if "evaluated" in name:
             torch.testing.assert_close((first[name] + second[name]) / 2, expected)
             continue
@@ -544,3 +846,7 @@ def test_modes_on_two_ranks(tmp_path: Path) -> None:
             torch.testing.assert_close(together, expected[part], atol=1e-4, rtol=1e-3)
         for metric in ("batch_loss", "cache_loss"):
             torch.testing.assert_close(first[name][2][metric], expected[2][metric], atol=1e-4, rtol=1e-3)
+    for name in ON_RANKS.keys() - NOT_THEIRS:
+        for of_rank in (first, second):
+            torch.testing.assert_close(of_rank[f"{name} 0"][0], of_rank[f"{name} theirs"][0])
+            torch.testing.assert_close(of_rank[f"{name} 0"][1], of_rank[f"{name} theirs"][1], atol=1e-5, rtol=1e-4)

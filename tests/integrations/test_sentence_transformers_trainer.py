@@ -273,5 +273,71 @@ def test_two_processes(tmp_path: Path) -> None:
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+def training_on_two_data_sets(rank: int, world: int, *, folder: str, **options: Any) -> dict[str, Any]:
+    """A loss and a cache for each data set, or a loss for both; why it ended, if it did."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29512"}
+    path = Path(folder)
+    model = tiny.transformer(path / "model")
+    names, together = ("a", "b"), options.pop("together", False)
+    losses = {name: NegativeCacheLoss(model, 2048, **options) for name in names}
+    data = DatasetDict({name: tiny.dataset(64, seed) for seed, name in enumerate(names, start=1)})
+    warnings.simplefilter("ignore")
+    batch = 16 // world
+    args = arguments(path / "out", per_device_train_batch_size=batch, max_steps=6, optim="sgd", learning_rate=0.05)
+    error = None
+    try:
+        trained(model, losses["a"] if together else losses, data, args)
+    except ValueError as told:
+        error = str(told)
+    return {
+        "error": error,
+        "states": {name: None if loss.state is None else loss.state.clone() for name, loss in losses.items()},
+        "parameters": [p.detach().clone() for p in model.parameters()],
+    }
+
+
+def test_two_data_sets_on_two_ranks(tmp_path: Path) -> None:
+    """Documents of a data set are in its loss's cache alone, on both ranks, and replicas stay equal.
+
+    The trainer gives the ranks batches of different data sets. Losses that share a cache then raise on every rank.
+    """
+    cases: dict[str, Any] = {
+        name: (training_on_two_data_sets, {"folder": str(tmp_path / name), **options})
+        for name, options in {
+            "separate": {},
+            "shared": {"gather_across_devices": True},
+            "together": {"gather_across_devices": True, "together": True},
+        }.items()
+    }
+    model = tiny.transformer(tmp_path / "model", dropout=0.0)
+    for name in cases:
+        tiny.transformer(tmp_path / name / "model", dropout=0.0)
+    own: dict[str, set[int]] = {}
+    for seed, name in enumerate(("a", "b"), start=1):
+        everything = NegativeCacheLoss(model, 2048)
+        everything.prefill(tiny.dataset(64, seed)["positive"])
+        assert everything.state is not None
+        own[name] = ids_of(everything.state)
+    results = run_ranks(2, cases, tmp_path, fresh=True)
+    for found in results.pop("shared"):
+        assert "loss differs between the ranks of the group" in found["error"]
+        assert "give these one loss, or losses without gather_across_devices" in found["error"]
+    for name, of_ranks in results.items():
+        assert [found["error"] for found in of_ranks] == [None, None], name
+        for one, other in zip(*(found["parameters"] for found in of_ranks), strict=True):
+            assert torch.equal(one, other), name
+        for found in of_ranks:
+            for data, state in found["states"].items():
+                if name == "together":
+                    continue
+                assert state is not None, (name, data)
+                assert ids_of(state), (name, data)
+                assert ids_of(state) <= own[data], (name, data)
+    both = set.union(*(ids_of(found["states"]["a"]) for found in results["together"]))
+    assert both & own["a"]
+    assert both & own["b"]
+
+
 def ids_of(state: TensorDictBase) -> set[int]:
     return set(state["items", "id"].tolist()) - {-1}

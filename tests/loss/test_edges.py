@@ -207,3 +207,22 @@ def test_values_of_own_draws_from_log_weights() -> None:
         given = loss(queries, unit(2, 4, 2), draw.embedding.flatten(0, 1), draw, share_draws=share_draws)
         expected = negcache_fn.exact_loss(state, queries, unit(2, 4, 2))
         assert is_close(given, expected, 1e-6)
+
+
+def test_a_document_that_the_query_drew_stays_its_negative() -> None:
+    """Even if its score, made again with other rounding, is just above the limit; for other queries it is none then."""
+    embedding, queries = torch.tensor(EMBEDDING).double(), torch.tensor(QUERIES).double()
+    draw = sample(make_state(embedding), queries, draws_per_query=2)
+    drawn = draw.slot.flatten()
+    scores = queries @ embedding[drawn].T
+    limit = scores.gather(1, torch.tensor([[0, 1], [2, 3], [4, 5]])).amin(1, keepdim=True) - 1e-9
+    draw = draw._replace(max_score=limit)
+    options = negcache_fn.StepOptions(draws_per_query=2)
+    shared = gather_draws(embedding[drawn], draw, ALONE)
+    similarity = Similarity(torch.float64, 1.0, None)
+    found = estimate_cache_logit(similarity, queries, embedding[drawn], draw, shared, options)
+    own = (drawn[None, None, :] == draw.slot[:, :, None]).any(1)
+    assert torch.equal(found.masked, (scores > limit) & ~own)
+    assert bool(found.masked.any())
+    assert bool((found.log_probability[own] > -math.inf).all())
+    assert bool((found.log_probability[found.masked] == -math.inf).all())

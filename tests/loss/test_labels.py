@@ -13,7 +13,13 @@ from negcache_fn import FalseNegatives, Labels
 from tests.support.builders import is_close, make_state, unit
 
 NAMES = torch.tensor([-(2**63), -(2**40) - 7, -2, 0, 5, 2**40 - 7, 2**63 - 1])  # half of all hashes are negative
-KINDS = [{"num_draws": 9}, {"draws_per_query": 3}, {"draws_per_query": 3, "top_k": 5}, {"num_draws": 9, "top_k": 5}]
+KINDS = [
+    {"num_draws": 9},
+    {"draws_per_query": 3},
+    {"draws_per_query": 3, "top_k": 5},
+    {"num_draws": 9, "top_k": 5},
+    {"num_draws": 80},  # more than the smaller cache has
+]
 
 
 def problem(capacity: int, rows: int, documents: int, dtype: torch.dtype) -> tuple[Any, Tensor, Tensor, Labels]:
@@ -21,7 +27,7 @@ def problem(capacity: int, rows: int, documents: int, dtype: torch.dtype) -> tup
     generator = torch.Generator().manual_seed(capacity)
     some = torch.cat([NAMES, torch.tensor([-1])])
     labels = [some[torch.randint(0, 8, (n,), generator=generator)] for n in (rows, documents, capacity)]
-    labels[0][0], labels[0][1] = -1, 12345
+    labels[0][0], labels[0][1], labels[2][0] = -1, 12345, 5
     state = make_state(
         unit(capacity, 6, 0, dtype), live=torch.arange(capacity) % 7 != 3, ids=torch.arange(capacity) + 100
     )
@@ -83,6 +89,10 @@ def test_the_labels_of_the_draw_and_of_the_batch_go_together(kind: dict[str, int
     found = negcache_fn.loss(queries, own, fresh, drawn, in_batch=False)
     exact = negcache_fn.exact_loss(state, queries, own, in_batch=False, false_negatives=known)
     assert is_close(found, exact, 1e-5)
+    of_slots = FalseNegatives(labels=labels._replace(documents=None))  # which are no classes then
+    again = negcache_fn.exact_loss(state, queries, own, in_batch=False, false_negatives=of_slots)
+    assert torch.equal(again, exact)
+    assert torch.equal(negcache_fn.sample_gumbel(state, queries, false_negatives=of_slots, **kind).slot, drawn.slot)
 
 
 def test_a_positive_of_the_query_stays() -> None:

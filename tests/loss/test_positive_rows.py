@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import negcache_fn
+from negcache_fn._loss.batch_classes import targets_among
+from negcache_fn._ranks.group import Ranks
 from tests.support.builders import assert_same_state, is_close, make_state, unit
 from tests.support.checks.steps import Tower, documents, warm
 from tests.support.options import step_keywords
@@ -240,3 +242,12 @@ def test_the_positive_is_not_sampled(draws: dict[str, Any]) -> None:
     if not draws:
         (gradient,), (right,) = torch.autograd.grad(out.loss.sum(), queries), torch.autograd.grad(expected.sum(), twin)
         assert is_close(gradient, right, 1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rows_among_the_documents_of_all_ranks(rank: int) -> None:
+    """Two queries and a further document on each of two ranks; a row that this rank does not have is nobody's."""
+    ranks = Ranks("both", rank, 2, {})
+    found = targets_among(torch.tensor([[0, 1, 2], [3, 4, -1]]), 2, 3, ranks)
+    assert found is not None
+    assert found.tolist() == [[2 * rank, 2 * rank + 1, 4 + rank], [6, 6, -1]]

@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch, ids, stalest": {"num_draws": 7, "ids": True, "false_negatives": True, "refresh_stalest": 3},
     "batch, top_k": {"num_draws": 4, "top_k": 9, "in_batch": False, "staleness_correction": "none"},
     "batch, transform": {"score_transform": strategies.soft_cap, "ids": True},
+    "hardness": {"num_draws": 4, "ids": True, "log_weights": True, "hardness": 2.0},
     "positives": {"num_draws": 4, "ids": True, "positive_rows": True, "log_weights": True, "weigh_positives": False},
     "positives of own": {"draws_per_query": 2, "ids": True, "positive_rows": True, "in_batch": False},
     "labels": {"num_draws": 4, "false_negatives": "labels"},

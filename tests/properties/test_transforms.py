@@ -45,8 +45,11 @@ def dense(queries: Tensor, documents: Tensor, scale: Tensor, *, state: TensorDic
     """The exact loss by plain torch alone: [B, C] scores, what is excluded set to -inf."""
     products = scale * queries @ state["items", "embedding"].T
     products = products.tanh() if kind == "transform" else products
+    hardness = 1.5 if kind == "hardness" else 0.0
+    products = products + hardness * (queries @ state["items", "embedding"].T).detach()
     scores = products + state["items", "log_weight"]
     batch = scale * queries @ documents.T
+    batch = batch + hardness * (queries @ documents.T).detach() * (1 - torch.eye(4))
     batch = batch.tanh() if kind == "transform" else batch
     excluded = torch.zeros(scores.shape, dtype=torch.bool)
     excluded[:, 69:] = True
@@ -70,11 +73,12 @@ def exact(queries: Tensor, documents: Tensor, scale: Tensor, *, state: TensorDic
         "transform": {"score_transform": torch.tanh},
         "ids": {"ids": IDS, "false_negatives": negcache_fn.FalseNegatives(ids=ALSO_POSITIVE)},
         "top_k": {"top_k": 5},
+        "hardness": {"hardness": 1.5},
     }
     return negcache_fn.exact_loss(state, queries, documents, scale=scale, **options[kind])
 
 
-@pytest.mark.parametrize("kind", ["plain", "transform", "ids", "top_k"])
+@pytest.mark.parametrize("kind", ["plain", "transform", "ids", "top_k", "hardness"])
 def test_exact_loss_has_every_derivative(kind: str) -> None:
     state = filled()
     at = (unit(4, DIM, 2, torch.float64), unit(4, DIM, 3, torch.float64), torch.tensor(3.0, dtype=torch.float64))

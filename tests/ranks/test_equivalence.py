@@ -26,6 +26,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "positives": DOUBLE
     | {"in_batch": "global", "num_draws": 24, "positives": 2, "reduction": "sum", "with_weights": True}
     | {"weigh_positives": False},
+    "hardness": DOUBLE | {"in_batch": "global", "num_draws": 24, "margin": 2.0, "hardness": 3.0, "with_weights": True},
     "positives-of-own": DOUBLE | {"in_batch": False, "draws_per_query": 2, "positives": 2, "reduction": "sum"},
     "positives-limited": DOUBLE
     | {"num_draws": 12, "positives": 1, "reduction": "sum", "margin": 1.0}

@@ -96,6 +96,10 @@ def unequal_shards(rank: int, given: dict[str, Any]) -> None:
         given["state"] = empty(1024, given)
 
 
+def odd_last_shard(rank: int, given: dict[str, Any]) -> None:
+    given["state"] = empty(1024 - 24 * rank, given)
+
+
 def odd_shards(_rank: int, given: dict[str, Any]) -> None:
     given["state"] = empty(1000, given)
 
@@ -131,6 +135,7 @@ MISTAKES: dict[Callable[[int, dict[str, Any]], None], tuple[str, str]] = {
     ),
     unequal_shards: (r"the shards of the ranks have \[1024, 3072\] slots; expected multiples of 1024",) * 2,
     other_seed: (r"seed differs between the ranks of the group: \[0, 1\]",) * 2,
+    odd_last_shard: (r"the shards of the ranks have \[1024, 1000\] slots; expected multiples of 1024",) * 2,
     odd_shards: (r"the shards of the ranks have \[1000, 1000\] slots; expected multiples of 1024",) * 2,
 }
 
@@ -167,6 +172,7 @@ OTHER: dict[str, Any] = {
     "share_draws": False,
     "top_k": 9,
     "score_transform": soft_cap,
+    "hardness": 1.5,
     "in_batch": True,
     "staleness_correction": "none",
     "weigh_positives": False,

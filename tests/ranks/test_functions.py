@@ -12,6 +12,7 @@ from torch import Tensor
 
 import negcache_fn
 from negcache_fn import distributed
+from negcache_fn._ranks.group import ranks_of
 from tests.ranks.test_equivalence import assert_same
 from tests.support.processes import run_ranks
 from tests.support.sharded_training import CAPACITY, DIM, features, train, whole_cache
@@ -141,3 +142,36 @@ def test_parts_of_a_step(tmp_path: Path) -> None:
         for of_rank in of_ranks:
             for key, value in expected["state"].items(include_nested=True, leaves_only=True):
                 assert torch.equal(of_rank["state"][key], value), key
+
+
+def gradient_of_gathered(rank: int, world: int) -> torch.Tensor:
+    values = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.full((2 * world,), 1.0 if rank == 0 else 2.0**-8, dtype=torch.bfloat16)
+    (ranks_of(dist.group.WORLD).gather(values) * weights).sum().backward()
+    assert values.grad is not None
+    return values.grad
+
+
+def test_gradients_of_half_precision_are_added_in_float32(tmp_path: Path) -> None:
+    """Added one after the other in bfloat16, the small ones of two ranks would be lost."""
+    for found in run_ranks(3, {"gathered": (gradient_of_gathered, {})}, tmp_path)["gathered"]:
+        assert found.tolist() == [1 + 2.0**-7] * 2
+
+
+def ages(rank: int, world: int) -> list[Tensor]:
+    state = whole_cache(torch.float64).clone()
+    state["step"].fill_(50)
+    group = dist.group.WORLD
+    assert group is not None
+    own = distributed.local_capacity(CAPACITY, group)
+    of_first = own if rank == 0 else CAPACITY - own
+    state["items", "embedded_at"].copy_(torch.where(torch.arange(CAPACITY) < of_first, 49, 10))
+    part = distributed.shard(state, group)
+    return [*negcache_fn.age_histogram(part, bins=4, group=group), *negcache_fn.age_histogram(state, bins=4)]
+
+
+def test_bins_reach_the_oldest_document_of_any_rank(tmp_path: Path) -> None:
+    for counts, edges, expected, expected_edges in run_ranks(2, {"ages": (ages, {})}, tmp_path)["ages"]:
+        assert torch.equal(counts, expected)
+        assert torch.equal(edges, expected_edges)
+        assert (counts > 0).tolist() == [True, False, False, True]

@@ -120,7 +120,8 @@ def update(w: World) -> Arguments:
 def step(w: World) -> Arguments:
     options = w.maybe(
         in_batch=w.choose(True, False), reduction=w.choose("mean", "sum", "none"), evict=w.choose("lru", "fifo")
-    ) | w.maybe(staleness_correction="none", refresh_stalest=w.choose(1, 0.2), score_transform=torch.tanh)
+    ) | w.maybe(staleness_correction="none", refresh_stalest=w.choose(1, 0.2))
+    options |= w.choose({}, {"score_transform": torch.tanh}, {"hardness": w.choose(2, 0.5)})
     more = w.maybe(
         scale=w.choose(2, torch.tensor(3.0)), cacheable=w.normal(w.rows) > 0, priorities=w.normal(w.capacity)
     )
@@ -139,7 +140,9 @@ def step(w: World) -> Arguments:
 
 def loss(w: World) -> Arguments:
     draw = w.drawn(**w.choose({"num_draws": 3}, {"draws_per_query": 2}))
-    more = w.maybe(scale=1.0, in_batch=w.choose(True, False), staleness_correction="none", reduction="none")
+    more = w.maybe(
+        scale=1.0, in_batch=w.choose(True, False), staleness_correction="none", reduction="none", hardness=2.0
+    )
     negatives = w.normal(draw.slot.numel(), w.dim)
     given = {"queries": w.questions, "documents": w.normal(w.rows, w.dim), "negatives": negatives, "draw": draw}
     return given | w.facts() | w.targets() | more | {"false_negatives": w.known(function=True, drawn=True)}

@@ -133,6 +133,7 @@ KINDS: dict[str, list[Corruption]] = {
     **dict.fromkeys(("reduction", "evict", "staleness_correction", "placement", "output_format"), CHOICE),
     "in_batch": constant("x", 2, None),
     "score_transform": constant(3, "x"),
+    "hardness": constant("x", -1.0, NAN, None),
     **dict.fromkeys(("learnable", "learnable_scale", "share_draws", "weigh_positives"), constant("x", 1, None)),
     "refresh_stalest": constant("x", -1, 1.5, None, NAN, 10**6),
     "StepOptions.refresh_stalest": constant("x", -1, 1.5, None, NAN),

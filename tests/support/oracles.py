@@ -32,6 +32,7 @@ def cache_scores(
     exclude: Sequence[Sequence[int]] | None = None,
     scale: float | Tensor = 1.0,
     transform: Transform | None = None,
+    hardness: float = 0.0,
     top_k: int | None = None,
     max_score: Sequence[float] | None = None,
     labels: tuple[Sequence[int], Sequence[int]] | None = None,
@@ -45,6 +46,8 @@ def cache_scores(
     queries, embedding = queries.double(), embedding.double()
     rows, capacity = queries.shape[0], embedding.shape[0]
     scores = (transform or identity)(scale * (queries @ embedding.T))
+    if hardness:
+        scores = scores + hardness * (queries @ embedding.T).detach()
     bare = scores.detach().tolist()
     if log_weight is not None:
         scores = scores + log_weight.double()
@@ -130,6 +133,7 @@ def cross_entropy(
     in_batch: bool = True,
     scale: float | Tensor = 1.0,
     transform: Transform | None = None,
+    hardness: float = 0.0,
     positives: Sequence[Sequence[int]] | None = None,
     max_score: Sequence[float] | None = None,
     targets: Sequence[Sequence[int]] | None = None,
@@ -139,7 +143,7 @@ def cross_entropy(
     """`[B]` losses `logsumexp(s_pos, in-batch scores, c_i) - s_pos` with the cache as one class of logit `c_i`.
 
     Other documents of the batch whose id is in `positives[i]`, or whose score without log-weight is above
-    `max_score[i]`, are no classes of query i.
+    `max_score[i]`, are no classes of query i. Negatives weigh more by `hardness` times their inner product, a constant.
 
     `targets[i]` are the rows of its positives, -1 for none, instead of row i: the loss is the mean over them, each
     without the others among its classes, and 0 if there are none. Without `weigh_positives` their scores have no
@@ -147,7 +151,8 @@ def cross_entropy(
     """
     queries, documents = queries.double(), documents.double()
     scores = (transform or identity)(scale * (queries @ documents.T))
-    bare = scores.detach().tolist()
+    penalties = hardness * (queries @ documents.T).detach()
+    bare = (scores + penalties).detach().tolist()
     if log_weights is not None:
         scores = scores + log_weights.double()
     classes = batch_classes(len(queries), len(documents), ids, in_batch=in_batch)
@@ -163,7 +168,7 @@ def cross_entropy(
             mine = [j for j in mine if bare[i][j] <= max_score[i]]
         if labels is not None:
             mine = [j for j in mine if int(labels[0][i]) == -1 or int(labels[1][j]) != int(labels[0][i])]
-        logits = [scores[i, j] for j in mine]
+        logits = [scores[i, j] + penalties[i, j] for j in mine]
         if math.isfinite(float(cache_logit[i].detach())):
             logits.append(cache_logit[i])
         each = [0.0 * queries[i].sum()]

@@ -56,7 +56,7 @@ def facts_of(
             None if function is None or ids is None else _of_documents(name, function, ids)
             for name, function in (("log_weights", settings.log_weights), ("cacheable", settings.cacheable))
         )
-    return BatchFacts(ids, weights, cacheable, false_negatives)
+    return BatchFacts(ids, weights, cacheable, false_negatives, None if chosen is None else guides)
 
 
 def guided_columns(

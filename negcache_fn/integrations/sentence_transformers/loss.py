@@ -67,7 +67,7 @@ class NegativeCacheLoss(Attributes):
             Otherwise each has its own.
         directions: as in `MultipleNegativesRankingLoss`; the cache is in "query_to_doc".
         partition_mode: "joint" or "per_direction", as there.
-        hardness_mode: None or "hard_negatives", as there.
+        hardness_mode: as there; "in_batch_negatives" and "all_negatives" weight the cached documents, too.
         hardness_strength: as there.
         negatives: the negatives in addition to the cache: "batch", all documents of the batch; "own", the query's hard
             negatives.
@@ -97,7 +97,11 @@ class NegativeCacheLoss(Attributes):
     uses_gradient_cache = True
 
     metrics: dict[str, Tensor]
-    """0-d tensors of the last training step, see `negcache_fn.step`; also `batch_loss` and `cache_loss`."""
+    """0-d tensors of the last training step, see `negcache_fn.step`; also `batch_loss` and `cache_loss`.
+
+    These two are parts of the loss. The metrics of the step are of the softmax over documents alone; in them the
+    hardness weights all negatives with "in_batch_negatives" and "all_negatives", and none with "hard_negatives".
+    """
 
     model: nn.Module  # the trainer replaces it by its wrapper
 

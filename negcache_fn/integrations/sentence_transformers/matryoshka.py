@@ -15,17 +15,21 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from negcache_fn._cache.recomputation import check_not_recomputed
 from negcache_fn._cache.state import with_items
 from negcache_fn._cache.take import take
 from negcache_fn._codec import decode, read_as
 from negcache_fn._draws.draw import Draw
 from negcache_fn._draws.sample import sample_gumbel
-from negcache_fn._loss.batch_classes import known_ids
-from negcache_fn._loss.cross_entropy import loss
+from negcache_fn._loss.batch_classes import known_ids, positive_scores
+from negcache_fn._loss.cross_entropy import Terms as Classes
+from negcache_fn._loss.cross_entropy import terms_of_draw
 from negcache_fn._options import StepOptions
+from negcache_fn._ranks.agree import checking_arguments
 from negcache_fn._ranks.group import ranks_of
+from negcache_fn._scores.definition import Similarity
 from negcache_fn._scores.exclude import FalseNegatives
-from negcache_fn._step import step_
+from negcache_fn._step import take_step_
 from negcache_fn.integrations.sentence_transformers.layout import Rows
 from negcache_fn.integrations.sentence_transformers.settings import Settings
 from negcache_fn.integrations.sentence_transformers.terms import BatchFacts, Terms
@@ -84,7 +88,7 @@ def in_batch_loss(batch: Embedded, settings: Settings, group: dist.ProcessGroup 
     for size, weight in [(None, batch.sizes.whole), *batch.sizes.fewer]:
         if weight:
             terms = batch.terms(size, settings, group)
-            total = total + weight * terms.complete(terms.without_cache())
+            total = total + weight * terms.complete()
     return total
 
 
@@ -107,11 +111,14 @@ def train_step(
         group: of the ranks that share the cache.
     """
     options = settings.options if group is None else settings.options.with_batch_of_all_ranks()
-    facts = batch.facts
+    options = options.with_hardness(settings.hardness_of_cache)
+    facts, chosen, ranks = batch.facts, settings.false_negatives, ranks_of(group)
+    if settings.hardness_of_cache and chosen is not None and chosen.guide is None:
+        # Limits in units of the scores of a step, which include the hardness.
+        facts = facts._replace(false_negatives=chosen.by_score(batch.scale + settings.hardness_of_cache))
     if settings.negatives == "own":
         options = options.with_positives_alone()
         facts = facts.without_own(batch.queries.shape[0])
-    options = options.unreduced()
     whole = batch.terms(None, settings, group)
     truncated = [
         _Truncated(state, batch, size, batch.terms(size, settings, group), facts, options, group)
@@ -135,26 +142,20 @@ def train_step(
         negatives.extend(others)
         return batch.unit(torch.cat([known, drawn]))
 
-    out = step_(
-        state,
-        batch.unit(batch.queries),
-        features,
-        encode,
-        options=options,
-        scale=batch.scale,
-        ids=facts.ids,
-        log_weights=facts.log_weights,
-        cacheable=facts.cacheable,
-        false_negatives=facts.false_negatives,
-        group=group,
-    )
-    complete = whole.complete(out.loss)
-    total = batch.sizes.whole * complete
+    def finish(classes: Classes, _: StepOptions) -> Tensor:
+        return whole.complete(classes.cache.logit)
+
+    with checking_arguments(ranks):
+        check_not_recomputed()
+    known = (facts.ids, facts.log_weights, facts.cacheable, facts.false_negatives, None, None)
+    queries = batch.unit(batch.queries)
+    out = take_step_(state, queries, features, encode, options, batch.scale, known, ranks, finish)
+    total = batch.sizes.whole * out.loss
     for part, (_, weight), of_part in zip(truncated, batch.sizes.fewer, negatives, strict=True):
         total = total + weight * part.loss(of_part)
     with torch.no_grad():  # metrics are constants
-        ranks, without = ranks_of(group), whole.complete(whole.without_cache())
-        parts = ranks.all_sum(torch.stack([without, complete - without])) / ranks.size
+        without = whole.complete()
+        parts = ranks.all_sum(torch.stack([without, out.loss - without])) / ranks.size
     return total, {**out.metrics, "batch_loss": parts[0], "cache_loss": parts[1]}
 
 
@@ -184,7 +185,8 @@ class _Truncated:
         )
         limit = facts.false_negatives.max_score
         if callable(limit):
-            limit = limit(terms.positive_similarity().detach())
+            similarity = Similarity.of(options, batch.scale, terms.queries.dtype)
+            limit = limit(positive_scores(similarity, terms.queries, terms.documents).detach())
         self.draw = sample_gumbel(
             with_items(state, TensorDict(leaves, batch_size=items.batch_size)),
             terms.queries,
@@ -199,19 +201,12 @@ class _Truncated:
 
     def loss(self, negatives: Tensor) -> Tensor:
         """[]: with the embeddings of the draws."""
-        losses = loss(
-            self.terms.queries,
-            self.terms.documents,
-            self.shorten(negatives).to(self.terms.queries.dtype),
-            self.draw,
-            ids=self.facts.ids,
-            log_weights=self.facts.log_weights,
-            false_negatives=self.facts.false_negatives,
-            scale=self.scale,
-            group=self.group,
-            **self.options.of_loss(),
-        )
-        return self.terms.complete(losses)
+        queries, documents = self.terms.queries, self.terms.documents
+        drawn = self.shorten(negatives).to(queries.dtype)
+        facts = (self.facts.ids, self.facts.log_weights, self.facts.false_negatives, None)
+        ranks = ranks_of(self.group)
+        classes = terms_of_draw(queries, documents, drawn, self.draw, self.scale, facts, self.options, ranks)
+        return self.terms.complete(classes.cache.logit)
 
 
 def _first_of(size: int) -> Callable[[Tensor], Tensor]:

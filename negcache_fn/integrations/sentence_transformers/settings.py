@@ -8,7 +8,7 @@ import torch
 from sentence_transformers.util import cos_sim, dot_score  # pyright: ignore[reportUnknownVariableType] - numpy's
 from torch import Tensor
 
-from negcache_fn._checks import check_choice, check_flag, check_size
+from negcache_fn._checks import check_choice, check_flag, check_hardness, check_size
 from negcache_fn._codec import check_storage
 from negcache_fn._options import StepOptions
 from negcache_fn._step import check_options
@@ -27,6 +27,7 @@ __all__ = [
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 DocumentIds = Literal["tokens", "labels"]
 Negatives = Literal["batch", "own"]
+HardnessMode = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]
 PartitionMode = Literal["joint", "per_direction"]
 OfDocuments = Callable[[Tensor], Tensor]
 
@@ -86,6 +87,11 @@ class Settings:
             )
         self._check_together()
 
+    @property
+    def hardness_of_cache(self) -> float:
+        """The strength with which cached documents are weighted."""
+        return self.hardness_strength if self.hardness_mode in ("in_batch_negatives", "all_negatives") else 0.0
+
     def _check_objective(self) -> None:
         if isinstance(self.directions, list):
             object.__setattr__(self, "directions", tuple(self.directions))
@@ -103,16 +109,9 @@ class Settings:
                 f"partition_mode is 'per_direction' with directions={directions}; expected 'joint', as "
                 f"'query_to_query' and 'doc_to_doc' have no positives"
             )
-        if self.hardness_mode not in (None, "hard_negatives"):
-            raise ValueError(
-                f"hardness_mode is {self.hardness_mode!r}; expected None or 'hard_negatives', as the other modes of "
-                f"MultipleNegativesRankingLoss would have to weight the cached documents too"
-            )
-        strength: Any = self.hardness_strength
-        if isinstance(strength, bool) or not isinstance(strength, int | float):
-            raise TypeError(f"hardness_strength is a {type(strength).__name__}; expected a number of at least 0")
-        if not 0 <= strength < float("inf"):
-            raise ValueError(f"hardness_strength is {strength}; expected a number of at least 0")
+        if self.hardness_mode is not None:
+            check_choice("hardness_mode", self.hardness_mode, get_args(HardnessMode))
+        check_hardness("hardness_strength", self.hardness_strength)
         check_choice("negatives", self.negatives, get_args(Negatives))
 
     def _check_together(self) -> None:
@@ -122,13 +121,17 @@ class Settings:
                 f"negatives is 'own' with directions={self.directions}; expected ('query_to_doc',), as all others take "
                 f"the queries or documents of the batch for negatives"
             )
+        if self.options.weighs_negatives:
+            raise ValueError(
+                f"options is {self.options!r}; expected no hardness there, but hardness_mode and hardness_strength of "
+                f"the loss"
+            )
+        if self.hardness_of_cache and self.options.transforms_scores:
+            raise ValueError(
+                f"hardness_mode is {self.hardness_mode!r} with options.score_transform; expected one of them"
+            )
         if self.false_negatives is None:
             return
-        if not single:
-            raise ValueError(
-                f"false_negatives is given with directions={self.directions}; expected ('query_to_doc',), the one that "
-                f"the filter is for"
-            )
         if self.options.transforms_scores:
             raise ValueError("false_negatives is given with options.score_transform; expected one of them")
         if self.false_negatives.guide is not None and self.gather_across_devices:

@@ -1,16 +1,28 @@
 """Additions of `MultipleNegativesRankingLoss` to a query's softmax over documents: directions, weights of hardness.
 
-With `Z_i` the normaliser of query i over documents, those of the cache included, and `s_i` the score of its positive, a
-step gives `loss_i = log Z_i - s_i`. Everything here is a function of that:
+With `s_ij` the scores of query i and the documents of the batch, `s_i` that of its positive, and `c_i` the logit of the
+cache, which a step estimates:
 
+    Z_i              exp(c_i) + sum_j exp(s_ij + hardness_ij)
     "joint"          log(Z_i + sum of the exponentials of the further directions) - s_i
     "per_direction"  the mean of `log Z - s_i` over the directions
-    hardness         Z_i + sum_j exp(s_ij) (exp(penalty_ij) - 1), j being the query's own hard negatives
 
-Another query whose positive has the same id, and that positive, are not negatives in any direction.
+The hardness is `strength * stop_gradient(q_i . d_j)`, or 0 where the mode leaves a document out:
+
+| mode                   | the positive | own hard negatives | other documents of the batch | the cache |
+| ---------------------- | ------------ | ------------------ | ---------------------------- | --------- |
+| "hard_negatives"       | 0            | weighted           | 0                            | 0         |
+| "in_batch_negatives"   | 0            | 0                  | weighted                     | weighted  |
+| "all_negatives"        | 0            | weighted           | weighted                     | weighted  |
+
+Cached documents are those of other queries in earlier batches, so they weigh what they would in this one.
+
+Another query whose positive has the same id, and that positive, are not negatives in any direction. A filter of false
+negatives compares all similarities of row i, in every direction, with the limit that its pair gives.
 
 Sources: Guenther et al., "Jina Embeddings 2", 2023 ("per_direction"); Li et al., "Towards General Text Embeddings",
-2023 ("joint"); Schechter Vera et al., "EmbeddingGemma", 2025 (hardness of hard negatives).
+2023 ("joint"); Lan et al., "LLaVE", 2025, equation 5 (hardness); Schechter Vera et al., "EmbeddingGemma", 2025 (of hard
+negatives); Solatorio, "GISTEmbed", 2024 (the filter in every direction).
 """
 
 from typing import NamedTuple
@@ -24,7 +36,6 @@ from negcache_fn._options import StepOptions
 from negcache_fn._ranks.group import Ranks, positives_first
 from negcache_fn._scores.definition import Similarity, full_precision
 from negcache_fn._scores.exclude import FalseNegatives
-from negcache_fn._scores.stream import logsumexp
 from negcache_fn.integrations.sentence_transformers.settings import Settings
 
 __all__ = ["BatchFacts", "Terms"]
@@ -39,6 +50,7 @@ class BatchFacts(NamedTuple):
     log_weights: Tensor | None  # [N]
     cacheable: Tensor | None  # [N]
     false_negatives: FalseNegatives
+    guides: tuple[Tensor, Tensor] | None = None  # [B, G] and [N, G] a guide's embeddings of queries and documents
 
     def without_own(self, queries: int) -> "BatchFacts":
         """The same, with each query's own hard negatives excluded from its draws, as they are classes already."""
@@ -80,64 +92,63 @@ class Terms:
         self.settings = settings
         self.ranks = ranks
         self.similarity: Similarity = Similarity.of(options, scale, dtype)
-        classes = batch_classes(queries.shape[0], self.documents, facts.ids, facts.log_weights, options, ranks)
+        rows = queries.shape[0]
+        self._classes = batch_classes(rows, self.documents, facts.ids, facts.log_weights, options, ranks)
+        self._own = torch.arange(rows, device=queries.device)[:, None] + self._classes.first
         with full_precision(queries):
-            scores = batch_scores(self.similarity, self.queries, classes, options, facts.false_negatives)
-        self.logits: Tensor = scores[0]
-        self.positive: Tensor = scores[1]
+            scores = batch_scores(self.similarity, self.queries, self._classes, options, facts.false_negatives)
+        self.logits: Tensor = scores.logits
+        self.positive: Tensor = scores.positive
+        if scores.is_target is not None:  # then it is not one of the logits
+            self.logits = scores.logits.scatter(1, self._own, scores.positive)
+            self.positive = scores.positive[:, 0]
 
-    def without_cache(self) -> Tensor:
-        """[B]: the cross entropy without a cache."""
-        if self.settings.negatives == "own":
-            return self.positive.new_zeros(self.positive.shape)
-        return self.logits.logsumexp(1) - self.positive
-
-    def complete(self, losses: Tensor) -> Tensor:
-        """[]: of the cross entropies [B] over documents, with everything that the settings add to them."""
-        with full_precision(losses):
-            hard, penalty = self._own_hard_negatives()
-            if self.settings.negatives == "own":
-                losses = self._joined(losses, hard + penalty)
-            elif hard.shape[1] and self.settings.hardness_mode is not None:
-                # Each exponential relative to the normaliser, so that nothing overflows.
-                shares = (hard - (losses + self.positive)[:, None]).exp()
-                losses = losses + torch.log1p((shares * torch.expm1(penalty)).sum(1))
+    def complete(self, cache_logit: Tensor | None = None) -> Tensor:
+        """[]: the loss with the cache as a class of logit [B], or without one."""
+        with full_precision(self.queries):
+            classes = [self._documents()]
+            if cache_logit is not None:
+                classes.append(cache_logit[:, None])
             further = [self._scores_of(name) for name in dict.fromkeys(self.settings.directions)]
             further = [scores for scores in further if scores is not None]
-            if not further:
-                return losses.mean()
             if self.settings.partition_mode == "joint":
-                return self._joined(losses, torch.cat(further, 1)).mean()
+                return (torch.cat([*classes, *further], 1).logsumexp(1) - self.positive).mean()
             positive = self.positive_similarity()
-            each = [losses, *(logsumexp(scores) - positive for scores in further)]
+            each = [torch.cat(classes, 1).logsumexp(1) - self.positive]
+            each += [scores.logsumexp(1) - positive for scores in further]
             return torch.stack(each).mean()
 
     def positive_similarity(self) -> Tensor:
         """[B] the scores of the positives, without log-weights."""
         return positive_scores(self.similarity, self.queries, self.documents)
 
-    def _joined(self, losses: Tensor, scores: Tensor) -> Tensor:
-        """The cross entropies with further classes [B, n]."""
-        if not scores.shape[1]:
-            return losses
-        return torch.logaddexp(losses, logsumexp(scores) - self.positive)
+    def _documents(self) -> Tensor:
+        """[B, n] the logits of the batch's documents, with their hardness."""
+        logits, settings = self.logits, self.settings
+        if settings.hardness_mode is not None:
+            similarities = self.queries.detach() @ self._classes.documents.detach().T
+            logits = logits + settings.hardness_strength * similarities.masked_fill(~self._weighted(), 0.0)
+        if settings.negatives == "own":
+            return logits.gather(1, torch.cat([self._own, self._own_hard_negatives()], 1))
+        return logits
 
-    def _own_hard_negatives(self) -> tuple[Tensor, Tensor]:
-        """[B, n] each: the scores of a query's own hard negatives, and the weights of their hardness."""
-        rows = self.queries.shape[0]
+    def _weighted(self) -> Tensor:
+        """[B, n] bool: the documents of the batch that the mode of hardness weights."""
+        positive = torch.zeros_like(self.logits, dtype=torch.bool).scatter(1, self._own, True)
+        hard = torch.zeros_like(positive).scatter(1, self._own_hard_negatives(), True)
+        mode = self.settings.hardness_mode
+        return hard if mode == "hard_negatives" else ~(positive | hard) if mode == "in_batch_negatives" else ~positive
+
+    def _own_hard_negatives(self) -> Tensor:
+        """[B, n] the columns of a query's own hard negatives."""
+        rows, ranks = self.queries.shape[0], self.ranks
         count = self.documents.shape[0] // rows - 1
         # Among the classes, after the positives of all ranks and the hard negatives of the ranks before.
-        first = self.ranks.size * rows + self.ranks.rank * rows * count
-        if self.logits.shape[1] == self.documents.shape[0]:
-            first = rows
+        first = rows
+        if self.logits.shape[1] > self.documents.shape[0]:
+            first = ranks.size * rows + ranks.rank * rows * count
         place = torch.arange(rows, device=self.logits.device)[:, None] + first
-        place = place + torch.arange(count, device=self.logits.device) * rows
-        scores = self.logits.gather(1, place)
-        if self.settings.hardness_mode is None or not count:
-            return scores, torch.zeros_like(scores)
-        own = self.documents[rows:].view(count, rows, -1).transpose(0, 1)
-        similarity = (self.queries[:, None] * own).sum(-1).detach()
-        return scores, self.settings.hardness_strength * similarity
+        return place + torch.arange(count, device=self.logits.device) * rows
 
     def _scores_of(self, direction: str) -> Tensor | None:
         """[B, n] of one of the further directions; None: it is that of the queries to the documents."""
@@ -152,19 +163,35 @@ class Terms:
             others = ranks.gather(self.queries)
             of_others = None if ids is None else ranks.gather_all(ids)[0]
             scores = self.similarity.pairwise(positives if direction == "doc_to_query" else self.queries, others)
-            excluded = number == own
-            same = _same(ids, of_others) & ~excluded if ids is not None and of_others is not None else None
-            if direction == "doc_to_query":
-                excluded = torch.zeros_like(excluded)
+            pair = number == own
+            excluded = self._false_negatives(direction, scores)
+            if ids is not None and of_others is not None:
+                excluded = excluded | _same(ids, of_others)
+            excluded = excluded & ~pair if direction == "doc_to_query" else excluded | pair
         else:
             others = positives_first(ranks.gather(self.documents), rows, ranks)
             scores = self.similarity.pairwise(positives, others)
-            excluded = self._documents_of_the_query(number, own)
+            excluded = self._documents_of_the_query(number, own) | self._false_negatives(direction, scores)
             known = self.facts.ids
-            of_others = None if known is None else positives_first(ranks.gather_all(known)[0], rows, ranks)
-            same = None if ids is None or of_others is None else _same(ids, of_others)
-        excluded = excluded if same is None else excluded | same
+            if ids is not None and known is not None:
+                excluded = excluded | _same(ids, positives_first(ranks.gather_all(known)[0], rows, ranks))
         return scores.masked_fill(excluded, -_INFINITY)
+
+    def _false_negatives(self, direction: str, scores: Tensor) -> Tensor:
+        """[B, n] bool: the pairs of a direction, with these scores, that the filter finds too similar."""
+        chosen = self.settings.false_negatives
+        if chosen is None:
+            return torch.zeros_like(scores, dtype=torch.bool)
+        scores = scores.detach()
+        if self.facts.guides is None:
+            limit = chosen.by_score(self.similarity.scale).max_score
+            assert callable(limit)
+            return scores > limit(self.positive_similarity().detach())[:, None]
+        queries, documents = self.facts.guides
+        positives = documents[: queries.shape[0]]
+        left = queries if direction == "query_to_query" else positives
+        right = documents if direction == "doc_to_doc" else queries
+        return left @ right.T > chosen.limit((queries * positives).sum(-1))[:, None]
 
     def _documents_of_the_query(self, number: Tensor, own: Tensor) -> Tensor:
         """[B, all documents] bool: its positive and its hard negatives."""

@@ -28,6 +28,7 @@ def small(exact_loss: ExactLoss, scenario: Scenario) -> None:
         "log_weights": problem.weights,
         "top_k": scenario.top_k,
         **problem.of_positives,
+        **problem.of_negatives,
     }
     if scenario.positives is not None or scenario.margin is not None or scenario.labels is not None:
         options["false_negatives"] = problem.false_negatives
@@ -42,6 +43,7 @@ def small(exact_loss: ExactLoss, scenario: Scenario) -> None:
         in_batch=scenario.in_batch,
         scale=leaves["scale"],
         transform=scenario.transform,
+        hardness=scenario.hardness,
         positives=scenario.positives,
         max_score=problem.max_score,
         targets=scenario.targets,

@@ -32,6 +32,7 @@ class Scenario:
     cache_log_weight: tuple[float, ...] | None = None
     live: tuple[bool, ...] | None = None
     transform: Callable[[Tensor], Tensor] | None = None
+    hardness: float = 0.0
     top_k: int | None = None
     positives: tuple[tuple[int, ...], ...] | None = None
     margin: float | None = None
@@ -88,7 +89,8 @@ class Problem:
         first = (
             list(range(len(queries))) if self.scenario.targets is None else [row[0] for row in self.scenario.targets]
         )
-        return (self.scenario.transform or oracles.identity)(scale * (queries * documents[first]).sum(-1))
+        products = (queries * documents[first]).sum(-1)
+        return (self.scenario.transform or oracles.identity)(scale * products) + self.scenario.hardness * products
 
     @property
     def false_negatives(self) -> FalseNegatives:
@@ -113,6 +115,7 @@ class Problem:
                 "exclude": self.exclude_all,
                 "scale": self.leaves["scale"],
                 "transform": it.transform,
+                "hardness": it.hardness,
                 "labels": None if it.labels is None else (it.labels[0], it.labels[2][start:stop]),
             }
             queries = self.leaves["queries"]
@@ -139,6 +142,7 @@ class Problem:
             in_batch=it.in_batch,
             scale=self.leaves["scale"],
             transform=it.transform,
+            hardness=it.hardness,
             positives=it.positives,
             max_score=self.max_score,
             targets=it.targets,
@@ -155,6 +159,11 @@ class Problem:
         if not it.weigh_positives:
             said["weigh_positives"] = False
         return said
+
+    @property
+    def of_negatives(self) -> dict[str, Any]:
+        """How they are weighted, as a user says it."""
+        return {"hardness": self.scenario.hardness} if self.scenario.hardness else {}
 
     def by_formula(self, slots: Sequence[Sequence[int]], *, share_draws: bool, staleness_correction: str) -> Tensor:
         """`[B]` sampled losses of one joint draw, by the formulas of the design."""
@@ -224,6 +233,7 @@ class Problem:
             importance=self.importance,
             scale=self.leaves["scale"],
             score_transform=it.transform,
+            **self.of_negatives,
             exclude_ids=exclude,
             top_k=it.top_k,
             false_negatives=self.false_negatives._replace(max_score=limit),
@@ -281,7 +291,7 @@ class Problem:
     def call_on(self, loss: Loss, flat: Tensor, draw: Draw, **options: Any) -> Tensor:
         """`loss` of a `Draw` of the documents `flat` [R * m]."""
         it = self.scenario
-        options = {"reduction": "none", **self.of_positives, **options}
+        options = {"reduction": "none", **self.of_positives, **self.of_negatives, **options}
         if it.positives is not None or it.margin is not None or it.labels is not None:
             options["false_negatives"] = self.false_negatives
         return loss(
@@ -329,6 +339,32 @@ def scenarios() -> dict[str, Scenario]:
         ),
         "empty slots": Scenario(capacity=5, live=(False, True, True, False, True)),
         "transform": Scenario(**squash),
+        "hardness": Scenario(documents=4, hardness=2.5),
+        "hardness, own only": Scenario(in_batch=False, hardness=2.5),
+        "hardness, all at once": Scenario(
+            documents=5,
+            capacity=6,
+            ids=(3, 5, 9, 5, -1),
+            cache_ids=(9, -1, -1, 2, 7, -1),
+            log_weights=(0.5, -1.0, 0.25, 0.0, 1.0),
+            cache_log_weight=(1.5, 0.0, -0.75, 0.5, 0.25, 0.0),
+            live=(True, True, False, True, True, True),
+            margin=0.9,
+            top_k=3,
+            hardness=2.5,
+        ),
+        "hardness, targets": Scenario(
+            documents=5,
+            capacity=5,
+            targets=((0, 3), (4, -1)),
+            log_weights=(0.5, -1.0, 0.25, 0.0, 1.0),
+            weigh_positives=False,
+            hardness=1.5,
+        ),
+        "hardness, targets, own only": Scenario(
+            documents=5, capacity=4, in_batch=False, targets=((0, 3), (4, -1)), hardness=1.5
+        ),
+        "hardness, merged": Scenario(capacity=5, split=2, hardness=2.5),
         "top_k": Scenario(top_k=2),
         "top_k of one": Scenario(top_k=1, samples=2),
         "top_k beyond": Scenario(top_k=4, live=(True, False, True, True)),
@@ -368,6 +404,7 @@ def scenarios() -> dict[str, Scenario]:
         "margin that leaves nothing": Scenario(capacity=3, margin=-40.0),
         "sharp": Scenario(scale=25.0),
         "labels": Scenario(documents=4, capacity=5, labels=((4, -1), (4, -1, 4, 7), (4, -1, 7, 4, 9))),
+        "labels, unnamed": Scenario(documents=4, capacity=5, labels=((-1, 4), (7, 4, -1, 4), (-1, 4, -1, 7, 4))),
         "labels, own only": Scenario(capacity=4, in_batch=False, labels=((2, 5), (0, 0, 0), (5, 2, 5, -1))),
         "labels that leave nothing": Scenario(capacity=3, labels=((2, 5), (2, 5, 5), (2, 2, 2))),
         "labels, merged": Scenario(capacity=5, split=2, labels=((-3, 5), (1, -3, -3), (5, -3, -3, 5, 1))),
@@ -395,6 +432,9 @@ def scenarios() -> dict[str, Scenario]:
             targets=((3, 0, -1), (-1, 4, 1)),
         ),
         "targets, a query without": Scenario(rows=3, documents=5, capacity=3, targets=((0, 4), (-1, -1), (2, -1))),
+        "targets, nothing left": Scenario(
+            capacity=2, in_batch=False, ids=(3, 5, 9), cache_ids=(3, 9), targets=((0, 2), (2, 0))
+        ),
         "targets of nobody": Scenario(capacity=3, targets=((-1,), (-1,))),
         "targets, all at once": Scenario(
             documents=6,

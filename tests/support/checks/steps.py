@@ -61,6 +61,10 @@ def documents(rows: int, seed: int) -> dict[str, Any]:
     return {"words": words, "extra": {"price": torch.rand(rows, generator=generator)}}
 
 
+SCORED = {"scale": 1.0, "score_transform": None, "hardness": 0.0}
+"""The options that define a score, and their defaults."""
+
+
 def warm(tower: Tower, capacity: int, *, batches: int = 3, rows: int = 4, ids: bool = False) -> TensorDictBase:
     """A state after a few updates, with embeddings of a slightly different tower: drifted."""
     state = negcache_fn.init_cache(capacity, 6, documents(1, 0), seed=3)
@@ -86,7 +90,7 @@ def composed(
 ) -> tuple[Tensor, TensorDictBase, dict[str, float], negcache_fn.Draw]:
     """`step` as sample, take, encode, loss, update; metrics in float64 by their definitions. For valid draws only."""
     rows, ids, in_batch = len(queries), options.get("ids"), options.get("in_batch", True)
-    shared = {"scale": options.get("scale", 1.0), "score_transform": options.get("score_transform")}
+    shared = {name: options.get(name, value) for name, value in SCORED.items()}
     known = options.get("false_negatives", negcache_fn.FalseNegatives())
     targets = targets_of(rows, options)
     if "positive_rows" in options:
@@ -133,7 +137,9 @@ def each_positive(
     rows, ids = len(queries), options["ids"].tolist() if options.get("ids") is not None else None
     weights = options["log_weights"].tolist() if options.get("log_weights") is not None else [0.0] * len(own)
     transform = options.get("score_transform") or oracles.identity
-    scores = transform(float(options.get("scale", 1.0)) * queries.detach().double() @ own.detach().double().T).tolist()
+    products = queries.detach().double() @ own.detach().double().T
+    bare = transform(float(options.get("scale", 1.0)) * products)
+    of_positives, scores = bare.tolist(), (bare + options.get("hardness", 0.0) * products).tolist()
     limits = [math.inf] * rows if limit is None else torch.as_tensor(limit).expand(rows).tolist()
     out = []
     for i, row in enumerate(targets_of(rows, options).tolist()):
@@ -148,7 +154,7 @@ def each_positive(
         cached = math.exp(float(cache_logit[i]))
         found = []
         for j in wanted:
-            positive = math.exp(scores[i][j] + (weights[j] if options.get("weigh_positives", True) else 0.0))
+            positive = math.exp(of_positives[i][j] + (weights[j] if options.get("weigh_positives", True) else 0.0))
             everything = positive + sum(negatives) + cached
             found.append((math.log(everything / positive), cached / everything))
         out.append(found)
@@ -180,9 +186,9 @@ def max_score_of(
     """The limit of each query, from the scores of the positives if it depends on them."""
     if known.max_score is None:
         return None
-    positive = (shared["score_transform"] or oracles.identity)(
-        (queries * shared["scale"] * own[targets_of(len(queries), options)[:, 0].clamp(min=0)]).sum(-1)
-    )
+    products = (queries * own[targets_of(len(queries), options)[:, 0].clamp(min=0)]).sum(-1)
+    positive = (shared["score_transform"] or oracles.identity)(shared["scale"] * products)
+    positive = positive + options.get("hardness", 0.0) * products
     return (
         known.max_score(positive)
         if callable(known.max_score)
@@ -205,6 +211,7 @@ def naive_metrics(
     shared: dict[str, Any] = {
         "scale": float(options.get("scale", 1.0)),
         "transform": options.get("score_transform"),
+        "hardness": options.get("hardness", 0.0),
     }
     limits = {
         "log_weight": items["log_weight"],
