@@ -130,10 +130,7 @@ class ScoreMatrix(NamedTuple):
         )
 
     def of_stretches(self, number: Tensor, length: int, *, with_embeddings: bool = True) -> "ScoreMatrix":
-        """The columns of some stretches of `length` slots, whose numbers [n] ascend; -inf past the end.
-
-        Without embeddings: those of all slots stay, for a kernel that reads stretches where they lie.
-        """
+        """The same of some stretches of `length` slots, whose numbers [n] ascend; -inf past the end."""
         capacity = self.embeddings.shape[0]
         slots = (number[:, None] * length + torch.arange(length, device=number.device)).flatten()
         chosen = self.at(slots.clamp(max=capacity - 1), with_embeddings=with_embeddings)

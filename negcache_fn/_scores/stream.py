@@ -130,7 +130,7 @@ def blocks_and_mean(matrix: ScoreMatrix) -> tuple[Tensor, Tensor, Tensor]:
     """
     found = dispatch.blocks_and_sums(matrix.problem) if matrix.transform is None else None
     blocks, total, log_scale = _blocks_and_sums(matrix) if found is None else found
-    log_normalizer = _logsumexp_of_rows(blocks)
+    log_normalizer = _logsumexp_of_rows(blocks) if matrix.transform is None else blocks.logsumexp(1)
     empty = log_normalizer == -_INFINITY
     return blocks, log_normalizer, total.mul_((log_scale - log_normalizer).masked_fill_(empty, 0.0).exp_()[:, None])
 
@@ -169,6 +169,7 @@ def _score_blocks(matrix: ScoreMatrix, blocks: Tensor) -> Tensor:
 
 
 def _logsumexp_of_rows(blocks: Tensor) -> Tensor:
+    """In an operator: kernels cannot be traced."""
     found = dispatch.logsumexp(blocks)
     return blocks.logsumexp(1) if found is None else found
 
