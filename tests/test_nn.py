@@ -137,7 +137,8 @@ def test_state_dict_carries_the_cache(tmp_path: Path) -> None:
     assert same(criterion.state, other.state)
     assert float(other.scaling().detach()) == float(criterion.scaling().detach())  # type: ignore[union-attr]
     names = {"embedding", "features/text", "features/tokens", "id", "embedded_at", "log_weight", "inserted_at"}
-    expected = {*(f"cache.items/{name}" for name in names), "cache.step", "cache.seed", "scaling.log_scale_bias"}
+    expected = {*(f"cache.items/{name}" for name in names), "cache.step", "cache.seed", "cache.fingerprint"}
+    expected.add("scaling.log_scale_bias")
     assert set(criterion.state_dict()) == expected
     assert other.state.is_locked
 

@@ -170,3 +170,43 @@ def test_torchs_averages_of_a_model_that_holds_its_loss(use_buffers: bool, rule:
     restored = AveragedModel(Tower(), multi_avg_fn=rule, use_buffers=use_buffers)
     restored.load_state_dict(average.state_dict())
     assert same_snapshot(snapshot(restored.module.criterion.state), snapshot(average.module.criterion.state))
+
+
+def trained_towers() -> tuple[Tower, Tower]:
+    """At two times of one run."""
+    early = Tower()
+    early.train_on(1)
+    late = copy.deepcopy(early)
+    late.train_on(2)
+    return early, late
+
+
+@pytest.mark.parametrize("update", [average_floats, average_floats_and_copy_others, average_all])
+def test_an_average_of_dictionaries_is_refused(update: Any) -> None:
+    """Even where ids stay integers: only the fingerprint, an average itself, shows it."""
+    early, late = trained_towers()
+    average = {name: value.clone() for name, value in early.state_dict().items()}
+    for name, value in late.state_dict().items():
+        update(average[name], value)
+    before = snapshot(late.criterion.state)
+    with pytest.raises(RuntimeError, match=r"criterion.cache.items is an average of several caches; expected one"):
+        late.load_state_dict(average)
+    assert same_snapshot(snapshot(late.criterion.state), before)
+
+
+def test_a_dictionary_of_one_cache_may_be_cast_and_averaged_with_itself() -> None:
+    early, late = trained_towers()
+    saved = late.state_dict()
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in saved.items()}
+        early.load_state_dict(cast)
+        assert torch.equal(early.criterion.state["items", "id"], late.criterion.state["items", "id"])
+    early.load_state_dict(
+        {
+            key: value.mul(0.9).add(value * 0.1).to(value.dtype) if value.is_floating_point() else value
+            for key, value in saved.items()
+        }
+    )
+    without = {key: value for key, value in saved.items() if "fingerprint" not in key}
+    with pytest.raises(RuntimeError, match="fingerprint"):
+        early.load_state_dict(without)

@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from negcache_fn._cache.state import stored
 from negcache_fn.distributed import local_capacity
 from negcache_fn.nn import NegativeCacheLoss
+from negcache_fn.nn.cache import FINGERPRINT, fingerprint_of, is_one_cache
 
 __all__ = ["NegativeCacheCallback"]
 
@@ -134,9 +135,11 @@ class NegativeCacheCallback(Callback):
             if group is None:
                 checkpoint[_OTHERS][path] = parts[1:]
             elif trainer.is_global_zero:
+                start = f"{path}.cache."
                 for name, leaf in parts[0].items():
-                    whole = leaf if leaf.ndim == 0 else torch.cat([part[name].cpu() for part in parts])
-                    checkpoint["state_dict"][f"{path}.cache.{name}"] = whole
+                    whole = torch.cat([part[name].cpu() for part in parts]) if _has_slots(name) else leaf
+                    checkpoint["state_dict"][start + name] = whole
+                _put_fingerprint(checkpoint["state_dict"], start)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restores each rank's own cache, if each has one; `state_dict` restored rank 0's on all of them."""
@@ -193,10 +196,15 @@ def _take_parts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
         capacity = embedding.shape[0]
         rows = local_capacity(capacity, group)
         first = capacity - rows if group.rank() == group.size() - 1 else group.rank() * rows
-        for name in loss.cache.state_dict():
-            leaf: Tensor | None = state_dict.get(start + name)
-            if leaf is not None and leaf.ndim > 0:
-                state_dict[start + name] = leaf[first : first + rows]
+        names = [start + name for name in loss.cache.state_dict()]
+        if not all(name in state_dict for name in names):
+            continue
+        is_whole = is_one_cache(state_dict, start)
+        for name in names:
+            if _has_slots(name.removeprefix(start)):
+                state_dict[name] = state_dict[name][first : first + rows]
+        if is_whole:
+            _put_fingerprint(state_dict, start)
 
 
 def _on_rank_0(
@@ -213,7 +221,7 @@ def _on_rank_0(
         return []
     parts = [leaves]
     for source in range(1, group.size()):
-        part = {name: _empty_like(leaf, rows[source]) for name, leaf in leaves.items()}
+        part = {name: _empty_like(leaf, rows[source] if _has_slots(name) else None) for name, leaf in leaves.items()}
         for leaf in part.values():
             for piece in _pieces(leaf):
                 received = torch.empty_like(piece, device=on)
@@ -234,9 +242,19 @@ def _capacities(embedding: Tensor, group: dist.ProcessGroup) -> list[int]:
     return rows
 
 
-def _empty_like(leaf: Tensor, rows: int) -> Tensor:
-    shape = leaf.shape if leaf.ndim == 0 else (rows, *leaf.shape[1:])
-    return torch.empty(shape, dtype=leaf.dtype)
+def _has_slots(name: str) -> bool:
+    """Whether a leaf has a row for each slot."""
+    return name.startswith("items/")
+
+
+def _put_fingerprint(state_dict: dict[str, Any], start: str) -> None:
+    """That of the slots which are there."""
+    found = fingerprint_of(state_dict[f"{start}items/id"], state_dict[f"{start}items/embedded_at"])
+    state_dict[start + FINGERPRINT] = found
+
+
+def _empty_like(leaf: Tensor, rows: int | None) -> Tensor:
+    return torch.empty(leaf.shape if rows is None else (rows, *leaf.shape[1:]), dtype=leaf.dtype)
 
 
 def _pieces(leaf: Tensor) -> Iterator[Tensor]:

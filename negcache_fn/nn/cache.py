@@ -17,8 +17,10 @@ from negcache_fn._cache.state import check_state, live, lock, stored
 from negcache_fn._cache.update import copy_state
 from negcache_fn._codec import storable
 
-__all__ = ["Cache"]
+__all__ = ["FINGERPRINT", "Cache", "fingerprint_of", "is_one_cache"]
 
+FINGERPRINT = "fingerprint"
+_ODD = (-7046029254386353131, -4658895280553007687, -7723592293110705685, 6364136223846793005)  # from splitmix64, PCG
 _CAST = "expected embeddings that fit: normalise them, or keep the cache in a wider dtype"
 
 
@@ -27,7 +29,8 @@ class Cache(nn.Module):
 
     `to`, `cuda` and the like move it; features that are on another device than the embeddings stay there. `half`,
     `double` and the like change the dtype of the embeddings alone. Its entries in a `state_dict` are named as in the
-    schema of a state: `items/embedding`, `items/features/input_ids`, ..., `step`, `seed`.
+    schema of a state: `items/embedding`, `items/features/input_ids`, ..., `step`, `seed`. One more, `fingerprint`, is
+    made of the ids but floating, so that the average of several caches is an error when it is loaded.
 
     The `state_dict` of a deep copy holds clones of the cache. So an average of weights (EMA) that writes into the
     `state_dict` of a copy leaves its cache as it is: the mean of two ids is the id of another document, and a slot's
@@ -65,6 +68,8 @@ class Cache(nn.Module):
     def __getattr__(self, name: str) -> Any:
         # torch.distributed.checkpoint's helpers look up the names in a `state_dict`.
         if "state" in self.__dict__:
+            if name == FINGERPRINT:
+                return fingerprint_of(stored(self.state, "id"), stored(self.state, "embedded_at"))
             for leaf_name, leaf in _named(self.state):
                 if leaf_name == name:
                     return leaf
@@ -94,6 +99,7 @@ class Cache(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, leaf in _named(self.state):
             destination[prefix + name] = leaf.clone() if self._is_copy else leaf
+        destination[prefix + FINGERPRINT] = getattr(self, FINGERPRINT)
 
     def _load_from_state_dict(
         self,
@@ -106,10 +112,11 @@ class Cache(nn.Module):
         error_msgs: list[str],
     ) -> None:
         leaves = {prefix + name: leaf for name, leaf in _named(self.state)}
-        rest = {key: value for key, value in state_dict.items() if key not in leaves}
+        wanted = {*leaves, prefix + FINGERPRINT}
+        rest = {key: value for key, value in state_dict.items() if key not in wanted}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        missing_keys.extend(leaves.keys() - state_dict.keys())
-        if not leaves.keys() <= state_dict.keys():  # a cache is loaded as a whole or not at all
+        missing_keys.extend(wanted - state_dict.keys())
+        if not wanted <= state_dict.keys():  # a cache is loaded as a whole or not at all
             return
         given: dict[str, Tensor] = {key: state_dict[key] for key in leaves}
         assign = local_metadata.get("assign_to_params_buffers", False)
@@ -124,6 +131,10 @@ class Cache(nn.Module):
             for key, leaf in leaves.items()
             if given[key].dtype != leaf.dtype and not (given[key].is_floating_point() and leaf.is_floating_point())
         ]
+        if not errors and not is_one_cache(state_dict, prefix):
+            errors = [
+                f"{prefix}items is an average of several caches; expected one: a cache is not averaged, leave it out"
+            ]
         if not errors and not assign:
             errors = self._losses(given, prefix)
         error_msgs.extend(errors)
@@ -153,6 +164,25 @@ class Cache(nn.Module):
             new[key] = given[prefix + _name(key)].detach()
         check_state(new)
         self.state = lock(new.clear_device_())
+
+
+def fingerprint_of(ids: Tensor, embedded_at: Tensor) -> Tensor:
+    """[8] float32 in [0, 1): pseudo-random numbers, made of which documents are in the slots, and since when."""
+    slot = torch.arange(ids.shape[0], device=ids.device)
+    mixed = (ids * _ODD[0]) ^ (embedded_at * _ODD[1] + slot * _ODD[2])
+    total = ((mixed ^ (mixed >> 29)) * _ODD[3]).sum()
+    numbers = total * torch.arange(1, 16, 2, device=ids.device) * _ODD[0]
+    return ((numbers >> 40) & 0xFFFFFF).to(torch.float32) / 2**24
+
+
+def is_one_cache(state_dict: dict[str, Any], prefix: str) -> bool:
+    """Whether the fingerprint is that of the ids, however it may have been rounded."""
+    found = state_dict[prefix + FINGERPRINT]
+    ids, embedded_at = (state_dict[f"{prefix}items/{name}"] for name in ("id", "embedded_at"))
+    if found.is_meta or ids.is_meta:
+        return True
+    expected = fingerprint_of(ids, embedded_at).to(found.device)
+    return found.shape == expected.shape and bool(((found.to(torch.float32) - expected).abs() < 2**-7).all())
 
 
 def _first_not_storable(embedding: Tensor, alive: Tensor, dtype: torch.dtype) -> int | None:

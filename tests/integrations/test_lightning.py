@@ -29,6 +29,7 @@ from negcache_fn import distributed
 from negcache_fn.integrations import lightning as integration
 from negcache_fn.integrations.lightning import NegativeCacheCallback
 from negcache_fn.nn import NegativeCacheLoss
+from negcache_fn.nn.cache import fingerprint_of
 from tests.support.options import step_keywords
 from tests.support.processes import run_ranks
 
@@ -267,6 +268,9 @@ def whole(of_ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     for name, value in of_ranks[0].items():
         if "cache.items" in name:
             joined[name] = torch.cat([part[name] for part in of_ranks])
+        elif name.endswith("fingerprint"):  # of the slots of a rank
+            items = name.removesuffix("fingerprint") + "items/"
+            joined[name] = fingerprint_of(joined[f"{items}id"], joined[f"{items}embedded_at"])
         else:
             assert all(torch.equal(part[name], value) for part in of_ranks), name
             joined[name] = value
