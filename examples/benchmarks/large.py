@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import mmap
 import os
 import statistics
 import sys
@@ -57,7 +59,7 @@ def _measure(options: argparse.Namespace, folder: Path) -> str:
     small = negcache_fn.init_cache(1, options.dim, example, embedding_dtype=torch.int8, seed=_SEED)
     state = negcache_fn.memory_mapped(small, folder, capacity=options.documents)
     fill_(state, options.batch, generator)
-    _leave_to_disk(folder)
+    _leave_to_disk(folder, state["items", "features", "tokens"])
     rows = [_row(name, state, chosen, options, generator) for name, chosen in _ways(options.batch).items()]
     hardware, kept = describe("cpu"), _in_memory(state)
     return "\n".join(
@@ -135,13 +137,13 @@ def _unit(rows: int, dim: int, generator: torch.Generator) -> Tensor:
     return normalize(torch.randn(rows, dim, generator=generator))
 
 
-def _leave_to_disk(folder: Path) -> None:
+def _leave_to_disk(folder: Path, mapped: Tensor) -> None:
     """Has the system write the files and forget their pages, so that rows are read from the disk."""
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(mapped.data_ptr()), ctypes.c_size_t(mapped.nbytes), mmap.MADV_DONTNEED)
     for file in folder.iterdir():
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
 
