@@ -114,12 +114,13 @@ def _ours(
     dtype: torch.dtype = torch.float32,
     options: StepOptions = StepOptions(),
     for_batch: bool = False,
+    swept: bool = False,
 ) -> Method:
     def make(problem: Problem) -> Call:
         step = _compiled_step if compiled else _step
         return cache_step(problem, step, dtype=dtype, options=options, for_batch=for_batch)
 
-    return Method(name, label, make, swept=options.top_k is None, compiled=compiled)
+    return Method(name, label, make, swept=swept, compiled=compiled)
 
 
 def _product(dtype: torch.dtype = torch.float32) -> Callable[[Problem], Call]:
@@ -160,12 +161,12 @@ def _full_softmax(problem: Problem) -> Call:
 _BFLOAT16 = torch.bfloat16
 
 OURS = (
-    _ours("ours", "`negcache_fn`, compiled"),
-    _ours("ours-eager", "`negcache_fn`, eager", compiled=False),
+    _ours("ours", "`negcache_fn`, compiled", swept=True),
+    _ours("ours-eager", "`negcache_fn`, eager", compiled=False, swept=True),
     _ours("ours-bf16", "`negcache_fn`, bfloat16 storage, compiled", dtype=_BFLOAT16),
     _ours("ours-bf16-eager", "`negcache_fn`, bfloat16 storage, eager", dtype=_BFLOAT16, compiled=False),
-    _ours("ours-int8", "`negcache_fn`, int8 storage, compiled", dtype=torch.int8),
-    _ours("batch", "`negcache_fn`, draws for the batch, compiled", for_batch=True),
+    _ours("ours-int8", "`negcache_fn`, int8 storage, compiled", dtype=torch.int8, swept=True),
+    _ours("batch", "`negcache_fn`, draws for the batch, compiled", for_batch=True, swept=True),
     _ours("batch-eager", "`negcache_fn`, draws for the batch, eager", compiled=False, for_batch=True),
     _ours(
         "batch-bf16", "`negcache_fn`, draws for the batch, bfloat16 storage, compiled", dtype=_BFLOAT16, for_batch=True
