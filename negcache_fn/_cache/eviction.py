@@ -6,6 +6,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from negcache_fn._cache.select import ordered
 from negcache_fn._cache.state import live, stored
 from negcache_fn._options import Eviction, StepOptions
 
@@ -40,7 +41,5 @@ def eviction_key(state: TensorDictBase, options: StepOptions, priorities: Tensor
         key = priorities.clamp(low, high)
     else:
         priority = priorities.to(torch.float32)
-        bits = priority.masked_fill(priority.isnan(), -float("inf")).view(torch.int32)
-        # Sign and magnitude, whose order is that of its bits; -0 is 0.
-        key = torch.where(bits < 0, -(bits & high), bits).to(torch.int64)
+        key = ordered(priority.masked_fill(priority.isnan(), -float("inf")))
     return torch.where(live(state), key, low - 1)

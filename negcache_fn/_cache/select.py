@@ -12,7 +12,7 @@ from negcache_fn._checks import check_size
 from negcache_fn._kernels import dispatch
 from negcache_fn._ranks.group import Shards, unsharded
 
-__all__ = ["lowest_slots", "segments", "stalest"]
+__all__ = ["lowest_slots", "ordered", "segments", "stalest"]
 
 _SEGMENT = 2**19  # slots; a multiple of the 4096 whose groups share a Philox call in sampling
 
@@ -74,3 +74,10 @@ def _lowest_slots_op(key: Tensor, skip: Tensor, n: int) -> Tensor:
 @_lowest_slots_op.register_fake
 def _(key: Tensor, skip: Tensor, n: int) -> Tensor:
     return key.new_empty(n)
+
+
+def ordered(values: Tensor) -> Tensor:
+    """Int64 numbers of 32 bits in the order of the float32 values, equal where these are, also for -0 and 0."""
+    bits = values.view(torch.int32)
+    # Sign and magnitude, whose order is that of its bits.
+    return torch.where(bits < 0, -(bits & torch.iinfo(torch.int32).max), bits).to(torch.int64)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from negcache_fn._cache.select import segments
+from negcache_fn._cache.select import ordered, segments
 from negcache_fn._draws.noise import AMONG_BLOCKS, AMONG_SLOTS, Noise
 from negcache_fn._kernels.blocks import BLOCK, GROUP
 from negcache_fn._ranks.group import Ranks
@@ -226,10 +226,8 @@ def _largest(values: Tensor, n: int) -> Tensor:
     if values.dtype != torch.float32:
         return values.sort(descending=True, stable=True).indices[:n].sort().values
     # As integers in the same order, all different, of which `topk` finds the largest in a third of the time.
-    bits = values.view(torch.int32)
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int64)
     place = torch.arange(values.shape[0], device=values.device)
-    return (ordered * 2**32 - place).topk(n, sorted=False).indices.sort().values
+    return (ordered(values) * 2**32 - place).topk(n, sorted=False).indices.sort().values
 
 
 def _in_order(found: Largest, n: int) -> Largest:

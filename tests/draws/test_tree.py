@@ -140,7 +140,7 @@ def test_masses_among_the_best_are_sums_over_queries() -> None:
 
 
 @given(
-    values=st.lists(st.sampled_from([-math.inf, -3.5, -0.25, 0.5, 2.0, math.inf]), min_size=1, max_size=40),
+    values=st.lists(st.sampled_from([-math.inf, -3.5, -0.25, -0.0, 0.0, 0.5, 2.0, math.inf]), min_size=1, max_size=40),
     n=st.integers(1, 45),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
