@@ -70,7 +70,7 @@ def _add_experiments(experiments: argparse.ArgumentParser) -> None:
     experiments.add_argument("--model", help="as `train` takes it")
     experiments.add_argument("--layers", type=positive, help="as `train` takes it")
     experiments.add_argument("--wordnet", type=Path, metavar="PATH", help="as `train` takes it")
-    experiments.add_argument("--methods", nargs="+", metavar="NAME", help="some of the methods (default: all)")
+    experiments.add_argument("--methods", nargs="+", metavar="NAME", help="methods (default: all of this device)")
     experiments.add_argument("--seconds", type=float, nargs="+", default=[500.0], help="CPU time of a training")
     experiments.add_argument("--tune-seconds", type=float, default=125.0, help="of one that tunes the learning rate")
     experiments.add_argument("--learning-rates", type=float, nargs="+", default=[2e-4, 4e-4], help="one: no tuning")
@@ -128,16 +128,17 @@ def _experiments(options: argparse.Namespace) -> None:
 
     from examples.benchmarks.report import fill_page
     from examples.reverse_dictionary.data import read_entries
-    from examples.reverse_dictionary.experiments.methods import METHODS
+    from examples.reverse_dictionary.experiments.methods import GPU_METHODS, METHODS
     from examples.reverse_dictionary.experiments.report import tables
     from examples.reverse_dictionary.experiments.runner import Plan, run_plan
     from examples.reverse_dictionary.experiments.trial import Setting
     from examples.reverse_dictionary.model import fast_in_bfloat16
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    known = {method.name: method for method in METHODS}
+    known = {method.name: method for method in (*METHODS, *GPU_METHODS)}
+    usual = [method.name for method in (METHODS if device == "cpu" else GPU_METHODS)]
     plan = Plan(
-        methods=tuple(known[name] for name in _some_of(known, options.methods)),
+        methods=tuple(known[name] for name in _some_of(known, options.methods or usual)),
         seconds=tuple(options.seconds),
         tune_seconds=options.tune_seconds,
         rates=tuple(options.learning_rates),

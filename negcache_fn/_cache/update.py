@@ -265,7 +265,7 @@ class _Rows(NamedTuple):
         """Writes `values` [M, ...] into rows of the cache [C, ...]."""
         source, slots, any_ = (moved(part, stored_rows.device) for part in self)
         new = moved(values, stored_rows.device)[source].to(stored_rows.dtype)
-        return stored_rows.index_copy_(0, slots, torch.where(any_, new, stored_rows[slots]))
+        return stored_rows.index_copy_(0, slots, torch.where(any_, new, stored_rows[:1]))
 
     def write_embeddings_(self, state: TensorDictBase, embeddings: Tensor) -> None:
         """Writes embeddings [M, D] as the cache stores them."""

@@ -209,7 +209,7 @@ def _drawn(draw: Draw, shared: SharedDraws) -> Tensor:
 
 def _false_negatives(products: Tensor, draw: Draw, shared: SharedDraws) -> Tensor:
     """[B, M] bool: whether a draw is a false negative of the query; `products`: no log-weights."""
-    masked = products > draw.max_score[:, shared.source]
+    masked = products > _of_sources(draw.max_score, shared)
     if draw.exclude_ids.shape[0] == products.shape[0]:  # documents excluded for all are not among the draws
         masked = masked | among(shared.id, draw.exclude_ids)
     if draw.exclude_labels.shape[1]:
@@ -219,7 +219,12 @@ def _false_negatives(products: Tensor, draw: Draw, shared: SharedDraws) -> Tenso
 
 def _possible(stale: Tensor, masked: Tensor, draw: Draw, shared: SharedDraws) -> Tensor:
     """[B, M] bool: whether the query's softmax has the drawn document."""
-    return (stale >= draw.cutoff[:, shared.source]) & ~masked & (shared.slot >= 0) & draw.has_documents[:, None]
+    return (stale >= _of_sources(draw.cutoff, shared)) & ~masked & (shared.slot >= 0) & draw.has_documents[:, None]
+
+
+def _of_sources(values: Tensor, shared: SharedDraws) -> Tensor:
+    """[B, M], or [B, 1] where all draws are of one cache: the value [B, S] of each draw's source."""
+    return values if values.shape[1] == 1 else values[:, shared.source]
 
 
 def _log_expected(log_probability: Tensor, draw: Draw, shared: SharedDraws) -> Tensor:

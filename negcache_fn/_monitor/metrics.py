@@ -60,7 +60,7 @@ def step_metrics(
     log_importance = terms.cache.log_importance
     sample_size = (2 * log_importance.logsumexp(-1) - (2 * log_importance).logsumexp(-1)).exp()
     sample_size = sample_size.masked_fill((log_importance == -_INFINITY).all(-1), 0.0)
-    draws = (drawn_by_all >= 0).sum()
+    drawn_by_any = drawn_by_all >= 0
     queries = capacity.new_full((), exact.shape[0]) if trains is None else trains.sum()
     can_draw = draw.has_documents if trains is None else draw.has_documents & trains
     ratios = {
@@ -72,10 +72,11 @@ def step_metrics(
         "draw_age_steps": _sum_where(step - drawn_at, drawn.flatten()),
         "drift": _sum_where(drift, drawn.flatten()),
         "effective_sample_size": _sum_where(sample_size, can_draw),
-        "masked_pairs": ((terms.cache.masked & can_draw[:, None]).sum(), can_draw.sum() * draws),
+        # Not a product of two sums, which Triton 3.6 cannot compile in the kernel that Inductor makes of these lines.
+        "masked_pairs": ((terms.cache.masked & can_draw[:, None]).sum(), (can_draw[:, None] & drawn_by_any).sum()),
     }
     if not draw.for_batch:
-        ratios["unique_draws"] = (_distinct(drawn_by_all), draws)
+        ratios["unique_draws"] = (_distinct(drawn_by_all), drawn_by_any.sum())
     totals, counts = map(list, zip(*ratios.values(), strict=True))
     if ranks.name is not None:
         parts = [value.double() for value in (*totals, *counts, not_written, failures)]

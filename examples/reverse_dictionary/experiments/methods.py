@@ -16,7 +16,7 @@ from torch import nn
 from negcache_fn import StepOptions
 from negcache_fn.integrations.sentence_transformers import NegativeCacheLoss
 
-__all__ = ["METHODS", "Method", "loss_of"]
+__all__ = ["GPU_METHODS", "METHODS", "Method", "loss_of"]
 
 _GIST_TEMPERATURE = 0.05  # 1 / 20, the scale of the others
 
@@ -33,6 +33,7 @@ class Method:
     """Of `CachedMultipleNegativesRankingLoss` or `NegativeCacheLoss`."""
 
 
+# For a CPU, and for a GPU, where larger batches pay.
 METHODS = (
     Method("mnrl_64", "MultipleNegativesRankingLoss, B=64", "mnrl"),
     Method("mnrl_128", "MultipleNegativesRankingLoss, B=128", "mnrl", 128),
@@ -62,6 +63,23 @@ METHODS = (
         {"cache_size": 65_536, "options": StepOptions(draws_per_query=1)},
     ),
     Method("cache_128", "NegativeCacheLoss, B=128", "cache", 128),
+)
+
+GPU_METHODS = (
+    Method("mnrl_256", "MultipleNegativesRankingLoss, B=256", "mnrl", 256),
+    Method("mnrl_1024", "MultipleNegativesRankingLoss, B=1024", "mnrl", 1024),
+    Method("cached_4096", "CachedMultipleNegativesRankingLoss, B=4096", "cached_mnrl", 4096, {"mini_batch_size": 1024}),
+    Method("gist_256", "GISTEmbedLoss, B=256", "gist", 256),
+    Method("cache_256", "NegativeCacheLoss, B=256", "cache", 256),
+    Method("cache_256_64k", "NegativeCacheLoss, B=256, C=65,536", "cache", 256, {"cache_size": 65_536}),
+    Method(
+        "cache_256_64k_k1",
+        "NegativeCacheLoss, B=256, C=65,536, each query draws 1",
+        "cache",
+        256,
+        {"cache_size": 65_536, "options": StepOptions(draws_per_query=1)},
+    ),
+    Method("cache_1024_64k", "NegativeCacheLoss, B=1024, C=65,536", "cache", 1024, {"cache_size": 65_536}),
 )
 
 

@@ -18,7 +18,8 @@ _HEADER = (
 def tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Markdown by name, a table for each budget, of the runs that asked test queries.
 
-    Differences are taken seed by seed, to the best method without a cache. A method counts once every seed has run.
+    Differences are taken seed by seed, to the best method without a cache, if there is one. A method counts once every
+    seed has run.
     """
     by_budget: dict[float, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in results:
@@ -34,7 +35,7 @@ def _table(methods: dict[str, list[dict[str, Any]]]) -> str:
     }
     scores = {name: [row["result"]["mrr@10"] for row in rows] for name, rows in whole.items()}
     without = [name for name, rows in whole.items() if rows[0]["asked"]["method"]["loss"] != "cache"]
-    best = max(without, key=lambda name: sum(scores[name]))
+    best = max(without or whole, key=lambda name: sum(scores[name]))
     lines = [_HEADER.format(f"`{whole[best][0]['asked']['method']['label']}`")]
     for name, rows in whole.items():
         asked = rows[0]["asked"]
