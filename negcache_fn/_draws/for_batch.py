@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, softplus
 
 from negcache_fn._cache.select import ordered, segments
 from negcache_fn._draws.noise import AMONG_BLOCKS, AMONG_SLOTS, Noise
@@ -48,6 +48,7 @@ __all__ = [
 
 _BLOCKS = GROUP // BLOCK  # of a group
 _INFINITY = float("inf")
+_LINEAR = 50.0  # from where log(1 + exp(x)) is x, in float64 as well
 _SLAB = 2**22  # scores, or numbers of embeddings, of the slots scored again at a time
 
 
@@ -185,7 +186,7 @@ def _slots_of_blocks(matrix: ScoreMatrix, block: Tensor, log_mass: Tensor, impor
 
 def _at_a_time(matrix: ScoreMatrix, length: int) -> int:
     """How many stretches to score again at once."""
-    return max(1, _SLAB // max(matrix.queries.shape) // length)
+    return _SLAB // max(matrix.queries.shape) // length + 1  # not one stretch less than M + 1 of a round M
 
 
 def _choose(
@@ -215,9 +216,8 @@ def _given_maximum(perturbed: Tensor, maximum: Tensor) -> Tensor:
     """
     below = perturbed - perturbed.amax(-1, keepdim=True)
     difference = maximum[:, None] - perturbed + torch.log(-torch.expm1(below))
-    given = maximum[:, None] - torch.logaddexp(difference, torch.zeros_like(difference))
-    nothing = (perturbed == -_INFINITY) | (maximum == -_INFINITY)[:, None]
-    return torch.where(nothing, -_INFINITY, given)
+    given = maximum[:, None] - softplus(difference, threshold=_LINEAR)
+    return given.masked_fill(perturbed == -_INFINITY, -_INFINITY)
 
 
 def _largest(values: Tensor, n: int) -> Tensor:
