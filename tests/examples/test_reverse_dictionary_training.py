@@ -228,15 +228,18 @@ def test_losses_are_compared_at_equal_time(tiny: Path, wordnet: Path, tmp_path: 
     ]
 
 
-def test_a_table_has_the_methods_whose_seeds_have_all_run() -> None:
-    def line(name: str, loss: str, seed: int, mrr: float) -> dict[str, Any]:
+def test_a_table_has_the_tuned_rate_of_every_method() -> None:
+    def line(name: str, loss: str, seed: int, mrr: float, rate: float = 2e-4, split: str = "test") -> dict[str, Any]:
         method = {"name": name, "label": name, "loss": loss}
-        asked = {"method": method, "split": "test", "seconds": 500.0, "seed": seed, "rate": 2e-4, "steps": 1000}
+        asked = {"method": method, "split": split, "seconds": 500.0, "seed": seed, "rate": rate, "steps": 1000}
         return {"asked": asked, "result": {"mrr@10": mrr, "recall@10": 0.5}}
 
     found = [line("a", "mnrl", 1, 0.1), line("a", "mnrl", 2, 0.2), line("b", "mnrl", 1, 0.9)]
-    found += [line("c", "cache", 2, 0.31), line("c", "cache", 1, 0.21)]
+    found += [line("c", "cache", 2, 0.31), line("c", "cache", 1, 0.21), line("c", "cache", 1, 0.8, rate=4e-4)]
+    found += [line("c", "cache", 0, 0.5, split="validation"), line("c", "cache", 0, 0.4, rate=4e-4, split="validation")]
     table = tables(found)["encoder_500"]
-    assert "| b |" not in table
     assert "MRR@10 over `a`" in table
-    assert "| c | 0.0002 | 1,000 | 0.2600 ± 0.6353 | 0.5000 ± 0.0000 | +0.1100 ± 0.0000 |" in table
+    assert "| b | 0.0002 | 1,000 | 1 | 0.9000 | 0.5000 | +0.8000 |" in table
+    assert "| c | 0.0002 | 1,000 | 2 | 0.2600 ± 0.6353 | 0.5000 ± 0.0000 | +0.1100 ± 0.0000 |" in table
+    found[-1]["result"]["mrr@10"] = 0.6
+    assert "| c | 0.0004 | 1,000 | 1 | 0.8000 | 0.5000 | +0.7000 |" in tables(found)["encoder_500"]

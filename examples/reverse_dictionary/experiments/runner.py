@@ -36,7 +36,7 @@ class Plan:
 
 
 def run_plan(plan: Plan, setting: Setting, entries: Sequence[Entry], out: Path) -> list[dict[str, Any]]:
-    """Measures what steps cost, tunes each method on validation queries, then runs its seeds; returns all lines."""
+    """Measures what steps cost, tunes each method on validation queries, runs its seeds; returns the whole file."""
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def run_plan(plan: Plan, setting: Setting, entries: Sequence[Entry], out: Path) 
     finals = [*_finals(plan, costs, found, setting)]
     for trial in tqdm(finals, desc="comparison", unit="run"):
         _run(trial, setting, entries, found, file)
-    return [found[_key(trial, setting)] for trial in (*wanted, *finals)]
+    return list(found.values())
 
 
 def _costs(plan: Plan, setting: Setting, entries: Sequence[Entry], file: Path) -> dict[str, float]:

@@ -18,6 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from examples.reverse_dictionary.data import SPLITS, Entry, split_of
 from examples.reverse_dictionary.evaluator import DictionaryEvaluator
 from examples.reverse_dictionary.experiments.methods import Method, loss_of
+from examples.reverse_dictionary.experiments.mining import Mined, in_order
 from examples.reverse_dictionary.model import load_model
 
 __all__ = ["Setting", "Trial", "run_trial", "seconds_per_step"]
@@ -69,6 +70,7 @@ def run_trial(trial: Trial, setting: Setting, entries: Sequence[Entry]) -> dict[
 def seconds_per_step(method: Method, setting: Setting, entries: Sequence[Entry]) -> float:
     """The seconds of a step, with its share of reading and tokenising data."""
     trainer, clock = _trainer(method, setting, entries, _STEPS_TO_START + _STEPS_TIMED, 1e-5, 0)
+    trainer.remove_callback(Mined)  # its negatives are then some document
     trainer.train()
     return (clock.ends[-1] - clock.ends[_STEPS_TO_START - 1]) / _STEPS_TIMED
 
@@ -94,6 +96,7 @@ def _trainer(
     model = load_model(setting.model, layers=setting.layers, device=setting.device)
     guide = copy.deepcopy(model) if method.loss == "gist" else model
     trained = [entries[row] for row in _rows(entries, "train")]
+    mined = Mined(model, trained, method.batch_size, steps, seed) if method.loss == "mined_mnrl" else None
     with TemporaryDirectory() as folder:  # nothing is saved
         trainer = SentenceTransformerTrainer(
             model=model,
@@ -111,17 +114,24 @@ def _trainer(
                 disable_tqdm=True,
                 use_cpu=setting.device == "cpu",
                 seed=seed,
+                **({} if mined is None else {"batch_sampler": in_order, "remove_unused_columns": False}),
             ),
-            train_dataset=Dataset.from_dict(
-                {"definition": [entry.definition for entry in trained], "entry": [entry.document for entry in trained]}
-            ),
+            train_dataset=_pairs(trained) if mined is None else mined.dataset,
             loss=loss_of(method, model, guide, seed=seed),
         )
     clock = _Clock(setting.device)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(clock)
+    if mined is not None:
+        trainer.add_callback(mined)
     return trainer, clock
+
+
+def _pairs(entries: Sequence[Entry]) -> Dataset:
+    return Dataset.from_dict(
+        {"definition": [entry.definition for entry in entries], "entry": [entry.document for entry in entries]}
+    )
 
 
 def _rows(entries: Sequence[Entry], split: str) -> list[int]:
