@@ -17,7 +17,7 @@ __all__ = ["among", "find_slots", "first_of_each", "last_of_each", "named", "wit
 
 _ANONYMOUS = -1
 _FEW = 16  # ids of a query, up to which they are compared one by one
-_FEW_ON = {"cpu": 64, "cuda": 1024}  # ids of a batch, up to which all are compared with all
+_FEW_ON = {"cuda": 1024}  # ids of a batch, up to which all are compared with all
 
 
 def named(ids: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def without(state: TensorDictBase, ids: Tensor) -> Tensor:
 
 def last_of_each(ids: Tensor) -> Tensor:
     """[M] bool: whether no later row has the same id."""
-    if ids.shape[0] <= _FEW_ON.get(ids.device.type, 0):  # a sort of few takes as long as one of many
+    if ids.device.type in _FEW_ON and ids.shape[0] <= _FEW_ON[ids.device.type]:
         return ~((ids == ids[:, None]).triu_(1).any(1) & named(ids))
     ordered, order = ids.sort(stable=True)
     last = torch.ones_like(ordered, dtype=torch.bool)

@@ -17,14 +17,13 @@ from torch import Tensor, are_deterministic_algorithms_enabled
 from torch.nn.functional import pad
 
 from negcache_fn._kernels.blocks import BLOCK
+from negcache_fn._kernels.triton.products import LN_2, LOG2_E, tile_of_products, tile_of_scores
 
 __all__ = ["configs", "launch", "suitable"]
 
 _INTERPRETED = triton.knobs.runtime.interpret
 _BLOCK = tl.constexpr(BLOCK)
 _GROUP = tl.constexpr(16)  # tiles of queries
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
 _FIXED = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
 
 
@@ -76,37 +75,25 @@ def _kernel(
     last_slot = (C - 1 - first_slot).to(tl.int32)
     embedding = embeddings + first_slot * D + (tl.minimum(slot, last_slot)[None, :] * D + column[:, None])
 
-    products = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
-    # The parts take turns: the compiler overlaps one product, not two, with the loads for the next step.
-    for step in range(tl.cdiv(D, BLOCK_D) * PARTS):
-        start = step // PARTS * BLOCK_D
-        part = step % PARTS * tl.cast(B, tl.int64) * D
-        if D % BLOCK_D == 0:
-            q = tl.load(query + (part + start))
-            e = tl.load(embedding + start)
-        else:
-            q = tl.load(query + (part + start), mask=column[None, :] < D - start, other=0.0)
-            e = tl.load(embedding + start, mask=column[:, None] < D - start, other=0.0)
-        if WIDEN:
-            q, e = q.to(tl.float32), e.to(tl.float32)
-        else:
-            e = e.to(q.dtype)  # int8, which bfloat16 holds exactly
-        products = tl.dot(q, e, products, input_precision=PRECISION)
-
-    # In units of log 2, which is what the hardware's exponential and logarithm take.
-    factor = tl.load(magnitude + first_row + row) * _LOG2_E
-    offset = tl.load(bias + first_slot + slot, mask=slot <= last_slot, other=float("-inf")) * _LOG2_E
+    products = tile_of_products(query, embedding, column, B, D, PARTS, PRECISION, WIDEN, BLOCK_M, BLOCK_N, BLOCK_D)
+    inside = slot <= last_slot
     if SCALED:
-        scale = tl.load(row_scale + first_slot + slot, mask=slot <= last_slot, other=0.0)
+        scale = tl.load(row_scale + first_slot + slot, mask=inside, other=0.0)
         products *= scale[None, :]
-    scores = products * factor[:, None] + offset[None, :]
-    if LIMITED:
-        limit = tl.load(max_score + first_row + row) * _LOG2_E
-        scores = tl.where(products * factor[:, None] > limit[:, None], float("-inf"), scores)
+    offset = tl.load(bias + first_slot + slot, mask=inside, other=float("-inf")) * LOG2_E
+    labels = slot
     if LABELLED:
-        of_rows = tl.load(row_labels + first_row + row)
-        of_slots = tl.load(slot_labels + first_slot + slot, mask=slot <= last_slot, other=0)
-        scores = tl.where(of_rows[:, None] == of_slots[None, :], float("-inf"), scores)
+        labels = tl.load(slot_labels + first_slot + slot, mask=inside, other=0)
+    scores = tile_of_scores(
+        products,
+        offset,
+        magnitude + first_row + row,
+        max_score + first_row + row,
+        row_labels + first_row + row,
+        labels,
+        LIMITED,
+        LABELLED,
+    )
     if P > 0:
         found = tl.full([BLOCK_M], 0, tl.int32)
         exclusions = excluded + (first_row + row) * P
@@ -128,7 +115,7 @@ def _kernel(
     block = first_slot // _BLOCK + place
     target = out + (first_row + row)[:, None] * blocks + block
     inside = (tl.arange(0, BLOCK_M)[:, None] < B - first_row) & (block < blocks)
-    tl.store(target, (tl.log2(total) + peak) * _LN_2, mask=inside)
+    tl.store(target, (tl.log2(total) + peak) * LN_2, mask=inside)
     if WEIGHTED:
         shares = exponentials * (UNIT / tl.where(total == 0.0, 1.0, total))[:, :, None]
         shares = tl.reshape(shares, [BLOCK_M, BLOCK_N])

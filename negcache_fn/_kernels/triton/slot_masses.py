@@ -13,11 +13,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
+from negcache_fn._kernels.triton.products import LN_2, LOG2_E, tile_of_products, tile_of_scores
+
 __all__ = ["launch"]
 
 _INTERPRETED = triton.knobs.runtime.interpret
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
 _ROWS, _SLOTS, _BYTES = 64, 64, 128  # of a tile; bytes of an embedding at a time
 
 
@@ -54,7 +54,10 @@ def _kernel(
     embedding = embeddings + tl.minimum(slot, C - 1)[None, :] * D + column[:, None]
     if SCALED:
         scale = tl.load(row_scale + slot, mask=slot < C, other=0.0)
-    offset = tl.load(bias + slot, mask=slot < C, other=float("-inf")) * _LOG2_E
+    offset = tl.load(bias + slot, mask=slot < C, other=float("-inf")) * LOG2_E
+    labels = slot
+    if LABELLED:
+        labels = tl.load(slot_labels + slot, mask=slot < C, other=0)
 
     peak = tl.full([BLOCK_N], 0.0, tl.float32)
     total = tl.full([BLOCK_N], 0.0, tl.float32)
@@ -62,32 +65,16 @@ def _kernel(
         place = first_row + tl.arange(0, BLOCK_M)
         row = tl.minimum(place, B - 1).to(tl.int64)
         query = queries + row[:, None] * D + column[None, :]
-        products = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
-        for step in range(tl.cdiv(D, BLOCK_D) * PARTS):
-            start = step // PARTS * BLOCK_D
-            part = step % PARTS * tl.cast(B, tl.int64) * D
-            q = tl.load(query + (part + start), mask=column[None, :] < D - start, other=0.0)
-            e = tl.load(embedding + start, mask=column[:, None] < D - start, other=0.0)
-            if WIDEN:
-                q, e = q.to(tl.float32), e.to(tl.float32)
-            else:
-                e = e.to(q.dtype)  # int8, which bfloat16 holds exactly
-            products = tl.dot(q, e, products, input_precision=PRECISION)
-
+        products = tile_of_products(query, embedding, column, B, D, PARTS, PRECISION, WIDEN, BLOCK_M, BLOCK_N, BLOCK_D)
         if SCALED:
             products *= scale[None, :]
-        similarity = products * (tl.load(magnitude + row) * _LOG2_E)[:, None]
-        scores = similarity + offset[None, :]
-        if LIMITED:
-            limit = tl.load(max_score + row) * _LOG2_E
-            scores = tl.where(similarity > limit[:, None], float("-inf"), scores)
-        if LABELLED:
-            of_slots = tl.load(slot_labels + slot, mask=slot < C, other=0)
-            scores = tl.where(tl.load(row_labels + row)[:, None] == of_slots[None, :], float("-inf"), scores)
+        scores = tile_of_scores(
+            products, offset, magnitude + row, max_score + row, row_labels + row, labels, LIMITED, LABELLED
+        )
         for p in range(P):
             place_excluded = tl.load(excluded + row * P + p)
             scores = tl.where(place_excluded[:, None] == slot[None, :], float("-inf"), scores)
-        weight = tl.load(log_weight + row, mask=place < B, other=float("-inf")) * _LOG2_E
+        weight = tl.load(log_weight + row, mask=place < B, other=float("-inf")) * LOG2_E
         counts = weight > float("-inf")
         scores = tl.where(counts[:, None], scores + weight[:, None], float("-inf"))
 
@@ -98,7 +85,7 @@ def _kernel(
         total = tl.where(total == 0.0, 0.0, total * tl.exp2(peak - larger))
         total += tl.sum(tl.exp2(scores - larger[None, :]), 0)
         peak = larger
-    tl.store(out + slot, (tl.log2(total) + peak) * _LN_2, mask=slot < C)
+    tl.store(out + slot, (tl.log2(total) + peak) * LN_2, mask=slot < C)
 
 
 def launch(
