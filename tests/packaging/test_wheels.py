@@ -44,6 +44,7 @@ NEEDS_MORE = (
     "negcache_fn/plots.py",
     "negcache_fn/_kernels/triton/block_logsumexp.py",
     "negcache_fn/_kernels/triton/gumbel.py",
+    "negcache_fn/_kernels/triton/products.py",
     "negcache_fn/_kernels/triton/slot_masses.py",
 )
 
