@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -100,6 +101,7 @@ def _first_call(method: Method, problem: Problem) -> tuple[Call | None, str]:
     except UnavailableError as error:
         return None, str(error)
     except Exception as error:  # a peer that fails must not take the others with it
+        traceback.print_exc()
         return None, f"{type(error).__name__}: {str(error)[:300]}"
     return call, ""
 

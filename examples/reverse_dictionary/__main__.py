@@ -59,7 +59,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument("--batch-size", type=positive, help="queries in a step (default: 64, on a GPU 256)")
     train.add_argument("--cache-size", type=positive, default=65_536, help="documents in the cache")
     train.add_argument("--num-draws", type=positive, help="documents of the cache a step encodes (default: as queries)")
-    train.add_argument("--learning-rate", type=float, default=2e-4, help="the highest one")
+    train.add_argument("--learning-rate", type=float, default=4e-4, help="the highest one")
     train.add_argument("--evaluate-every", type=positive, help="steps between evaluations (default: a third of all)")
     train.add_argument("--float32", action="store_true", help="no bfloat16, which a GPU and some CPUs compute faster")
     train.add_argument("--seed", type=int, default=0, help="of batches and draws")
