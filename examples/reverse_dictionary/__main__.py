@@ -73,7 +73,9 @@ def _add_experiments(experiments: argparse.ArgumentParser) -> None:
     experiments.add_argument("--methods", nargs="+", metavar="NAME", help="methods (default: all of this device)")
     experiments.add_argument("--seconds", type=float, nargs="+", default=[500.0], help="CPU time of a training")
     experiments.add_argument("--tune-seconds", type=float, default=125.0, help="of one that tunes the learning rate")
-    experiments.add_argument("--learning-rates", type=float, nargs="+", default=[2e-4, 4e-4], help="one: no tuning")
+    experiments.add_argument(
+        "--learning-rates", type=float, nargs="+", default=[2e-4, 4e-4, 8e-4], help="one: no tuning"
+    )
     experiments.add_argument("--seeds", type=positive, default=3, help="trainings of each method, after tuning")
     experiments.add_argument("--out", type=Path, default=OUT / "experiments", metavar="DIR", help="where results go")
     experiments.add_argument("--page", type=Path, metavar="FILE", help="fill the tables of this page")
