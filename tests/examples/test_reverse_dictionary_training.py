@@ -37,6 +37,8 @@ from examples.reverse_dictionary.model import load_model
 THINGS = ("lake", "river", "tree", "stone", "horse", "table", "cloud", "road")
 KINDS = ("big", "small", "old", "new", "red", "green", "cold", "warm", "wet", "dry")
 STEPS = 8
+ROOT = Path(__file__).parents[2]
+PUBLISHED, PAGE = ROOT / "examples/reverse_dictionary/experiments/published", ROOT / "docs/evidence.md"
 
 
 @pytest.fixture(scope="module")
@@ -243,3 +245,9 @@ def test_a_table_has_the_tuned_rate_of_every_method() -> None:
     assert "| c | 0.0002 | 1,000 | 2 | 0.2600 ± 0.6353 | 0.5000 ± 0.0000 | +0.1100 ± 0.0000 |" in table
     found[-1]["result"]["mrr@10"] = 0.6
     assert "| c | 0.0004 | 1,000 | 1 | 0.8000 | 0.5000 | +0.7000 |" in tables(found)["encoder_500"]
+
+
+@pytest.mark.parametrize(("file", "name"), [("results.jsonl", "encoder_500"), ("h100.jsonl", "encoder_60")])
+def test_tables_of_the_page_are_those_of_the_published_runs(file: str, name: str) -> None:
+    found = [json.loads(line) for line in (PUBLISHED / file).read_text(encoding="utf-8").splitlines()]
+    assert tables(found)[name] in PAGE.read_text(encoding="utf-8")
