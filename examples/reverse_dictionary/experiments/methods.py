@@ -29,7 +29,7 @@ class Method:
     name: str
     label: str
     loss: Literal["mnrl", "mined_mnrl", "cached_mnrl", "gist", "dual_memory", "cache"]
-    """With "mined_mnrl" each pair has a hard negative, mined before training and again in the middle, in no time."""
+    """With "mined_mnrl" each pair has a hard negative, mined before training and in the middle; that is not counted."""
     batch_size: int = 64
     arguments: dict[str, Any] = field(default_factory=dict[str, Any])
     """Of `CachedMultipleNegativesRankingLoss`, `DualMemoryLoss` or `NegativeCacheLoss`."""
