@@ -19,13 +19,13 @@ from pathlib import Path
 
 from examples.code_search.tokens import token_ids
 
-__all__ = ["Function", "harvest_file", "installation_roots", "source_files"]
+__all__ = ["Function", "FunctionNode", "described_functions", "harvest_file", "installation_roots", "source_files"]
 
 MIN_QUERY_WORDS = 4
 MAX_QUERY_WORDS = 64
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
 
-_FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
+FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,14 @@ def harvest_file(file: Path, mask_names: bool = False) -> list[Function]:
         file: a Python source file.
         mask_names: leave a function's own name out of its document, so that a query must match what it does.
     """
+    return [_describe(node, name, query, mask_names) for node, name, query in described_functions(file)]
+
+
+def described_functions(file: Path) -> list[tuple[FunctionNode, str, str]]:
+    """The functions of one file without their docstrings, each with its qualified name and its query.
+
+    In source order; none of a file that does not parse.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -79,11 +87,7 @@ def harvest_file(file: Path, mask_names: bool = False) -> list[Function]:
             if docstring is not None:
                 queries[node] = first_paragraph(docstring)
                 del node.body[0]
-    return [
-        _describe(node, qualified_name, queries.get(node, ""), mask_names)
-        for node, qualified_name in _functions(module, "")
-        if not _is_trivial(node)
-    ]
+    return [(node, name, queries.get(node, "")) for node, name in _functions(module, "") if not _is_trivial(node)]
 
 
 def first_paragraph(docstring: str) -> str:
@@ -105,7 +109,7 @@ def _is_skipped(relative: Path) -> bool:
     return bool(_SKIPPED_FOLDERS.intersection(relative.parts)) or relative.name.startswith(("test_", "conftest"))
 
 
-def _functions(node: ast.AST, prefix: str) -> Iterator[tuple[_FunctionNode, str]]:
+def _functions(node: ast.AST, prefix: str) -> Iterator[tuple[FunctionNode, str]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             name = prefix + child.name
@@ -116,7 +120,7 @@ def _functions(node: ast.AST, prefix: str) -> Iterator[tuple[_FunctionNode, str]
             yield from _functions(child, prefix)
 
 
-def _is_trivial(node: _FunctionNode) -> bool:
+def _is_trivial(node: FunctionNode) -> bool:
     """Nothing is left to find: ``pass``, ``...`` or ``raise NotImplementedError``."""
     if len(node.body) > 1:
         return False
@@ -125,7 +129,7 @@ def _is_trivial(node: _FunctionNode) -> bool:
     return is_ellipsis or isinstance(statement, ast.Pass | ast.Raise)
 
 
-def _describe(node: _FunctionNode, qualified_name: str, query: str, mask_names: bool) -> Function:
+def _describe(node: FunctionNode, qualified_name: str, query: str, mask_names: bool) -> Function:
     digest: list[str] = []
     identifiers: Counter[str] = Counter()
     for part in [node.args, *node.body]:

@@ -67,6 +67,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
 
 
 def _add_experiments(experiments: argparse.ArgumentParser) -> None:
+    experiments.add_argument("--task", choices=["dictionary", "code"], default="dictionary", help="what is searched")
     experiments.add_argument("--model", help="as `train` takes it")
     experiments.add_argument("--layers", type=positive, help="as `train` takes it")
     experiments.add_argument("--wordnet", type=Path, metavar="PATH", help="as `train` takes it")
@@ -77,7 +78,7 @@ def _add_experiments(experiments: argparse.ArgumentParser) -> None:
         "--learning-rates", type=float, nargs="+", default=[2e-4, 4e-4, 8e-4], help="one: no tuning"
     )
     experiments.add_argument("--seeds", type=positive, default=3, help="trainings of each method, after tuning")
-    experiments.add_argument("--out", type=Path, default=OUT / "experiments", metavar="DIR", help="where results go")
+    experiments.add_argument("--out", type=Path, metavar="DIR", help="where results go (default: a folder per task)")
     experiments.add_argument("--page", type=Path, metavar="FILE", help="fill the tables of this page")
 
 
@@ -129,10 +130,10 @@ def _experiments(options: argparse.Namespace) -> None:
     import torch
 
     from examples.benchmarks.report import fill_page
-    from examples.reverse_dictionary.data import read_entries
     from examples.reverse_dictionary.experiments.methods import GPU_METHODS, METHODS
     from examples.reverse_dictionary.experiments.report import tables
     from examples.reverse_dictionary.experiments.runner import Plan, run_plan
+    from examples.reverse_dictionary.experiments.tasks import code, dictionary
     from examples.reverse_dictionary.experiments.trial import Setting
     from examples.reverse_dictionary.model import fast_in_bfloat16
 
@@ -146,8 +147,11 @@ def _experiments(options: argparse.Namespace) -> None:
         rates=tuple(options.learning_rates),
         seeds=options.seeds,
     )
-    setting = Setting(options.model or str(_pretrained()), _layers(options, device), fast_in_bfloat16(device), device)
-    made = tables(run_plan(plan, setting, read_entries(_wordnet(options)), options.out))
+    out = options.out or OUT / ("experiments" if options.task == "dictionary" else f"experiments_{options.task}")
+    task = dictionary(_wordnet(options)) if options.task == "dictionary" else code(out / "functions.json")
+    model = options.model or str(_pretrained())
+    setting = Setting(task, model, _layers(options, device), fast_in_bfloat16(device), device)
+    made = tables(run_plan(plan, setting, out), task.name)
     print("\n\n".join(made.values()))
     if options.page is not None:
         fill_page(options.page, made)

@@ -12,11 +12,12 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SPLITS", "Entry", "parse", "read_entries", "split_of"]
+__all__ = ["SPLITS", "Entry", "Pair", "parse", "read_entries", "split_of"]
 
 SPLITS = ("train", "validation", "test")
 
@@ -24,6 +25,20 @@ _PARTS = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 _HELD_OUT_PERCENT = 5
 _POSITION = re.compile(r"\((?:a|p|ip)\)$")
 _EXAMPLES = re.compile(r'[;:]\s*"')
+
+
+class Pair(Protocol):
+    """A query and the one document that answers it, such as an `Entry`."""
+
+    @property
+    def definition(self) -> str:
+        """The query."""
+        ...
+
+    @property
+    def document(self) -> str:
+        """What is searched."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from sentence_transformers.sentence_transformer.evaluation import SentenceEvalua
 from torch import Tensor
 
 from examples.code_search.evaluate import ranks_of, summarize
-from examples.reverse_dictionary.data import Entry
+from examples.reverse_dictionary.data import Pair
 
 __all__ = ["DictionaryEvaluator", "embed"]
 
@@ -22,12 +22,12 @@ class DictionaryEvaluator(SentenceEvaluator):
     """MRR@10 and Recall@10 of some entries' definitions over the documents of all entries.
 
     Args:
-        entries: N, whose documents are searched.
+        entries: N, entries or other pairs, whose documents are searched.
         rows: of the entries whose definitions ask.
         bf16: whether to compute in bfloat16.
     """
 
-    def __init__(self, entries: Sequence[Entry], rows: Sequence[int], *, bf16: bool = False) -> None:
+    def __init__(self, entries: Sequence[Pair], rows: Sequence[int], *, bf16: bool = False) -> None:
         super().__init__()
         self.bf16 = bf16
         self.documents = [entry.document for entry in entries]

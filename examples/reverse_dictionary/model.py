@@ -14,26 +14,30 @@ LONGEST_TEXT = 32
 """Tokens. Definitions have 14 on average, the words of an entry 8."""
 
 
-def load_model(name: str | Path, *, layers: int | None, device: str) -> SentenceTransformer:
-    """A model without dropout whose word table is not trained, cut to its first layers.
+def load_model(
+    name: str | Path, *, layers: int | None, device: str, longest_text: int = LONGEST_TEXT, dropout: float = 0.0
+) -> SentenceTransformer:
+    """A model whose word table is not trained, cut to its first layers.
 
     Args:
         name: as sentence-transformers takes it, or a folder.
         layers: how many to keep; None: all.
         device: "cpu" or "cuda".
+        longest_text: tokens after which a text is cut.
+        dropout: probability, in all of its layers.
 
     Raises:
         ValueError: `layers` of a model that has fewer, or whose layers are not found.
     """
     model = SentenceTransformer(str(name), device=device)
-    model.max_seq_length = LONGEST_TEXT
+    model.max_seq_length = longest_text
     transformer = model[0].auto_model
     if layers is not None:
         _cut(transformer, layers)
     transformer.get_input_embeddings().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0
+            module.p = dropout
     return model
 
 

@@ -27,12 +27,15 @@ from examples.reverse_dictionary.__main__ import main
 from examples.reverse_dictionary.callbacks import StopWhenInterrupted
 from examples.reverse_dictionary.data import Entry, read_entries
 from examples.reverse_dictionary.evaluator import DictionaryEvaluator, embed
-from examples.reverse_dictionary.experiments.methods import METHODS
+from examples.reverse_dictionary.experiments import tasks
+from examples.reverse_dictionary.experiments.methods import METHODS, Method
 from examples.reverse_dictionary.experiments.report import tables
 from examples.reverse_dictionary.experiments.runner import Plan, run_plan
-from examples.reverse_dictionary.experiments.trial import Setting
+from examples.reverse_dictionary.experiments.tasks import Task, code, dictionary
+from examples.reverse_dictionary.experiments.trial import Setting, Trial, run_trial
 from examples.reverse_dictionary.fetch import Download, fetch
 from examples.reverse_dictionary.model import load_model
+from negcache_fn.integrations.sentence_transformers import NegativeCacheLoss
 
 THINGS = ("lake", "river", "tree", "stone", "horse", "table", "cloud", "road")
 KINDS = ("big", "small", "old", "new", "red", "green", "cold", "warm", "wet", "dry")
@@ -205,12 +208,12 @@ def test_losses_are_compared_at_equal_time(tiny: Path, wordnet: Path, tmp_path: 
         rates=(1e-3, 1e-2),
         seeds=2,
     )
-    setting = Setting(str(tiny), layers=None, bf16=False, device="cpu")
+    setting = Setting(dictionary(wordnet), str(tiny), layers=None, bf16=False, device="cpu")
     threads = torch.get_num_threads()
     try:
-        results = run_plan(plan, setting, read_entries(wordnet), tmp_path)
+        results = run_plan(plan, setting, tmp_path)
         lines = (tmp_path / "results.jsonl").read_text().splitlines()
-        assert run_plan(plan, setting, read_entries(wordnet), tmp_path) == results  # nothing is run again
+        assert run_plan(plan, setting, tmp_path) == results  # nothing is run again
     finally:
         torch.set_num_threads(threads)
     assert (tmp_path / "results.jsonl").read_text().splitlines() == lines
@@ -228,6 +231,77 @@ def test_losses_are_compared_at_equal_time(tiny: Path, wordnet: Path, tmp_path: 
         "MultipleNegativesRankingLoss, B=64",
         "NegativeCacheLoss, B=64",
     ]
+
+
+def run_one(method: Method, task: Task, model: Path, *, steps: int = 10) -> dict[str, Any]:
+    """A short training; its result."""
+    trial = Trial(replace(method, batch_size=8), rate=1e-2, seconds=1.0, steps=steps, seed=0, split="test")
+    return run_trial(trial, Setting(task, str(model), layers=None, bf16=False, device="cpu"))
+
+
+def test_drift_is_that_of_drawn_documents(tiny: Path, wordnet: Path) -> None:
+    of_cache = run_one(Method("cache", "", "cache"), dictionary(wordnet), tiny)
+    assert 0 < of_cache["drift"] < 2
+    assert "drift" not in run_one(Method("mnrl", "", "mnrl"), dictionary(wordnet), tiny)
+    dropped_out = run_one(Method("dropout", "", "cache", dropout=0.5), dictionary(wordnet), tiny)
+    assert dropped_out["drift"] > of_cache["drift"]  # two embeddings of a document then always differ
+
+
+def test_a_warm_up_is_another_loss(tiny: Path, wordnet: Path) -> None:
+    task = dictionary(wordnet)
+    never, always = (run_one(Method("", "", "cache", warm_up=share), task, tiny) for share in (1.0, 0.0))
+    mnrl, cache = (run_one(Method("", "", loss), task, tiny) for loss in ("mnrl", "cache"))
+    timed = {"seconds": 0.0}
+    assert {**never, **timed} == {**mnrl, **timed}
+    assert {**always, **timed} == {**cache, **timed}
+    after_half = run_one(Method("", "", "cache", warm_up=0.5), task, tiny)
+    assert after_half["loss"] not in (mnrl["loss"], cache["loss"])
+
+
+def test_a_cache_can_be_filled_before_training(tiny: Path, wordnet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled: list[list[str]] = []
+    prefill = NegativeCacheLoss.prefill
+
+    def spy(loss: NegativeCacheLoss, documents: list[str], **options: Any) -> None:
+        assert loss.state is None
+        prefill(loss, documents, **options)
+        filled.append(documents)
+
+    monkeypatch.setattr(NegativeCacheLoss, "prefill", spy)
+    run_one(Method("", "", "cache", prefilled=20), dictionary(wordnet), tiny)
+    assert len(set(filled[0])) == 20
+
+
+def test_functions_are_searched_by_what_their_docstrings_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = '''def add(a, b):
+    """Add one number to another number.
+
+    More of it.
+    """
+    return a + b
+def same(a, b):
+    """Add one number to another number."""
+    return b + a
+def undescribed(a):
+    return a
+class Box:
+    def weigh(self):
+        """Say how heavy the box is."""
+        return 3
+'''
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    (sources / "module.py").write_text(said)
+    (sources / "copy.py").write_text(said.replace("heavy the box", "much the box"))
+    monkeypatch.setattr(tasks, "installation_roots", lambda: [sources])
+    found = code(tmp_path / "functions.json")
+    assert [(pair.definition, pair.document) for pair in found.pairs] == [
+        ("Add one number to another number.", "def add(a, b):\n    return a + b"),
+        ("Say how much the box is.", "def weigh(self):\n    return 3"),
+    ]
+    (sources / "module.py").unlink()
+    (sources / "copy.py").unlink()
+    assert code(tmp_path / "functions.json") == found  # those of the first run
 
 
 def test_a_table_has_the_tuned_rate_of_every_method() -> None:

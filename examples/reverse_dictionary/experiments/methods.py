@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
@@ -13,7 +14,7 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from torch import nn
 
-from examples.reverse_dictionary.experiments.peers import DualMemoryLoss
+from examples.reverse_dictionary.experiments.peers import DualMemoryLoss, WarmedUp
 from negcache_fn import StepOptions
 from negcache_fn.integrations.sentence_transformers import FalseNegativeFilter, NegativeCacheLoss
 
@@ -33,6 +34,12 @@ class Method:
     batch_size: int = 64
     arguments: dict[str, Any] = field(default_factory=dict[str, Any])
     """Of `CachedMultipleNegativesRankingLoss`, `DualMemoryLoss` or `NegativeCacheLoss`."""
+    dropout: float | None = None
+    """Probability in all layers of the encoder; None: 0."""
+    prefilled: int | None = None
+    """Documents that are put into the cache before the first step, which is not counted."""
+    warm_up: float | None = None
+    """Share of the steps that have in-batch negatives only, before the cache begins to fill."""
 
 
 # For a CPU, and for a GPU, where larger batches pay.
@@ -82,6 +89,22 @@ METHODS = (
         64,
         {"false_negatives": FalseNegativeFilter(margin_strategy="relative", margin=0.05)},
     ),
+    Method("cache_m16", "NegativeCacheLoss, B=64, M=16", "cache", 64, {"options": StepOptions(num_draws=16)}),
+    Method("cache_m128", "NegativeCacheLoss, B=64, M=128", "cache", 64, {"options": StepOptions(num_draws=128)}),
+    Method("cache_fifo", "NegativeCacheLoss, B=64, FIFO", "cache", 64, {"options": StepOptions(evict="fifo")}),
+    Method(
+        "cache_uncorrected",
+        "NegativeCacheLoss, B=64, staleness not corrected",
+        "cache",
+        64,
+        {"options": StepOptions(staleness_correction="none")},
+    ),
+    Method("cache_int8", "NegativeCacheLoss, B=64, int8 cache", "cache", 64, {"embedding_dtype": torch.int8}),
+    Method("cache_prefilled", "NegativeCacheLoss, B=64, prefilled", "cache", prefilled=16_384),
+    Method("cache_warm_up", "NegativeCacheLoss, B=64, after a fifth of the steps", "cache", warm_up=0.2),
+    Method("cache_256_chunked", "NegativeCacheLoss, B=256, mini-batches of 64", "cache", 256, {"mini_batch_size": 64}),
+    Method("mnrl_64_dropout", "MultipleNegativesRankingLoss, B=64, dropout .1", "mnrl", dropout=0.1),
+    Method("cache_dropout", "NegativeCacheLoss, B=64, dropout .1", "cache", dropout=0.1),
 )
 
 GPU_METHODS = (
@@ -102,8 +125,13 @@ GPU_METHODS = (
 )
 
 
-def loss_of(method: Method, model: SentenceTransformer, guide: SentenceTransformer, *, seed: int) -> nn.Module:
-    """The loss for a new training. The guide is the model before training."""
+def loss_of(
+    method: Method, model: SentenceTransformer, guide: SentenceTransformer, *, steps: int, seed: int
+) -> nn.Module:
+    """The loss for a new training of so many steps. The guide is the model before training."""
+    if method.warm_up is not None:
+        after = loss_of(replace(method, warm_up=None), model, guide, steps=steps, seed=seed)
+        return WarmedUp(MultipleNegativesRankingLoss(model), after, int(method.warm_up * steps))
     match method.loss:
         case "mnrl" | "mined_mnrl":
             return MultipleNegativesRankingLoss(model)

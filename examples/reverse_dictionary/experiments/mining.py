@@ -13,7 +13,7 @@ from sentence_transformers.util import semantic_search
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from examples.reverse_dictionary.data import Entry
+from examples.reverse_dictionary.data import Pair
 
 __all__ = ["Mined", "in_order"]
 
@@ -27,7 +27,7 @@ class Mined(TrainerCallback):
     """
 
     def __init__(
-        self, model: SentenceTransformer, entries: Sequence[Entry], batch_size: int, steps: int, seed: int
+        self, model: SentenceTransformer, entries: Sequence[Pair], batch_size: int, steps: int, seed: int
     ) -> None:
         """Entries are those that train; they come in an order of their own, each once."""
         self.model, self.batch_size, self.half = model, batch_size, steps // 2 * batch_size

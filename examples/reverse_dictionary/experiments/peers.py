@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-__all__ = ["DualMemoryLoss"]
+__all__ = ["DualMemoryLoss", "WarmedUp"]
 
 _SCALE = 20.0  # of all losses
 
@@ -37,3 +37,21 @@ class DualMemoryLoss(nn.Module):
             rows, columns = torch.cat([queries, self._banks[0]]), torch.cat([documents, self._banks[1]])
         self._banks = rows.detach()[: self.bank_size], columns.detach()[: self.bank_size]
         return cross_entropy(_SCALE * rows @ columns.T, torch.arange(len(rows), device=rows.device))
+
+
+class WarmedUp(nn.Module):
+    """One loss for the first steps, another one for the others."""
+
+    def __init__(self, first: nn.Module, then: nn.Module, steps: int) -> None:
+        super().__init__()
+        self.first, self.then, self.steps, self.done = first, then, steps, 0
+
+    def forward(self, sentence_features: Iterable[Mapping[str, Any]], labels: Tensor | None = None) -> Tensor:
+        """The loss []."""
+        self.done += 1
+        return (self.first if self.done <= self.steps else self.then)(sentence_features, labels)
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """Those of the second loss."""
+        return getattr(self.then, "metrics", {})

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from examples.experiments.statistics import mean_of
+from examples.reverse_dictionary.experiments.tasks import DICTIONARY
 
 __all__ = ["tables"]
 
@@ -16,7 +17,7 @@ _HEADER = (
 )
 
 
-def tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
+def tables(results: Sequence[dict[str, Any]], task: str = DICTIONARY) -> dict[str, str]:
     """Markdown by name, a table for each budget, of the runs that asked test queries.
 
     A method has the learning rate that is best on validation queries, or with which it has run most often. Differences
@@ -27,7 +28,8 @@ def tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
         if row["asked"]["split"] == "test":
             by_budget[row["asked"]["seconds"]].append(row)
     tuned = _best_rates([row for row in results if row["asked"]["split"] == "validation"])
-    return {f"encoder_{seconds:g}": _table(_by_method(rows, tuned)) for seconds, rows in by_budget.items()}
+    prefix = "encoder" if task == DICTIONARY else f"encoder_{task}"
+    return {f"{prefix}_{seconds:g}": _table(_by_method(rows, tuned)) for seconds, rows in by_budget.items()}
 
 
 def _best_rates(validations: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from examples.reverse_dictionary.data import Entry
 from examples.reverse_dictionary.experiments.methods import Method
+from examples.reverse_dictionary.experiments.tasks import DICTIONARY
 from examples.reverse_dictionary.experiments.trial import Setting, Trial, run_trial, seconds_per_step
 from examples.whole_files import written_whole
 
@@ -35,30 +35,32 @@ class Plan:
     seeds: int
 
 
-def run_plan(plan: Plan, setting: Setting, entries: Sequence[Entry], out: Path) -> list[dict[str, Any]]:
+def run_plan(plan: Plan, setting: Setting, out: Path) -> list[dict[str, Any]]:
     """Measures what steps cost, tunes each method on validation queries, runs its seeds; returns the whole file."""
     logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
-    costs = _costs(plan, setting, entries, out / "costs.json")
+    costs = _costs(plan, setting, out / "costs.json")
     file = out / "results.jsonl"
     found = {row["key"]: row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
     wanted = [*_tuning(plan, costs)]
     for trial in tqdm(wanted, desc="tuning", unit="run"):
-        _run(trial, setting, entries, found, file)
+        _run(trial, setting, found, file)
     finals = [*_finals(plan, costs, found, setting)]
     for trial in tqdm(finals, desc="comparison", unit="run"):
-        _run(trial, setting, entries, found, file)
+        _run(trial, setting, found, file)
     return list(found.values())
 
 
-def _costs(plan: Plan, setting: Setting, entries: Sequence[Entry], file: Path) -> dict[str, float]:
+def _costs(plan: Plan, setting: Setting, file: Path) -> dict[str, float]:
     """Seconds of a step by the name of its method: the least of some rounds, in which the methods take turns."""
     costs = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     missing = [method for method in plan.methods if method.name not in costs]
-    for _ in tqdm(range(_ROUNDS if missing else 0), desc="cost of a step", unit="round"):
+    if not missing:
+        return costs
+    for _ in tqdm(range(_ROUNDS), desc="cost of a step", unit="round"):
         for method in missing:
-            seconds = seconds_per_step(method, setting, entries)
+            seconds = seconds_per_step(method, setting)
             costs[method.name] = min(seconds, costs.get(method.name, seconds))
     with written_whole(file) as unfinished:
         unfinished.write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
@@ -83,21 +85,24 @@ def _finals(plan: Plan, costs: dict[str, float], found: dict[str, dict[str, Any]
                 yield Trial(method, rate, seconds, int(seconds / costs[method.name]), seed, "test")
 
 
-def _run(
-    trial: Trial, setting: Setting, entries: Sequence[Entry], found: dict[str, dict[str, Any]], file: Path
-) -> None:
+def _run(trial: Trial, setting: Setting, found: dict[str, dict[str, Any]], file: Path) -> None:
     key = _key(trial, setting)
     if key not in found:
-        result = run_trial(trial, setting, entries)
+        result = run_trial(trial, setting)
         found[key] = {"key": key, "asked": json.loads(_text(trial)), "result": result}
         with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(found[key]) + "\n")
 
 
 def _key(trial: Trial, setting: Setting) -> str:
-    text = _text(trial) + json.dumps([Path(setting.model).name, setting.layers, setting.bf16])
+    of_setting = [Path(setting.model).name, setting.layers, setting.bf16]
+    if setting.task.name != DICTIONARY:
+        of_setting.append(setting.task.name)
+    text = _text(trial) + json.dumps(of_setting)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _text(trial: Trial) -> str:
-    return json.dumps(asdict(trial), sort_keys=True, default=repr)
+    fields = asdict(trial)
+    fields["method"] = {name: value for name, value in fields["method"].items() if value is not None}
+    return json.dumps(fields, sort_keys=True, default=repr)
