@@ -60,40 +60,23 @@ def cache_step(
         for_batch: whether documents are drawn for the batch, not for each query.
     """
     state = problem.state(dtype)
+    samples = problem.shape.samples
+    if not for_batch:
+        options = replace(options, draws_per_query=samples)
+    elif samples > 1:
+        options = replace(options, num_draws=samples * problem.shape.batch)
 
     def call() -> None:
         problem.next_batch()
-        out = step(
-            state,
-            problem.queries,
-            problem.features,
-            problem.encoded,
-            problem.ids,
-            problem.shape.samples,
-            options,
-            for_batch,
-        )
+        out = step(state, problem.queries, problem.features, problem.encoded, problem.ids, options)
         out.loss.backward()
 
     return call
 
 
 def _step(
-    state: Any,
-    queries: Tensor,
-    features: Any,
-    encoded: Tensor,
-    ids: Tensor,
-    samples: int,
-    options: StepOptions,
-    for_batch: bool,
+    state: Any, queries: Tensor, features: Any, encoded: Tensor, ids: Tensor, options: StepOptions
 ) -> negcache_fn.StepOutput:
-    # The number of draws here, so that one graph serves them all.
-    if for_batch:
-        options = replace(options, num_draws=samples * queries.shape[0])
-    else:
-        options = replace(options, draws_per_query=samples)
-
     def encode(features: Any) -> Tensor:
         return encoded[-features["tokens"].shape[0] :]
 
