@@ -11,14 +11,13 @@ from examples.reverse_dictionary.experiments.tasks import DICTIONARY
 
 __all__ = ["tables"]
 
-_HEADER = (
-    "| loss | learning rate | steps | seeds | MRR@10 | Recall@10 | MRR@10 over {} |\n"
-    "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
-)
+_COLUMNS = ("loss", "learning rate", "steps", "seeds", "MRR@10", "Recall@10", "MRR@10 over `{}`", "drift")
 
 
 def tables(results: Sequence[dict[str, Any]], task: str = DICTIONARY) -> dict[str, str]:
-    """Markdown by name, a table for each budget, of the runs that asked test queries.
+    """Markdown by name, of the runs that asked test queries.
+
+    Each budget has a table of the methods with the most seeds, and one of the others, if there are any.
 
     A method has the learning rate that is best on validation queries, or with which it has run most often. Differences
     are taken seed by seed, to the best method without a cache among those with the most seeds.
@@ -29,7 +28,16 @@ def tables(results: Sequence[dict[str, Any]], task: str = DICTIONARY) -> dict[st
             by_budget[row["asked"]["seconds"]].append(row)
     tuned = _best_rates([row for row in results if row["asked"]["split"] == "validation"])
     prefix = "encoder" if task == DICTIONARY else f"encoder_{task}"
-    return {f"{prefix}_{seconds:g}": _table(_by_method(rows, tuned)) for seconds, rows in by_budget.items()}
+    made: dict[str, str] = {}
+    for seconds, rows in by_budget.items():
+        methods = _by_method(rows, tuned)
+        most = max(map(len, methods.values()))
+        compared = [name for name, seeds in methods.items() if len(seeds) == most]
+        others = [name for name in methods if name not in compared]
+        made[f"{prefix}_{seconds:g}"] = _table(methods, compared)
+        if others:
+            made[f"{prefix}_{seconds:g}_others"] = _table(methods, others)
+    return made
 
 
 def _best_rates(validations: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -53,13 +61,14 @@ def _by_method(rows: Sequence[dict[str, Any]], tuned: dict[str, float]) -> dict[
     }
 
 
-def _table(methods: dict[str, dict[int, dict[str, Any]]]) -> str:
+def _table(methods: dict[str, dict[int, dict[str, Any]]], shown: Sequence[str]) -> str:
     scores = {name: {seed: row["result"]["mrr@10"] for seed, row in rows.items()} for name, rows in methods.items()}
     asked = {name: next(iter(rows.values()))["asked"] for name, rows in methods.items()}
     without = [name for name in methods if asked[name]["method"]["loss"] != "cache"]
     best = max(without or methods, key=lambda name: (len(scores[name]), sum(scores[name].values())))
-    lines = [_HEADER.format(f"`{asked[best]['method']['label']}`")]
-    for name, rows in methods.items():
+    lines: list[list[str]] = []
+    for name in sorted(shown, key=lambda name: mean_of(list(scores[name].values())).mean):
+        rows = methods[name]
         common = scores[name].keys() & scores[best].keys()
         difference = [scores[name][seed] - scores[best][seed] for seed in sorted(common)]
         cells = [
@@ -70,11 +79,20 @@ def _table(methods: dict[str, dict[int, dict[str, Any]]]) -> str:
             _text(list(scores[name].values())),
             _text([row["result"]["recall@10"] for row in rows.values()]),
             "" if name == best or not difference else _text(difference, sign="+"),
+            _drift([row["result"] for row in rows.values()]),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    count = len(_COLUMNS) if any(cells[-1] for cells in lines) else len(_COLUMNS) - 1
+    header = [column.format(asked[best]["method"]["label"]) for column in _COLUMNS]
+    grid = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
+    return "\n".join(f"| {' | '.join(cells[:count])} |" for cells in grid)
 
 
 def _text(values: list[float], *, sign: str = "") -> str:
     found = mean_of(values)
     return f"{found.mean:{sign}.4f}" + (f" ± {found.margin:.4f}" if len(values) > 1 else "")
+
+
+def _drift(results: Sequence[dict[str, Any]]) -> str:
+    found = [result["drift"] for result in results if "drift" in result]
+    return f"{mean_of(found).mean:.2f}" if found else ""
