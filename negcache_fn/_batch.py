@@ -13,7 +13,7 @@ from negcache_fn._checks import check_embeddings
 from negcache_fn._codec import as_sent
 from negcache_fn._draws.sample import check_draws
 from negcache_fn._features import Features, fit_to_slots, in_slots, leaves
-from negcache_fn._loss.batch_classes import Classes, check_targets, labels_of_classes, targets_among
+from negcache_fn._loss.batch_classes import Classes, check_targets, labels_of_classes, targets_among, trained_queries
 from negcache_fn._options import StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree
 from negcache_fn._ranks.attempts import Attempts
@@ -131,10 +131,13 @@ def classes_of(
 ) -> Classes:
     """The documents of this rank or of all ranks."""
     labels = labels_of_classes(batch.false_negatives.labels, queries, options, ranks)
+    trained = trained_queries(batch.positive_rows, options, ranks)
     if options.all_ranks_in_batch:
         targets = targets_among(batch.positive_rows, queries, batch.rows, ranks)
-        return Classes(arrivals.embeddings, arrivals.ids, arrivals.log_weights, ranks.rank * queries, targets, labels)
-    return Classes(documents, batch.ids, batch.log_weights, 0, batch.positive_rows, labels)
+        return Classes(
+            arrivals.embeddings, arrivals.ids, arrivals.log_weights, ranks.rank * queries, targets, labels, trained
+        )
+    return Classes(documents, batch.ids, batch.log_weights, 0, batch.positive_rows, labels, trained)
 
 
 def _fit_features(

@@ -99,7 +99,8 @@ class StepOptions:
     RecSys 2025)."""
 
     reduction: Reduction = "mean"
-    """How the losses of the queries are reduced: "mean" (of those that have a positive), "sum" or "none"."""
+    """How the losses of the queries are reduced: "mean" (of those that have a positive), "sum" or "none". With a group,
+    the average of the ranks' means is the mean over the queries of all ranks."""
 
     evict: Eviction = "lru"
     """Which documents are evicted: those with the oldest embedding ("lru"), or those cached first ("fifo")."""
@@ -194,6 +195,11 @@ class StepOptions:
     def all_ranks_in_batch(self) -> bool:
         """Whether the batch is that of all ranks."""
         return self.in_batch == "global"
+
+    @property
+    def averages_losses(self) -> bool:
+        """Whether the loss is the mean over the queries."""
+        return self.reduction == "mean"
 
     @property
     def replicated(self) -> bool:

@@ -38,6 +38,7 @@ __all__ = [
     "labels_of_classes",
     "positive_scores",
     "targets_among",
+    "trained_queries",
     "try_limits",
     "without_idle",
 ]
@@ -54,6 +55,7 @@ class Classes(NamedTuple):
     first: int  # the positive of query i is document first + i
     targets: Tensor | None = None  # [B, P] or those of these numbers, -1: none
     labels: Tensor | None = None  # [N]
+    trained: Tensor | None = None  # [] see `trained_queries`
 
 
 class BatchScores(NamedTuple):
@@ -62,6 +64,7 @@ class BatchScores(NamedTuple):
     logits: Tensor  # [B, N], or [B, 1] without in-batch classes; -inf: not a class of this query
     positive: Tensor  # [B]; it is one of the logits. With `is_target` [B, P], and no logit
     is_target: Tensor | None = None  # [B, P] bool: whether there is such a positive; None: one for every query
+    trained: Tensor | None = None  # [] see `trained_queries`
 
     @property
     def trains(self) -> Tensor | None:
@@ -117,6 +120,19 @@ def targets_among(positives: Tensor | None, queries: int, documents: int, ranks:
     return torch.where(positives < 0, -1, torch.where(positives < documents, number, ranks.size * documents))
 
 
+def trained_queries(positives: Tensor | None, options: StepOptions, ranks: Ranks) -> Tensor | None:
+    """[] how many queries have a positive, the mean over the ranks: a mean loss divides by it. None: all have.
+
+    So the average of the ranks' losses is the mean over all queries, wherever the idle ones are.
+    """
+    if positives is None or not options.averages_losses:
+        return None
+    count = (positives >= 0).any(1).sum()
+    if ranks.name is None:
+        return count.clamp(min=1)
+    return ranks.all_sum(count.double()).clamp(min=1) / ranks.size
+
+
 def try_limits(
     similarity: Similarity,
     queries: Tensor,
@@ -142,14 +158,14 @@ def batch_classes(
     labels: Labels | None = None,
 ) -> Classes:
     """The batch's own documents, or those of all ranks."""
-    labelled = labels_of_classes(labels, queries, options, ranks)
+    labelled, trained = labels_of_classes(labels, queries, options, ranks), trained_queries(positives, options, ranks)
     if not options.all_ranks_in_batch:
-        return Classes(documents, ids, log_weights, 0, positives, labelled)
+        return Classes(documents, ids, log_weights, 0, positives, labelled, trained)
     positives = targets_among(positives, queries, documents.shape[0], ranks)
     documents = positives_first(ranks.gather(documents), queries, ranks)
     ids = None if ids is None else positives_first(ranks.gather(ids), queries, ranks)
     log_weights = None if log_weights is None else positives_first(ranks.gather(log_weights), queries, ranks)
-    return Classes(documents, ids, log_weights, ranks.rank * queries, positives, labelled)
+    return Classes(documents, ids, log_weights, ranks.rank * queries, positives, labelled, trained)
 
 
 def labels_of_classes(labels: Labels | None, queries: int, options: StepOptions, ranks: Ranks) -> Tensor | None:
@@ -227,7 +243,7 @@ def _scores_and_targets(
         weights = None if log_weights is None else log_weights[place]
     if weights is not None and options.weights_count_everywhere:
         positive = positive + weights
-    return BatchScores(negatives, torch.where(is_target, positive, 0.0), is_target)
+    return BatchScores(negatives, torch.where(is_target, positive, 0.0), is_target, classes.trained)
 
 
 def _with_positives(scores: Tensor, similarity: Similarity, queries: Tensor, classes: Classes, own: Tensor) -> Tensor:

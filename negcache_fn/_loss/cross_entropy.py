@@ -274,13 +274,13 @@ def log_share_of_cache(batch: BatchScores, log_normalizer: Tensor) -> Tensor:
 
 def reduced_loss(terms: Terms, options: StepOptions) -> Tensor:
     """The cross entropies, reduced."""
-    return reduced(cross_entropy(terms.batch, terms.cache.logit), options, terms.batch.trains)
+    return reduced(cross_entropy(terms.batch, terms.cache.logit), options, terms.batch.trained)
 
 
-def reduced(losses: Tensor, options: StepOptions, trains: Tensor | None = None) -> Tensor:
+def reduced(losses: Tensor, options: StepOptions, trained: Tensor | None = None) -> Tensor:
     """[B] -> [] by "mean", over the queries that have a positive, or "sum"; as it is with "none"."""
     if options.reduction == "none":
         return losses
     if options.reduction == "sum":
         return losses.sum()
-    return losses.mean() if trains is None else losses.sum() / trains.sum().clamp(min=1)
+    return losses.mean() if trained is None else losses.sum() / trained.to(losses.dtype)

@@ -168,7 +168,7 @@ def exact_loss(
             with torch.no_grad():  # which ones they are is not differentiable
                 scores, slots = hardest_of_all(matrix, top_k, shards)
             cache_logit = logsumexp_at(state, queries, similarity, scores, slots, shards)
-        return reduced(cross_entropy(batch, cache_logit), options, batch.trains)
+        return reduced(cross_entropy(batch, cache_logit), options, batch.trained)
 
 
 def _over_all_ranks(normalizers: Tensor, shards: Shards) -> Tensor:

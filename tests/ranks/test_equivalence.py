@@ -24,12 +24,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "false-negatives-of-own": DOUBLE | {"in_batch": False, "with_ids": False, "top_k": 40, "margin": -1.0},
     "replicated-false-negatives": DOUBLE | {"in_batch": "global", "placement": "replicated", "margin": 0.0},
     "positives": DOUBLE
-    | {"in_batch": "global", "num_draws": 24, "positives": 2, "reduction": "sum", "with_weights": True}
+    | {"in_batch": "global", "num_draws": 24, "positives": 2, "with_weights": True}
     | {"weigh_positives": False},
     "hardness": DOUBLE | {"in_batch": "global", "num_draws": 24, "margin": 2.0, "hardness": 3.0, "with_weights": True},
-    "positives-of-own": DOUBLE | {"in_batch": False, "draws_per_query": 2, "positives": 2, "reduction": "sum"},
+    "positives-of-own": DOUBLE | {"in_batch": False, "draws_per_query": 2, "positives": 2},
     "positives-limited": DOUBLE
-    | {"num_draws": 12, "positives": 1, "reduction": "sum", "margin": 1.0}
+    | {"num_draws": 12, "positives": 1, "margin": 1.0}
     | {"in_batch": "global", "placement": "replicated"},
     "labels": DOUBLE | {"in_batch": "global", "num_draws": 24, "labels": True, "with_ids": False},
     "labels-of-own": DOUBLE | {"in_batch": False, "draws_per_query": 2, "labels": True},
