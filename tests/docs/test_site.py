@@ -34,6 +34,7 @@ PUBLIC_MODULES = {
     "negcache_fn.random": None,
     "negcache_fn.frequency": None,
     "negcache_fn.dataset_rows": None,
+    "negcache_fn.compilation": None,
     "negcache_fn.integrations.port": None,
     "negcache_fn.integrations.lightning": "lightning",
     "negcache_fn.integrations.sentence_transformers": "sentence_transformers",

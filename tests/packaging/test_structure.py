@@ -18,7 +18,18 @@ from negcache_fn.nn import NegativeCacheLoss
 PACKAGE = Path(negcache_fn.__file__).parent
 # Lowest first. A module imports from its own part and from those before it.
 PARTS = (
-    *("random", "_checks", "_features", "_options", "_codec", "_kernels", "_ranks", "_checkpoints", "_cache"),
+    *(
+        "random",
+        "compilation",
+        "_checks",
+        "_features",
+        "_options",
+        "_codec",
+        "_kernels",
+        "_ranks",
+        "_checkpoints",
+        "_cache",
+    ),
     *(
         "_encoders",
         "_scores",
