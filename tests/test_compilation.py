@@ -89,6 +89,7 @@ def test_all_other_changes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
                 function(cache, dual, documents)
 
 
+@torch._dynamo.config.patch(recompile_limit=32)
 def test_what_compiles_again() -> None:
     """The table of docs/recipes/compiling.md."""
     torch._dynamo.reset()
@@ -113,3 +114,7 @@ def test_what_compiles_again() -> None:
     assert [graphs(cache, scale=torch.tensor(scale)) for scale in (3.0, 4.0)] == [1, 0]
     assert graphs(cache, options=StepOptions(num_draws=2)) == 1
     assert graphs(negcache_fn.resize(cache, 1024)) == 1
+    narrow = negcache_fn.init_cache(2048, DIM, features=torch.zeros(1, DIM), embedding_dtype=torch.bfloat16)
+    assert graphs(narrow) == 1
+    with torch.no_grad():
+        assert [graphs(cache) for _ in range(2)] == [1, 0]

@@ -325,7 +325,9 @@ def test_a_table_has_the_tuned_rate_of_every_method() -> None:
     assert "| c | 0.0004 | 1,000 | 1 | 0.8000 | 0.5000 | +0.7000 |" in tables(found)["encoder_500_others"]
 
 
-@pytest.mark.parametrize(("file", "task"), [("results.jsonl", "dictionary"), ("h100.jsonl", "dictionary")])
+@pytest.mark.parametrize(
+    ("file", "task"), [("results.jsonl", "dictionary"), ("h100.jsonl", "dictionary"), ("code.jsonl", "code")]
+)
 def test_tables_of_the_page_are_those_of_the_published_runs(file: str, task: str) -> None:
     found = [json.loads(line) for line in (PUBLISHED / file).read_text(encoding="utf-8").splitlines()]
     page = PAGE.read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ _COLUMNS = ("loss", "learning rate", "steps", "seeds", "MRR@10", "Recall@10", "M
 def tables(results: Sequence[dict[str, Any]], task: str = DICTIONARY) -> dict[str, str]:
     """Markdown by name, of the runs that asked test queries.
 
-    Each budget has a table of the methods with the most seeds, and one of the others, if there are any.
+    Each budget has a table of the methods with several seeds, and one of those with one seed, if there are both.
 
     A method has the learning rate that is best on validation queries, or with which it has run most often. Differences
     are taken seed by seed, to the best method without a cache among those with the most seeds.
@@ -31,12 +31,11 @@ def tables(results: Sequence[dict[str, Any]], task: str = DICTIONARY) -> dict[st
     made: dict[str, str] = {}
     for seconds, rows in by_budget.items():
         methods = _by_method(rows, tuned)
-        most = max(map(len, methods.values()))
-        compared = [name for name, seeds in methods.items() if len(seeds) == most]
-        others = [name for name in methods if name not in compared]
-        made[f"{prefix}_{seconds:g}"] = _table(methods, compared)
-        if others:
-            made[f"{prefix}_{seconds:g}_others"] = _table(methods, others)
+        repeated = [name for name, seeds in methods.items() if len(seeds) > 1]
+        once = [name for name in methods if name not in repeated]
+        made[f"{prefix}_{seconds:g}"] = _table(methods, repeated or once)
+        if repeated and once:
+            made[f"{prefix}_{seconds:g}_others"] = _table(methods, once)
     return made
 
 
