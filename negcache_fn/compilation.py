@@ -14,7 +14,7 @@ def skip_library_guards(guards: Sequence[Any]) -> list[bool]:
     """Leaves out checks that a function, class or module of negcache_fn, tensordict or torch is still the same.
 
     At every call `torch.compile` checks all that its graph was compiled from. For a step these are some thousand
-    checks, of which half are of functions that nothing replaces. Without them a small step takes up to a fifth less
+    checks, of which four in ten are of code that nothing replaces. Without them a small step takes about a tenth less
     time, see `docs/performance.md`. The checks of your own code, of all inputs, options and settings stay.
 
     Use it as `torch.compile(train_step, options={"guard_filter_fn": skip_library_guards})`.
