@@ -117,6 +117,13 @@ struct Integers {
 
 #endif  // NEGCACHE_INTEGERS
 
+// Asks for some numbers of kSlots rows that are multiplied soon: the products wait at every new page of memory.
+template <typename T>
+inline void prefetch_slots(const T* embeddings, int64_t dim, int64_t count) {
+  for (int64_t s = 0; s < kSlots; ++s)
+    for (int64_t d = 0; d < count; d += 64 / sizeof(T)) __builtin_prefetch(embeddings + s * dim + d);
+}
+
 // Queries as [groups][steps][kGroup], a float's worth of numbers each, and their factors.
 template <typename Product>
 void pack_groups(const float* queries, int64_t rows, int64_t dim, int64_t steps, float* packed, float* factors) {
@@ -194,13 +201,19 @@ void stream_by_vectors(const T* embeddings, const Problem& problem, MakeConsumer
           std::fill(converted.begin() + count * padded, converted.end(), Number{});
           numbers = converted.data();
         }
+        const T* next = block + 1 < blocks ? problem.embeddings_of(embeddings, block + 1) : stored;
         for (int64_t step = 0; step < steps; step += kSteps)
           for (int64_t group = 0; group < rows; group += kGroup)
-            for (int64_t j = 0; j < kBlock; j += kSlots)
-              multiply_slots<Product>(numbers + j * padded + step * Product::kWidth, padded,
+            for (int64_t j = 0; j < kBlock; j += kSlots) {
+              const int64_t d = step * Product::kWidth, some = std::min(kSteps, steps - step);
+              if (group == 0)
+                prefetch_slots(next + j * problem.dim + d, problem.dim,
+                               std::min(some * Product::kWidth, problem.dim - d));
+              multiply_slots<Product>(numbers + j * padded + d, padded,
                                       packed.data() + (group / kGroup * steps + step) * kGroup, factors.data() + group,
-                                      std::min(kSteps, steps - step), step == 0 ? from + j : nullptr,
+                                      some, step == 0 ? from + j : nullptr,
                                       panel_scores.data() + group * kBlock + j * kLanes);
+            }
         for (int64_t group = 0; group < rows; group += kLanes) {
           const int64_t lanes = std::min<int64_t>(kLanes, rows - group);
           float* scores = panel_scores.data() + group * kBlock;
