@@ -3,8 +3,6 @@
 Every other number is an id, negative ones too: half of all 64-bit hashes are negative.
 """
 
-from typing import cast
-
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -12,6 +10,7 @@ from torch import Tensor
 from negcache_fn._cache.select import segments
 from negcache_fn._cache.state import live, stored
 from negcache_fn._kernels import dispatch
+from negcache_fn._operators import operator
 
 __all__ = ["among", "find_slots", "first_of_each", "last_of_each", "named", "without"]
 
@@ -36,7 +35,7 @@ def among(ids: Tensor, known: Tensor) -> Tensor:
 
 def find_slots(state: TensorDictBase, ids: Tensor) -> Tensor:
     """The live slot of each id in this part of the cache, -1 where it is not there; the shape of `ids`."""
-    found = cast(Tensor, _find_slots_op(ids.flatten(), stored(state, "id"), stored(state, "embedded_at")))
+    found = _find_slots_op(ids.flatten(), stored(state, "id"), stored(state, "embedded_at"))
     return found.view(ids.shape)
 
 
@@ -62,7 +61,11 @@ def first_of_each(ids: Tensor) -> Tensor:
     return last_of_each(ids.flip(0)).flip(0)
 
 
-@torch.library.custom_op("negcache_fn::find_slots", mutates_args=())
+def _fake_slots(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
+    return torch.empty_like(ids)
+
+
+@operator("find_slots", fake=_fake_slots)
 def _find_slots_op(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
     if (slots := dispatch.find_slots(ids, cached, embedded_at)) is not None:
         return slots
@@ -79,8 +82,3 @@ def _find_slots_op(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
         place = torch.where((ordered[place] == known) & named(known), place, slots + (count - start))
         found.scatter_reduce_(0, place, slots, "amax")
     return found[torch.searchsorted(ordered, ids)].masked_fill(~named(ids), -1)
-
-
-@_find_slots_op.register_fake
-def _(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
-    return torch.empty_like(ids)

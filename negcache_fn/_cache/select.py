@@ -1,7 +1,5 @@
 """Selecting slots by a key, such as the step of their embedding, without a sort of the whole cache."""
 
-from typing import cast
-
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -10,6 +8,7 @@ from torch.nn.functional import pad
 from negcache_fn._cache.state import check_state, live, stored
 from negcache_fn._checks import check_size
 from negcache_fn._kernels import dispatch
+from negcache_fn._operators import operator
 from negcache_fn._ranks.group import Shards, unsharded
 
 __all__ = ["lowest_slots", "ordered", "segments", "stalest"]
@@ -47,7 +46,7 @@ def segments(capacity: int) -> list[tuple[int, int]]:
 
 def lowest_slots(key: Tensor, n: int, *, skip: Tensor, shards: Shards) -> Tensor:
     """[n] slots of the smallest `key` [C], ascending, ties by slot, without those to skip [C]; -1 if too few."""
-    slots = cast(Tensor, _lowest_slots_op(key, skip, n))
+    slots = _lowest_slots_op(key, skip, n)
     if shards.ranks.name is None:
         return slots
     # Distinct integers in the order of (key, slot).
@@ -57,7 +56,11 @@ def lowest_slots(key: Tensor, n: int, *, skip: Tensor, shards: Shards) -> Tensor
     return torch.where(best == last, -1, best % shards.capacity)
 
 
-@torch.library.custom_op("negcache_fn::lowest_slots", mutates_args=())
+def _fake_slots(key: Tensor, skip: Tensor, n: int) -> Tensor:
+    return key.new_empty(n)
+
+
+@operator("lowest_slots", fake=_fake_slots)
 def _lowest_slots_op(key: Tensor, skip: Tensor, n: int) -> Tensor:
     if (found := dispatch.lowest_slots(key, skip, n)) is not None:
         return found
@@ -69,11 +72,6 @@ def _lowest_slots_op(key: Tensor, skip: Tensor, n: int) -> Tensor:
         best = torch.cat([best, ranked.masked_fill(skip[start:stop], last)])
         best = best.topk(min(n, best.shape[0]), largest=False, sorted=True).values
     return pad(torch.where(best == last, -1, best % capacity), (0, n - best.shape[0]), value=-1)
-
-
-@_lowest_slots_op.register_fake
-def _(key: Tensor, skip: Tensor, n: int) -> Tensor:
-    return key.new_empty(n)
 
 
 def ordered(values: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from negcache_fn._cache.take import take
 from negcache_fn._checks import check_embeddings
 from negcache_fn._draws.draw import Draw, check_draw
 from negcache_fn._features import Features, leaves, map_features, rows_where
+from negcache_fn._operators import operator
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
 from negcache_fn._ranks.group import Ranks, ranks_of
 from negcache_fn._scores.stream import logsumexp
@@ -168,10 +169,14 @@ def _checked(a: Draw, b: Draw) -> Tensor:
     # Documents excluded for all queries are not among the draws, so the draws need not list them.
     of_each = a.exclude_ids.shape[0] == a.log_normalizer.shape[0]
     excluded = (a.exclude_ids, b.exclude_ids) if of_each else (a.exclude_ids[:0], b.exclude_ids[:0])
-    return cast(Tensor, _checked_op(a.perturbed, a.noise, b.noise, *excluded, a.exclude_labels, b.exclude_labels))
+    return _checked_op(a.perturbed, a.noise, b.noise, *excluded, a.exclude_labels, b.exclude_labels)
 
 
-@torch.library.custom_op("negcache_fn::check_merged", mutates_args=())
+def _fake_checked(values: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(values)
+
+
+@operator("check_merged", fake=_fake_checked)
 def _checked_op(
     values: Tensor,
     noise: Tensor,
@@ -193,11 +198,6 @@ def _checked_op(
         if not torch.equal(of_a, of_b):
             raise ValueError(f"b has other excluded {name} than a; expected the same exclusions for every cache")
     return values.clone()
-
-
-@_checked_op.register_fake
-def _(values: Tensor, *_: Tensor) -> Tensor:
-    return torch.empty_like(values)
 
 
 def _merged(a: Draw, b: Draw) -> Draw:

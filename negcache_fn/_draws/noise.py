@@ -13,6 +13,7 @@ from torch import Tensor
 
 from negcache_fn._cache.state import scalar
 from negcache_fn._kernels import dispatch
+from negcache_fn._operators import operator
 from negcache_fn.random import gumbel
 
 __all__ = ["AMONG_BLOCKS", "AMONG_GROUPS", "AMONG_SLOTS", "QUAD", "Noise"]
@@ -43,7 +44,7 @@ class Noise(NamedTuple):
     def columns(self, quad: Tensor, level: int) -> Tensor:
         """[B, m, 4 n] variates of the columns in the quads [..., n] (broadcast against [B, k, n])."""
         row, quad = cast("tuple[Tensor, Tensor]", torch.broadcast_tensors(self.row[..., None], quad))
-        return cast(Tensor, _gumbel_op(self.seed, self.step, row, quad, level)).flatten(-2)
+        return _gumbel_op(self.seed, self.step, row, quad, level).flatten(-2)
 
     def of_groups(self, first: int | Tensor, count: int) -> Tensor:
         """[B, k, count] variates of the groups `first ...`, which need not be the first of a quad."""
@@ -67,13 +68,12 @@ class Noise(NamedTuple):
         return self.columns(parent[..., None] * quads + torch.arange(quads, device=parent.device), level)
 
 
-@torch.library.custom_op("negcache_fn::gumbel", mutates_args=())
+def _fake_gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor:
+    return torch.empty(*row.shape, 4, dtype=torch.float32, device=row.device)
+
+
+@operator("gumbel", fake=_fake_gumbel)
 def _gumbel_op(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor:
     """`gumbel`, by a kernel if there is one: inline it is 130 operations, most of the cost of a small step."""
     found = dispatch.gumbel(seed, step, row, quad, level)
     return gumbel(seed, step, row, quad, level=level) if found is None else found
-
-
-@_gumbel_op.register_fake
-def _(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor:
-    return torch.empty(*row.shape, 4, dtype=torch.float32, device=row.device)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from negcache_fn._checks import check_encoder
 from negcache_fn._features import leaves
+from negcache_fn._operators import operator
 from negcache_fn._ranks.attempts import Attempts
 from negcache_fn._ranks.group import ranks_of
 
@@ -65,10 +66,18 @@ class RequireFinite(nn.Module):
         bad = ~embeddings.detach().isfinite().all(-1)
         bad_of_all, failures = ranks.all_sum(torch.stack([bad.sum(), attempts.failures(bad.device)])).unbind()
         attempts.raise_if_any(failures)
-        return cast(Tensor, _require_none_op(embeddings, bad, bad_of_all))
+        return _require_none_op(embeddings, bad, bad_of_all)
 
 
-@torch.library.custom_op("negcache_fn::require_none", mutates_args=())
+def _fake_embeddings(embeddings: Tensor, bad: Tensor, bad_of_all: Tensor) -> Tensor:
+    return torch.empty_like(embeddings)
+
+
+def _same_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return gradient, None, None
+
+
+@operator("require_none", fake=_fake_embeddings, gradient=_same_gradient)
 def _require_none_op(embeddings: Tensor, bad: Tensor, bad_of_all: Tensor) -> Tensor:
     if int(bad_of_all) > 0:
         rows = cast("list[int]", bad.nonzero().flatten().tolist())
@@ -79,15 +88,3 @@ def _require_none_op(embeddings: Tensor, bad: Tensor, bad_of_all: Tensor) -> Ten
             f"expected numbers"
         )
     return embeddings.clone()
-
-
-@_require_none_op.register_fake
-def _(embeddings: Tensor, bad: Tensor, bad_of_all: Tensor) -> Tensor:
-    return torch.empty_like(embeddings)
-
-
-def _same_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return gradient, None, None
-
-
-_require_none_op.register_autograd(_same_gradient)

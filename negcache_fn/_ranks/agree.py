@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from negcache_fn._operators import operator
 from negcache_fn._options import StepOptions
 from negcache_fn._ranks.group import SHARD_MULTIPLE, Ranks, Shards, unsharded
 from negcache_fn._ranks.operators import gather_into, group_named
@@ -85,19 +86,16 @@ def check_ranks_agree(
     with checking_arguments(ranks):
         transformed = _transformed(options, scale, tensor.device)
     marks = tensor.new_zeros(2, dtype=torch.int64) if seed_and_step is None else torch.stack(seed_and_step)
-    tensor, capacities = cast(
-        "tuple[Tensor, Tensor]",
-        _agree_op(
-            tensor,
-            marks,
-            transformed,
-            capacity,
-            "\n".join(counted),  # an operator takes no lists of strings
-            list(counted.values()),
-            "\n".join(f"{name}\t{value}" for name, value in chosen.items()),
-            options.replicated,
-            ranks.name,
-        ),
+    tensor, capacities = _agree_op(
+        tensor,
+        marks,
+        transformed,
+        capacity,
+        "\n".join(counted),  # an operator takes no lists of strings
+        list(counted.values()),
+        "\n".join(f"{name}\t{value}" for name, value in chosen.items()),
+        options.replicated,
+        ranks.name,
     )
     if options.replicated:
         return tensor, unsharded(capacity)
@@ -140,7 +138,25 @@ class _Announcing:
             raise_for_others(group, error)
 
 
-@torch.library.custom_op("negcache_fn::agree", mutates_args=())
+def _fake_agreement(
+    tensor: Tensor,
+    marks: Tensor,
+    transformed: Tensor,
+    capacity: int,
+    names: str,
+    numbers: list[int],
+    texts: str,
+    replicated: bool,
+    name: str,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(tensor), marks.new_empty(dist.get_world_size(group_named(name)))
+
+
+def _identity_gradient(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return gradient, None, None, None, None, None, None, None, None
+
+
+@operator("agree", fake=_fake_agreement, gradient=_identity_gradient)
 def _agree_op(
     tensor: Tensor,
     marks: Tensor,
@@ -167,28 +183,6 @@ def _agree_op(
     _check_transformed(cast("list[list[float]]", rows[:, len(_HEAD) :].contiguous().view(torch.float64).tolist()))
     _check_capacities(capacities, replicated)
     return tensor.clone(), rows[:, _HEAD.index("capacity")].clone()
-
-
-@_agree_op.register_fake
-def _(
-    tensor: Tensor,
-    marks: Tensor,
-    transformed: Tensor,
-    capacity: int,
-    names: str,
-    numbers: list[int],
-    texts: str,
-    replicated: bool,
-    name: str,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(tensor), marks.new_empty(dist.get_world_size(group_named(name)))
-
-
-def _identity_gradient(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return gradient, None, None, None, None, None, None, None, None
-
-
-_agree_op.register_autograd(_identity_gradient)
 
 
 def _raise_if_different(of_ranks: list[dict[str, str]]) -> None:

@@ -5,7 +5,7 @@ unsharded. `Shards` describes the place of the slots: of all slots, rank r has t
 `r * chunk ... (r + 1) * chunk - 1`, and the last rank the remaining ones.
 """
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,14 +33,14 @@ class Ranks(NamedTuple):
         """[n, ...] -> [size * n, ...]: the values of all ranks, in their order. Differentiable."""
         if self.name is None:
             return values
-        return self._received(cast(Tensor, all_gather(self._in_turn(values), self.name, self.size)))
+        return self._received(all_gather(self._in_turn(values), self.name, self.size))
 
     def gather_all(self, *values: Tensor) -> list[Tensor]:
         """`gather` of each, in one message and without gradient."""
         if self.name is None:
             return list(values)
         sent = [self._in_turn(values[0].detach()), *values[1:]]
-        received = cast("list[Tensor]", all_gather_packed(sent, self.name, self.size))
+        received = all_gather_packed(sent, self.name, self.size)
         self._received(received[0])
         return received
 
@@ -48,14 +48,14 @@ class Ranks(NamedTuple):
         """[size * n, ...] -> [size * n, ...]: the r-th n rows go to rank r and come from it. Differentiable."""
         if self.name is None:
             return values
-        return self._received(cast(Tensor, all_to_all(self._in_turn(values), self.name)))
+        return self._received(all_to_all(self._in_turn(values), self.name))
 
     def exchange_all(self, *values: Tensor) -> list[Tensor]:
         """`exchange` of each, in one message and without gradient."""
         if self.name is None:
             return list(values)
         sent = [self._in_turn(values[0].detach()), *values[1:]]
-        received = cast("list[Tensor]", all_to_all_packed(sent, self.name, self.size))
+        received = all_to_all_packed(sent, self.name, self.size)
         self._received(received[0])
         return received
 
@@ -83,7 +83,7 @@ class Ranks(NamedTuple):
     def _reduce(self, values: Tensor, operation: str) -> Tensor:
         if self.name is None:
             return values
-        return self._received(cast(Tensor, all_reduce(self._in_turn(values.detach()), operation, self.name)))
+        return self._received(all_reduce(self._in_turn(values.detach()), operation, self.name))
 
     def _in_turn(self, values: Tensor) -> Tensor:
         """The values, to be sent after the last message has arrived; their gradients in reverse order.

@@ -1,6 +1,6 @@
 """Collectives as operators, around public functions of torch.distributed; the only file that calls those in a step.
 
-As custom operators, they compile into one graph with the rest of a step, and nothing depends on torch's functional
+As operators, they compile into one graph with the rest of a step, and nothing depends on torch's functional
 collectives, which are private and change from release to release. Shapes must be the same on all ranks:
 `check_ranks_agree` makes sure of that before anything else is sent.
 """
@@ -18,6 +18,8 @@ from torch.distributed.distributed_c10d import (
     GroupName,
     _resolve_process_group,  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage] - nothing public does it
 )
+
+from negcache_fn._operators import operator
 
 __all__ = [
     "all_gather",
@@ -55,20 +57,11 @@ def _bytes(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.uint8)
 
 
-@torch.library.custom_op("negcache_fn::all_gather", mutates_args=())
-def all_gather(values: Tensor, name: str, size: int) -> Tensor:
-    """[n, ...] -> [size * n, ...]. Differentiable."""
-    gathered = values.new_empty(size * values.shape[0], *values.shape[1:])
-    gather_into(_bytes(gathered), _bytes(values), group=group_named(name))
-    return gathered
+def _fake_reduce_scatter(values: Tensor, name: str, size: int) -> Tensor:
+    return values.new_empty(values.shape[0] // size, *values.shape[1:])
 
 
-@all_gather.register_fake
-def _(values: Tensor, name: str, size: int) -> Tensor:
-    return values.new_empty(size * values.shape[0], *values.shape[1:])
-
-
-@torch.library.custom_op("negcache_fn::reduce_scatter", mutates_args=())
+@operator("reduce_scatter", fake=_fake_reduce_scatter)
 def _reduce_scatter_op(values: Tensor, name: str, size: int) -> Tensor:
     wide = values.to(torch.promote_types(values.dtype, torch.float32)).contiguous()
     scattered = wide.new_empty(wide.shape[0] // size, *wide.shape[1:])
@@ -76,22 +69,40 @@ def _reduce_scatter_op(values: Tensor, name: str, size: int) -> Tensor:
     return scattered.to(values.dtype)
 
 
-@_reduce_scatter_op.register_fake
-def _(values: Tensor, name: str, size: int) -> Tensor:
-    return values.new_empty(values.shape[0] // size, *values.shape[1:])
+def _keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.arguments = inputs[1:]
 
 
-@torch.library.custom_op("negcache_fn::all_to_all", mutates_args=())
+def _fake_all_gather(values: Tensor, name: str, size: int) -> Tensor:
+    return values.new_empty(size * values.shape[0], *values.shape[1:])
+
+
+def _all_gather_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return _reduce_scatter_op(gradient, *ctx.arguments), None, None
+
+
+@operator("all_gather", fake=_fake_all_gather, gradient=_all_gather_gradient, keep=_keep_arguments)
+def all_gather(values: Tensor, name: str, size: int) -> Tensor:
+    """[n, ...] -> [size * n, ...]. Differentiable."""
+    gathered = values.new_empty(size * values.shape[0], *values.shape[1:])
+    gather_into(_bytes(gathered), _bytes(values), group=group_named(name))
+    return gathered
+
+
+def _fake_all_to_all(values: Tensor, name: str) -> Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
+def _all_to_all_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return all_to_all(gradient, *ctx.arguments), None
+
+
+@operator("all_to_all", fake=_fake_all_to_all, gradient=_all_to_all_gradient, keep=_keep_arguments)
 def all_to_all(values: Tensor, name: str) -> Tensor:
     """[size * n, ...] -> [size * n, ...]: the r-th n rows go to rank r. Differentiable."""
     received = torch.empty_like(values, memory_format=torch.contiguous_format)
     dist.all_to_all_single(_bytes(received), _bytes(values), group=group_named(name))
     return received
-
-
-@all_to_all.register_fake
-def _(values: Tensor, name: str) -> Tensor:
-    return torch.empty_like(values, memory_format=torch.contiguous_format)
 
 
 def _packed(values: list[Tensor], parts: int) -> Tensor:
@@ -113,7 +124,11 @@ def _unpacked(packed: Tensor, like: list[Tensor], rows: list[int]) -> list[Tenso
     return unpacked
 
 
-@torch.library.custom_op("negcache_fn::all_gather_packed", mutates_args=())
+def _fake_all_gather_packed(values: list[Tensor], name: str, size: int) -> list[Tensor]:
+    return [tensor.new_empty(size * tensor.shape[0], *tensor.shape[1:]) for tensor in values]
+
+
+@operator("all_gather_packed", fake=_fake_all_gather_packed)
 def all_gather_packed(values: list[Tensor], name: str, size: int) -> list[Tensor]:
     """`all_gather` of each in one message, without gradient."""
     packed = _packed(values, 1)
@@ -123,12 +138,11 @@ def all_gather_packed(values: list[Tensor], name: str, size: int) -> list[Tensor
     return _unpacked(gathered, values, [size * tensor.shape[0] for tensor in values])
 
 
-@all_gather_packed.register_fake
-def _(values: list[Tensor], name: str, size: int) -> list[Tensor]:
-    return [tensor.new_empty(size * tensor.shape[0], *tensor.shape[1:]) for tensor in values]
+def _fake_all_to_all_packed(values: list[Tensor], name: str, size: int) -> list[Tensor]:
+    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in values]
 
 
-@torch.library.custom_op("negcache_fn::all_to_all_packed", mutates_args=())
+@operator("all_to_all_packed", fake=_fake_all_to_all_packed)
 def all_to_all_packed(values: list[Tensor], name: str, size: int) -> list[Tensor]:
     """`all_to_all` of each in one message, without gradient."""
     packed = _packed(values, size)
@@ -137,35 +151,13 @@ def all_to_all_packed(values: list[Tensor], name: str, size: int) -> list[Tensor
     return _unpacked(received, values, [tensor.shape[0] for tensor in values])
 
 
-@all_to_all_packed.register_fake
-def _(values: list[Tensor], name: str, size: int) -> list[Tensor]:
-    return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in values]
+def _fake_all_reduce(values: Tensor, operation: str, name: str) -> Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("negcache_fn::all_reduce", mutates_args=())
+@operator("all_reduce", fake=_fake_all_reduce)
 def all_reduce(values: Tensor, operation: str, name: str) -> Tensor:
     """The "sum" or "max" over the ranks, without gradient."""
     reduced = values.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(reduced, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX, group=group_named(name))
     return reduced
-
-
-@all_reduce.register_fake
-def _(values: Tensor, operation: str, name: str) -> Tensor:
-    return torch.empty_like(values, memory_format=torch.contiguous_format)
-
-
-def _keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.arguments = inputs[1:]
-
-
-def _all_gather_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return cast(Tensor, _reduce_scatter_op(gradient, *ctx.arguments)), None, None
-
-
-def _all_to_all_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return cast(Tensor, all_to_all(gradient, *ctx.arguments)), None
-
-
-all_gather.register_autograd(_all_gather_gradient, setup_context=_keep_arguments)
-all_to_all.register_autograd(_all_to_all_gradient, setup_context=_keep_arguments)

@@ -1,9 +1,11 @@
 """Order for work that a compiler could reorder: neither side needs the other's result, but one must come first."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from negcache_fn._operators import operator
 
 __all__ = ["sequenced_after"]
 
@@ -15,27 +17,16 @@ def sequenced_after(tensor: Tensor, other: Tensor) -> Tensor:
     """
     if not torch.compiler.is_compiling():
         return tensor
-    return cast(Tensor, _sequenced_after_op(tensor, other if tensor.requires_grad else other.detach()))
+    return _sequenced_after_op(tensor, other if tensor.requires_grad else other.detach())
 
 
-@torch.library.custom_op("negcache_fn::after", mutates_args=())
-def _sequenced_after_op(tensor: Tensor, other: Tensor) -> Tensor:
-    return tensor.clone()
+def _fake_like_first(first: Tensor, other: Tensor) -> Tensor:
+    return torch.empty_like(first)
 
 
-@_sequenced_after_op.register_fake
-def _(tensor: Tensor, other: Tensor) -> Tensor:
-    return torch.empty_like(tensor)
-
-
-@torch.library.custom_op("negcache_fn::zeros_after", mutates_args=())
+@operator("zeros_after", fake=_fake_like_first)
 def _zeros_after_op(like: Tensor, other: Tensor) -> Tensor:
     return torch.zeros_like(like)
-
-
-@_zeros_after_op.register_fake
-def _(like: Tensor, other: Tensor) -> Tensor:
-    return torch.empty_like(like)
 
 
 def _keep_other(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -44,7 +35,9 @@ def _keep_other(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None
 
 def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
     (other,) = ctx.saved_tensors
-    return gradient, cast(Tensor, _zeros_after_op(other, gradient)) if ctx.needs_input_grad[1] else None
+    return gradient, _zeros_after_op(other, gradient) if ctx.needs_input_grad[1] else None
 
 
-_sequenced_after_op.register_autograd(_gradient, setup_context=_keep_other)
+@operator("after", fake=_fake_like_first, gradient=_gradient, keep=_keep_other)
+def _sequenced_after_op(tensor: Tensor, other: Tensor) -> Tensor:
+    return tensor.clone()

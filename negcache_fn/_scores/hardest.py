@@ -1,6 +1,6 @@
 """Mining: the cached documents of highest score, exactly, without the [B, C] matrix of scores."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -13,6 +13,7 @@ from negcache_fn._checks import check_size
 from negcache_fn._kernels import dispatch
 from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._kernels.problem import SCHEMA
+from negcache_fn._operators import operator
 from negcache_fn._options import ScoreTransform, StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
 from negcache_fn._ranks.group import Shards, ranks_of
@@ -131,7 +132,7 @@ def hardest(matrix: ScoreMatrix, n: int) -> tuple[Tensor, Tensor]:
     """The `n` highest scores of each row and their slots, ties by slot; (-inf, -1) where there are fewer."""
     if matrix.transform is not None:
         return _hardest(matrix, n)
-    return cast("tuple[Tensor, Tensor]", _hardest_op(*matrix.problem, n))
+    return _hardest_op(*matrix.problem, n)
 
 
 def _hardest(matrix: ScoreMatrix, n: int) -> tuple[Tensor, Tensor]:
@@ -160,15 +161,14 @@ def _top(left: Tensor, right: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return ordered[:, :n], columns[:, :n]
 
 
-@torch.library.custom_op("negcache_fn::hardest", mutates_args=(), schema=f"({SCHEMA}, SymInt n) -> (Tensor, Tensor)")
+def _fake_hardest(*arguments: Any) -> tuple[Tensor, Tensor]:
+    queries, _, _, excluded, *_, n = arguments
+    return queries.new_empty(queries.shape[0], n), excluded.new_empty(queries.shape[0], n)
+
+
+@operator("hardest", fake=_fake_hardest, schema=f"({SCHEMA}, SymInt n) -> (Tensor, Tensor)")
 def _hardest_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     *problem, n = arguments
     problem = dispatch.Problem(*problem)
     found = dispatch.hardest(problem, n)
     return _hardest(ScoreMatrix.of(problem), n) if found is None else found
-
-
-@_hardest_op.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    queries, _, _, excluded, *_, n = arguments
-    return queries.new_empty(queries.shape[0], n), excluded.new_empty(queries.shape[0], n)

@@ -1,9 +1,9 @@
 """Sums over the queries of a batch, as logarithms: of values, and of the scores in chosen blocks.
 
-Draws for the batch need no more of the scores than these. Both are custom operators, opaque to the compiler.
+Draws for the batch need no more of the scores than these. Both are operators, opaque to the compiler.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from negcache_fn._kernels import dispatch
 from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._kernels.problem import SCHEMA
+from negcache_fn._operators import operator
 from negcache_fn._scores.definition import ScoreMatrix
 
 __all__ = ["slot_masses", "sum_of_rows"]
@@ -26,7 +27,7 @@ def slot_masses(matrix: ScoreMatrix, blocks: Tensor, log_weight: Tensor, log_sca
     """
     if matrix.transform is not None:
         return sum_of_rows(matrix.of_stretches(blocks, BLOCK).scores(), log_weight)
-    return cast(Tensor, _slot_masses_op(*matrix.problem, blocks, log_weight, log_scale))
+    return _slot_masses_op(*matrix.problem, blocks, log_weight, log_scale)
 
 
 def sum_of_rows(values: Tensor, log_weight: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def sum_of_rows(values: Tensor, log_weight: Tensor) -> Tensor:
 
     Itself not differentiable.
     """
-    return cast(Tensor, _sum_of_rows_op(values, log_weight))
+    return _sum_of_rows_op(values, log_weight)
 
 
 def _sum_of_rows(values: Tensor, log_weight: Tensor) -> Tensor:
@@ -42,9 +43,14 @@ def _sum_of_rows(values: Tensor, log_weight: Tensor) -> Tensor:
     return torch.where(counts[:, None], values + log_weight[:, None], -_INFINITY).logsumexp(0)
 
 
-@torch.library.custom_op(
-    "negcache_fn::slot_masses",
-    mutates_args=(),
+def _fake_masses(*arguments: Any) -> Tensor:
+    *problem, blocks, _, _ = arguments
+    return problem[0].new_empty(blocks.shape[0] * BLOCK)
+
+
+@operator(
+    "slot_masses",
+    fake=_fake_masses,
     schema=f"({SCHEMA}, Tensor blocks, Tensor log_weight, Tensor log_scale) -> Tensor",
 )
 def _slot_masses_op(*arguments: Any) -> Tensor:
@@ -56,18 +62,11 @@ def _slot_masses_op(*arguments: Any) -> Tensor:
     return _sum_of_rows(chosen.scores(), log_weight) if found is None else found
 
 
-@_slot_masses_op.register_fake
-def _(*arguments: Any) -> Tensor:
-    *problem, blocks, _, _ = arguments
-    return problem[0].new_empty(blocks.shape[0] * BLOCK)
+def _fake_sum(values: Tensor, log_weight: Tensor) -> Tensor:
+    return values.new_empty(values.shape[1])
 
 
-@torch.library.custom_op("negcache_fn::sum_of_rows", mutates_args=())
+@operator("sum_of_rows", fake=_fake_sum)
 def _sum_of_rows_op(values: Tensor, log_weight: Tensor) -> Tensor:
     found = dispatch.sum_of_rows(values, log_weight)
     return _sum_of_rows(values, log_weight) if found is None else found
-
-
-@_sum_of_rows_op.register_fake
-def _(values: Tensor, log_weight: Tensor) -> Tensor:
-    return values.new_empty(values.shape[1])

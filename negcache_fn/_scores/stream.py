@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVa
 from negcache_fn._kernels import dispatch
 from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._kernels.problem import SCHEMA
+from negcache_fn._operators import operator
 from negcache_fn._scores.definition import ScoreMatrix
 
 __all__ = [
@@ -43,14 +44,14 @@ def reduce_blocks(matrix: ScoreMatrix, by: str) -> Tensor:
     """[B, ceil(C / BLOCK)]: the "logsumexp" or "max" of every block of scores, in one streaming pass."""
     if matrix.transform is not None:
         return _reduce_blocks(matrix, by)
-    return cast(Tensor, _reduce_blocks_op(*matrix.problem, by))
+    return _reduce_blocks_op(*matrix.problem, by)
 
 
 def score_blocks(matrix: ScoreMatrix, blocks: Tensor) -> Tensor:
     """[B, m, BLOCK]: the scores in the blocks [B, m] chosen for each query, see `ScoreMatrix.scores_at`."""
     if matrix.transform is not None:
         return _score_blocks(matrix, blocks)
-    return cast(Tensor, _score_blocks_op(*matrix.problem, blocks))
+    return _score_blocks_op(*matrix.problem, blocks)
 
 
 class Summary(NamedTuple):
@@ -68,8 +69,7 @@ def summarize(matrix: ScoreMatrix, length: int = BLOCK) -> Summary:
     """
     wanted = torch.is_grad_enabled() and matrix.queries.requires_grad
     if matrix.transform is None:
-        found = cast("tuple[Tensor, Tensor, Tensor]", _summarize_op(*matrix.problem, length, wanted))
-        stretches, log_normalizer, _ = found
+        stretches, log_normalizer, _ = _summarize_op(*matrix.problem, length, wanted)
     elif wanted:
         blocks, log_normalizer = _summarize_transformed(matrix)
         stretches = in_stretches(blocks, length)
@@ -179,20 +179,23 @@ def _block_logsumexp(problem: dispatch.Problem) -> Tensor:
     return _reduce_blocks(ScoreMatrix.of(problem), "logsumexp") if found is None else found
 
 
-@torch.library.custom_op("negcache_fn::reduce_blocks", mutates_args=(), schema=f"({SCHEMA}, str by) -> Tensor")
+def _fake_blocks(*arguments: Any) -> Tensor:
+    queries, embeddings = arguments[:2]
+    return queries.new_empty(queries.shape[0], -(-embeddings.shape[0] // BLOCK))
+
+
+@operator("reduce_blocks", fake=_fake_blocks, schema=f"({SCHEMA}, str by) -> Tensor")
 def _reduce_blocks_op(*arguments: Any) -> Tensor:
     *problem, by = arguments
     problem = dispatch.Problem(*problem)
     return _block_logsumexp(problem) if by == "logsumexp" else _reduce_blocks(ScoreMatrix.of(problem), by)
 
 
-@_reduce_blocks_op.register_fake
-def _(*arguments: Any) -> Tensor:
-    queries, embeddings = arguments[:2]
-    return queries.new_empty(queries.shape[0], -(-embeddings.shape[0] // BLOCK))
+def _fake_scores(*arguments: Any) -> Tensor:
+    return arguments[0].new_empty(*arguments[-1].shape, BLOCK)
 
 
-@torch.library.custom_op("negcache_fn::score_blocks", mutates_args=(), schema=f"({SCHEMA}, Tensor blocks) -> Tensor")
+@operator("score_blocks", fake=_fake_scores, schema=f"({SCHEMA}, Tensor blocks) -> Tensor")
 def _score_blocks_op(*arguments: Any) -> Tensor:
     *problem, blocks = arguments
     problem = dispatch.Problem(*problem)
@@ -200,30 +203,7 @@ def _score_blocks_op(*arguments: Any) -> Tensor:
     return _score_blocks(ScoreMatrix.of(problem), blocks) if found is None else found
 
 
-@_score_blocks_op.register_fake
-def _(*arguments: Any) -> Tensor:
-    return arguments[0].new_empty(*arguments[-1].shape, BLOCK)
-
-
-@torch.library.custom_op(
-    "negcache_fn::summarize",
-    mutates_args=(),
-    schema=f"({SCHEMA}, SymInt length, bool differentiable) -> (Tensor, Tensor, Tensor)",
-)
-def _summarize_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The stretches, the normalisers and, if they are to be differentiable, their gradient [B, D], else [0, D]."""
-    *problem, length, differentiable = arguments
-    problem = dispatch.Problem(*problem)
-    if differentiable:
-        blocks, log_normalizer, mean = blocks_and_mean(ScoreMatrix.of(problem))
-    else:
-        blocks = _block_logsumexp(problem)
-        log_normalizer, mean = _logsumexp_of_rows(blocks), torch.empty_like(problem.queries[:0])
-    return in_stretches(blocks, length), log_normalizer, mean
-
-
-@_summarize_op.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_summary(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     queries, embeddings, *_, length, differentiable = arguments
     rows, dim = queries.shape
     stretches = queries.new_empty(rows, -(-embeddings.shape[0] // length))
@@ -247,4 +227,20 @@ def _gradient(
     return None if gradient is None else gradient[:, None] * mean, *(None for _ in range(9))
 
 
-_summarize_op.register_autograd(_gradient, setup_context=_save_mean)
+@operator(
+    "summarize",
+    fake=_fake_summary,
+    schema=f"({SCHEMA}, SymInt length, bool differentiable) -> (Tensor, Tensor, Tensor)",
+    gradient=_gradient,
+    keep=_save_mean,
+)
+def _summarize_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The stretches, the normalisers and, if they are to be differentiable, their gradient [B, D], else [0, D]."""
+    *problem, length, differentiable = arguments
+    problem = dispatch.Problem(*problem)
+    if differentiable:
+        blocks, log_normalizer, mean = blocks_and_mean(ScoreMatrix.of(problem))
+    else:
+        blocks = _block_logsumexp(problem)
+        log_normalizer, mean = _logsumexp_of_rows(blocks), torch.empty_like(problem.queries[:0])
+    return in_stretches(blocks, length), log_normalizer, mean

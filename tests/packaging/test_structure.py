@@ -25,6 +25,7 @@ PARTS = (
         "_features",
         "_options",
         "_codec",
+        "_operators",
         "_kernels",
         "_ranks",
         "_checkpoints",
