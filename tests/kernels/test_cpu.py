@@ -176,6 +176,34 @@ def test_hardest_equals_plain_torch(
     assert torch.equal(slots, expected_slots)
 
 
+def pipes(length: int, count: int) -> Tensor:
+    """Numbers that rise and fall, for which the median of first, middle and last number is a bad pivot each time."""
+    rising = torch.arange(length // 2)
+    return torch.cat([rising, rising.flip(0)]).repeat(count).float()
+
+
+@needs_kernels
+@pytest.mark.parametrize("n", [1, 65, 500])
+@pytest.mark.parametrize(
+    "order",
+    [
+        lambda length: torch.arange(4 * length).float(),
+        lambda length: -torch.arange(4 * length).float(),
+        lambda length: pipes(length, 4),
+        lambda length: torch.arange(4 * length).fmod(3).float(),
+        lambda length: torch.zeros(4 * length),
+    ],
+    ids=["rising", "falling", "pipes", "three values", "one value"],
+)
+def test_hardest_in_any_order(order, n: int) -> None:
+    scores = order(2 * n + BLOCK)  # so many are kept before the best n of them are chosen
+    arguments = (torch.ones(1, 1), scores[:, None], torch.zeros(len(scores)), torch.empty(1, 0, dtype=torch.int64))
+    best, slots = cpu.hardest(Problem(*arguments, None), n)
+    expected = scores.sort(descending=True, stable=True)
+    assert torch.equal(best[0], expected.values[:n])
+    assert torch.equal(slots[0], expected.indices[:n])
+
+
 @needs_kernels
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("products", PRODUCTS)

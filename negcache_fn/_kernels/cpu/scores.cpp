@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -114,23 +115,27 @@ void hardest_at_once(const T* embeddings, const Problem& problem, Arithmetic ari
   });
   failure.raise();
   const auto merge = [&](int64_t row) {
-    std::vector<Candidate> found;
+    std::vector<float> found;
+    std::vector<int64_t> places;  // they ascend from thread to thread
     for (const std::optional<Candidates>& theirs : of_threads)
       if (theirs) {
-        const Candidate* first = theirs->all.data() + row * theirs->room;
-        found.insert(found.end(), first, first + theirs->counts[row]);
+        const int64_t first = row * theirs->room, end = first + theirs->counts[row];
+        found.insert(found.end(), theirs->scores.begin() + first, theirs->scores.begin() + end);
+        places.insert(places.end(), theirs->slots.begin() + first, theirs->slots.begin() + end);
       }
-    const int64_t count = std::min<int64_t>(keep, found.size());
-    std::partial_sort(found.begin(), found.begin() + count, found.end());
+    const int64_t all = found.size(), count = std::min(keep, all);
+    std::vector<float> spare(2 * all);
+    if (all > keep) keep_best(found.data(), places.data(), all, keep, spare.data());
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t slot = found[i].slot;
-      const float product = dot(problem.queries + row * problem.dim, embeddings + slot * problem.dim, problem.dim);
-      found[i].score = product * scale_of(problem, slot) + problem.bias[slot];
+      const float product = dot(problem.queries + row * problem.dim, embeddings + places[i] * problem.dim, problem.dim);
+      found[i] = product * scale_of(problem, places[i]) + problem.bias[places[i]];
     }
-    std::sort(found.begin(), found.begin() + count);
+    std::vector<int64_t> order(count);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return found[i] > found[j]; });
     for (int64_t i = 0; i < keep; ++i) {
-      scores[row * keep + i] = i < count ? found[i].score : -kInfinity;
-      slots[row * keep + i] = i < count ? found[i].slot : -1;
+      scores[row * keep + i] = i < count ? found[order[i]] : -kInfinity;
+      slots[row * keep + i] = i < count ? places[order[i]] : -1;
     }
   };
 #pragma omp parallel for schedule(static) if (problem.rows * keep * problem.dim > kWorthThreads)
