@@ -228,12 +228,13 @@ def take_step_(
     with torch.no_grad():  # metrics and cached embeddings are constants
         slots, embeddings = _drawn_by_all(draw, fresh.draws, shared, ranks)
         not_written = count_not_storable(state, fresh.all, batch.cacheable, batch.fits, again.slots)
+        log_share, failed = log_share_of_cache(known.scores, draw.log_normalizer), attempts.failures(slots.device)
         metrics, failures = step_metrics(
-            state, draw, terms, fresh.draws, drawn_at, slots, not_written, attempts.failures(slots.device), ranks
+            state, draw, terms, log_share, fresh.draws, drawn_at, slots, not_written, failed, ranks
         )
         attempts.raise_if_any(failures)
         if draw.for_batch and shared is not None:
-            metrics["draw_noise"] = draw_noise(queries, draw, terms, shared)
+            metrics["draw_noise"] = draw_noise(queries, draw, terms, log_share, shared)
         if training:
             if batch.to_refresh:
                 slots = torch.cat([slots, again.stalest])

@@ -8,7 +8,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn._cache.select import segments
-from negcache_fn._cache.state import live, stored
+from negcache_fn._cache.state import stored
 from negcache_fn._kernels import dispatch
 from negcache_fn._operators import operator
 
@@ -41,24 +41,51 @@ def find_slots(state: TensorDictBase, ids: Tensor) -> Tensor:
 
 def without(state: TensorDictBase, ids: Tensor) -> Tensor:
     """[C] bool: the live slots that have none of the `ids` [P]."""
-    slots, capacity = find_slots(state, ids), stored(state, "id").shape[0]
-    kept = torch.cat([live(state), torch.zeros(1, dtype=torch.bool, device=slots.device)])
-    return kept.scatter(0, torch.where(slots >= 0, slots, capacity), False)[:capacity]
+    columns = stored(state, "id"), stored(state, "embedded_at")
+    # On other devices a compiler makes one kernel of it.
+    return _without_op(ids, *columns) if ids.device.type == "cpu" else _without(ids, *columns)
 
 
 def last_of_each(ids: Tensor) -> Tensor:
     """[M] bool: whether no later row has the same id."""
     if ids.device.type in _FEW_ON and ids.shape[0] <= _FEW_ON[ids.device.type]:
         return ~((ids == ids[:, None]).triu_(1).any(1) & named(ids))
-    ordered, order = ids.sort(stable=True)
-    last = torch.ones_like(ordered, dtype=torch.bool)
-    last[:-1] = (ordered[1:] != ordered[:-1]) | ~named(ordered[:-1])
-    return torch.empty_like(last).scatter_(0, order, last)
+    return _last_of_each_op(ids)
 
 
 def first_of_each(ids: Tensor) -> Tensor:
     """[M] bool: whether no earlier row has the same id."""
     return last_of_each(ids.flip(0)).flip(0)
+
+
+def _without(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
+    slots, capacity = _find_slots_op(ids, cached, embedded_at), cached.shape[0]
+    kept = torch.cat([embedded_at >= 0, torch.zeros(1, dtype=torch.bool, device=slots.device)])
+    return kept.scatter(0, torch.where(slots >= 0, slots, capacity), False)[:capacity]
+
+
+def _fake_kept(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
+    return torch.empty_like(cached, dtype=torch.bool)
+
+
+@operator("without", fake=_fake_kept)
+def _without_op(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
+    kept = dispatch.without(ids, cached, embedded_at)
+    return _without(ids, cached, embedded_at) if kept is None else kept
+
+
+def _fake_last(ids: Tensor) -> Tensor:
+    return torch.empty_like(ids, dtype=torch.bool)
+
+
+@operator("last_of_each", fake=_fake_last)
+def _last_of_each_op(ids: Tensor) -> Tensor:
+    if (last := dispatch.last_of_each(ids)) is not None:
+        return last
+    ordered, order = ids.sort(stable=True)
+    last = torch.ones_like(ordered, dtype=torch.bool)
+    last[:-1] = (ordered[1:] != ordered[:-1]) | ~named(ordered[:-1])
+    return torch.empty_like(last).scatter_(0, order, last)
 
 
 def _fake_slots(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:

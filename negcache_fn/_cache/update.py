@@ -158,7 +158,7 @@ def update_(
     )
     if refresh is not None:
         slots, fresh = ranks.gather_all(refresh[0], refresh[1].detach())
-        refresh = (slots, fresh)
+        refresh = (torch.where(slots < shards.capacity, slots, -1), fresh)
     to_store, fits = in_slots(stored_features(state), features)
     arrivals = Arrivals.of(to_store, embeddings, ids, log_weights, cacheable, fits=fits)
     arrivals = arrivals.gathered(rows, ranks)
@@ -207,9 +207,8 @@ def _refresh_(state: TensorDictBase, slots: Tensor, embeddings: Tensor, shards: 
     cached, embedded_at = stored(state, "embedding"), stored(state, "embedded_at")
     if slots.shape[0] == 0:
         return
-    slots = torch.where(slots >= 0, slots - shards.first, -1)
-    inside = (slots >= 0) & (slots < cached.shape[0])
-    wanted = inside & (embedded_at[slots.clamp(0, cached.shape[0] - 1)] >= 0) & storable(embeddings, cached.dtype)
+    slots = shards.own(slots, cached.shape[0])
+    wanted = (embedded_at[slots.clamp(min=0)] >= 0) & storable(embeddings, cached.dtype)
     target = torch.where(wanted, slots, -1)
     target = torch.where(last_of_each(target), target, -1)
     rows = _Rows.of(target)
@@ -229,12 +228,10 @@ def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, key: Ten
     is_replaced = torch.zeros(capacity + 1, dtype=torch.bool, device=cached.device)
     is_replaced = is_replaced.scatter(0, torch.where(replaced_here >= 0, replaced_here, capacity), True)[:capacity]
     evicted = lowest_slots(key, ids.shape[0], skip=is_replaced, shards=shards)
-    replaced = shards.ranks.all_max(torch.where(replaced_here >= 0, replaced_here + shards.first, -1))
+    replaced = shards.ranks.all_max(shards.numbered(replaced_here))
     takes = wanted & (replaced < 0)
     place = takes.cumsum(0) - 1
-    target = torch.where(takes, evicted[place.clamp(min=0)], torch.where(wanted, replaced, -1))
-    target = target - shards.first
-    target = torch.where((target >= 0) & (target < capacity), target, -1)
+    target = shards.own(torch.where(takes, evicted[place.clamp(min=0)], replaced), capacity)
 
     rows, now = _Rows.of(target), scalar(state, "step").expand_as(target)
     map_features(rows.write_, stored_features(state), cast(Features, arrivals.features))

@@ -27,7 +27,9 @@ from torch.nn.functional import pad, softplus
 
 from negcache_fn._cache.select import ordered, segments
 from negcache_fn._draws.noise import AMONG_BLOCKS, AMONG_SLOTS, Noise
+from negcache_fn._kernels import dispatch
 from negcache_fn._kernels.blocks import BLOCK, GROUP
+from negcache_fn._operators import operator
 from negcache_fn._ranks.group import Ranks
 from negcache_fn._ranks.order import sequenced_after
 from negcache_fn._scores.definition import ScoreMatrix
@@ -223,8 +225,19 @@ def _given_maximum(perturbed: Tensor, maximum: Tensor) -> Tensor:
 def _largest(values: Tensor, n: int) -> Tensor:
     """[min(n, values)] places of the n largest values, ties by place; the places ascend."""
     n = min(n, values.shape[0])
-    if values.dtype != torch.float32:
-        return values.sort(descending=True, stable=True).indices[:n].sort().values
+    if values.dtype == torch.float32:
+        return _largest_op(values, n)
+    return values.sort(descending=True, stable=True).indices[:n].sort().values
+
+
+def _fake_places(values: Tensor, n: int) -> Tensor:
+    return values.new_empty(n, dtype=torch.int64)
+
+
+@operator("largest", fake=_fake_places)
+def _largest_op(values: Tensor, n: int) -> Tensor:
+    if (places := dispatch.largest(values, n)) is not None:
+        return places
     # As integers in the same order, all different, of which `topk` finds the largest in a third of the time.
     place = torch.arange(values.shape[0], device=values.device)
     return (ordered(values) * 2**32 - place).topk(n, sorted=False).indices.sort().values

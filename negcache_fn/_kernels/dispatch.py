@@ -18,12 +18,15 @@ __all__ = [
     "find_slots",
     "gumbel",
     "hardest",
+    "largest",
+    "last_of_each",
     "logsumexp",
     "lowest_slots",
     "reads_in_place",
     "score_blocks",
     "slot_masses",
     "sum_of_rows",
+    "without",
 ]
 
 
@@ -98,6 +101,21 @@ def find_slots(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor | Non
     if cpu.supports_scans(ids):
         return cpu.find_slots(ids, cached, embedded_at)
     return None
+
+
+def without(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor | None:
+    """[C] bool: the live slots that have none of the `ids` [P]."""
+    return cpu.without(ids, cached, embedded_at) if cpu.supports_scans(ids) else None
+
+
+def last_of_each(ids: Tensor) -> Tensor | None:
+    """[M] bool: whether no later row has the same id."""
+    return cpu.last_of_each(ids) if cpu.supports_scans(ids) else None
+
+
+def largest(values: Tensor, n: int) -> Tensor | None:
+    """[n] places of the largest `values` [N], ascending, ties by place."""
+    return cpu.largest(values, n) if cpu.supports_sums(values) else None
 
 
 def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor | None:

@@ -120,11 +120,11 @@ def _of_batch(
     stale = products + shared.log_weight
     normalizer = draw.log_normalizer[:, None]
     with torch.no_grad():  # weights are constants of the estimator
-        masked = _false_negatives(products, draw, shared)
-        possible = _possible(stale, masked, draw, shared)
+        usable = _usable(draw, shared)
+        masked = _false_negatives(products, draw, shared) & usable
+        possible = _possible(stale, draw, shared) & ~masked & usable
         log_probability = torch.where(possible, stale - normalizer, -_INFINITY)
         log_inverse = torch.where(possible, -_log_inclusion(shared.score, draw.threshold[0]), -_INFINITY)
-        has_draws = possible.any(-1)
     if options.staleness_correction == "none":
         weights = (log_probability + log_inverse).exp()
         change = torch.where(possible, fresh - stale, 0.0)  # impossible draws may be infinite
@@ -132,10 +132,10 @@ def _of_batch(
         log_importance = log_probability + log_inverse
     else:
         # Impossible draws leave both sums, and their gradients.
-        of_fresh, of_stale = (torch.where(possible, log_inverse + scores, -_INFINITY) for scores in (fresh, stale))
-        change = torch.where(has_draws, logsumexp(of_fresh), 0.0) - torch.where(has_draws, logsumexp(of_stale), 0.0)
-        logit = draw.log_normalizer + change
-        log_importance = of_fresh.detach()
+        terms = torch.where(possible, log_inverse + torch.stack([fresh, stale]), -_INFINITY)
+        of_fresh, of_stale = logsumexp(terms).unbind()
+        logit = draw.log_normalizer + torch.where(possible.any(-1), of_fresh - of_stale, 0.0)
+        log_importance = terms[0].detach()
     return CacheClass(logit, log_importance, log_probability, masked)
 
 
@@ -160,9 +160,9 @@ def _of_queries(
             stale = products + shared.log_weight
             drawn = _drawn(draw, shared)
             # A document that the query drew is not a false negative, even if rounding differs here.
-            masked = _false_negatives(products, draw, shared) & ~drawn
-            possible = _possible(stale, masked, draw, shared)
-            possible = possible | drawn & (shared.slot >= 0) & draw.has_documents[:, None]
+            usable = _usable(draw, shared)
+            masked = _false_negatives(products, draw, shared) & ~drawn & usable
+            possible = (drawn | _possible(stale, draw, shared) & ~masked) & usable
             log_probability = torch.where(possible, stale - draw.log_normalizer[:, None], -_INFINITY)
             log_weights_of_draws = log_probability - _log_expected(log_probability, draw, shared)
             log_weights_of_draws = torch.where(possible, log_weights_of_draws, -_INFINITY)
@@ -207,19 +207,24 @@ def _drawn(draw: Draw, shared: SharedDraws) -> Tensor:
     return by_number.index_select(1, number)
 
 
+def _usable(draw: Draw, shared: SharedDraws) -> Tensor:
+    """[B, M] bool: whether the draw exists, and the query has documents."""
+    return (shared.slot >= 0) & draw.has_documents[:, None]
+
+
 def _false_negatives(products: Tensor, draw: Draw, shared: SharedDraws) -> Tensor:
-    """[B, M] bool: whether a draw is a false negative of the query; `products`: no log-weights."""
+    """[B, M] bool: whether a usable draw is a false negative of the query; `products`: no log-weights."""
     masked = products > _of_sources(draw.max_score, shared)
     if draw.exclude_ids.shape[0] == products.shape[0]:  # documents excluded for all are not among the draws
         masked = masked | among(shared.id, draw.exclude_ids)
     if draw.exclude_labels.shape[1]:
         masked = masked | among(shared.label, draw.exclude_labels)
-    return masked & (shared.slot >= 0) & draw.has_documents[:, None]
+    return masked
 
 
-def _possible(stale: Tensor, masked: Tensor, draw: Draw, shared: SharedDraws) -> Tensor:
-    """[B, M] bool: whether the query's softmax has the drawn document."""
-    return (stale >= _of_sources(draw.cutoff, shared)) & ~masked & (shared.slot >= 0) & draw.has_documents[:, None]
+def _possible(stale: Tensor, draw: Draw, shared: SharedDraws) -> Tensor:
+    """[B, M] bool: whether the score lets the drawn document into the query's softmax."""
+    return stale >= _of_sources(draw.cutoff, shared)
 
 
 def _of_sources(values: Tensor, shared: SharedDraws) -> Tensor:

@@ -8,7 +8,7 @@ from negcache_fn._cache.state import live, scalar, stored
 from negcache_fn._codec import storable
 from negcache_fn._draws.draw import Draw
 from negcache_fn._loss.cache_class import SharedDraws, inverse_inclusion
-from negcache_fn._loss.cross_entropy import Terms, log_share_of_cache, losses_of_positives, mean_of_positives
+from negcache_fn._loss.cross_entropy import Terms, losses_of_positives, mean_of_positives
 from negcache_fn._ranks.group import Ranks
 
 __all__ = ["count_not_storable", "draw_noise", "step_metrics"]
@@ -20,6 +20,7 @@ def step_metrics(
     state: TensorDictBase,
     draw: Draw,
     terms: Terms,
+    log_share: Tensor,
     fresh: Tensor,
     drawn_at: Tensor,
     drawn_by_all: Tensor,
@@ -33,6 +34,7 @@ def step_metrics(
         state: the cache.
         draw: the draws for this rank's queries.
         terms: the classes of the queries.
+        log_share: [B] see `log_share_of_cache`.
         fresh: [M, D] the drawn documents, encoded again.
         drawn_at: [M] the step of their stale embeddings.
         drawn_by_all: [ranks * M] the slots that all ranks have drawn.
@@ -49,7 +51,9 @@ def step_metrics(
     trains = terms.batch.trains
     if terms.batch.is_target is not None:
         probability = torch.where(terms.batch.is_target, probability, 0.0)
-    step, embedded_at, drawn = scalar(state, "step"), stored(state, "embedded_at"), draw.slot >= 0
+    step, embedded_at = scalar(state, "step"), stored(state, "embedded_at")
+    drawn = draw.slot.flatten() >= 0
+    draws = drawn.sum()
     capacity = embedded_at.new_full((), embedded_at.shape[0])
     documents = live(state).sum()
     # Empty slots, whose entry is -1, are added back: no tensor of C ages.
@@ -66,12 +70,12 @@ def step_metrics(
     ratios = {
         "exact_loss": (exact.sum(), queries),
         "positive_probability": (mean_of_positives(probability, terms.batch).sum(), queries),
-        "cache_share": (log_share_of_cache(terms.batch, draw.log_normalizer).exp().sum(), queries),
+        "cache_share": (log_share.exp().sum(), queries),
         "occupancy": (documents, capacity),
         "cache_age_steps": (step * documents - embedded_at_sum, documents),
-        "draw_age_steps": _sum_where(step - drawn_at, drawn.flatten()),
-        "drift": _sum_where(drift, drawn.flatten()),
-        "effective_sample_size": _sum_where(sample_size, can_draw),
+        "draw_age_steps": ((step - drawn_at).masked_fill(~drawn, 0).sum(), draws),
+        "drift": (torch.where(drawn, drift, 0.0).sum(), draws),
+        "effective_sample_size": (torch.where(can_draw, sample_size, 0.0).sum(), can_draw.sum()),
         # Not a product of two sums, which Triton 3.6 cannot compile in the kernel that Inductor makes of these lines.
         "masked_pairs": ((terms.cache.masked & can_draw[:, None]).sum(), (can_draw[:, None] & drawn_by_any).sum()),
     }
@@ -87,7 +91,7 @@ def step_metrics(
     return {**dict(zip(ratios, values.unbind(), strict=True)), "non_finite": not_written}, failures
 
 
-def draw_noise(queries: Tensor, draw: Draw, terms: Terms, shared: SharedDraws) -> Tensor:
+def draw_noise(queries: Tensor, draw: Draw, terms: Terms, log_share: Tensor, shared: SharedDraws) -> Tensor:
     """[]: the relative error of the documents' gradient from drawing for the batch, estimated from the draws.
 
     With `v_m = sum_i u_i p_i(j_m) q_i`, which is, up to the scale, the gradient of the loss in document m if nothing is
@@ -101,9 +105,9 @@ def draw_noise(queries: Tensor, draw: Draw, terms: Terms, shared: SharedDraws) -
         queries: [B, D].
         draw: the draws for the batch.
         terms: the classes of the queries.
+        log_share: [B] see `log_share_of_cache`.
         shared: the M draws of all ranks.
     """
-    log_share = log_share_of_cache(terms.batch, draw.log_normalizer)
     weights = (terms.cache.log_probability + log_share[:, None]).exp()
     weights = torch.where(draw.has_documents[:, None], weights, 0.0)
     gradients = shared.ranks.all_sum(weights.T @ queries)
@@ -118,11 +122,6 @@ def _distinct(slots: Tensor) -> Tensor:
     in_order = slots.sort().values
     first = torch.cat([torch.ones_like(in_order[:1], dtype=torch.bool), in_order[1:] != in_order[:-1]])
     return ((in_order >= 0) & first).sum()
-
-
-def _sum_where(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and number of the selected values."""
-    return torch.where(where, values, torch.zeros_like(values)).sum(), where.sum()
 
 
 def count_not_storable(

@@ -107,6 +107,17 @@ class Shards(NamedTuple):
     chunk: int | Tensor  # slots of every rank but the last
     capacity: int | Tensor  # of all
 
+    def numbered(self, slots: Tensor) -> Tensor:
+        """The slots of this rank, or -1, as numbers among all."""
+        return slots if self.ranks.name is None else torch.where(slots >= 0, slots + self.first, -1)
+
+    def own(self, numbers: Tensor, capacity: int) -> Tensor:
+        """The slots among the `capacity` of this rank that have these numbers among all, -1 where it is another's."""
+        if self.ranks.name is None:
+            return numbers
+        slots = numbers - self.first
+        return torch.where((numbers >= 0) & (slots >= 0) & (slots < capacity), slots, -1)
+
 
 ALONE = Ranks(None, 0, 1, {})
 

@@ -105,7 +105,7 @@ def hardest_of_all(matrix: ScoreMatrix, n: int, shards: Shards) -> tuple[Tensor,
     ranks = shards.ranks
     if ranks.name is None:
         return scores, slots
-    slots = torch.where(slots >= 0, slots + shards.first, -1)
+    slots = shards.numbered(slots)
     # Slot numbers are exact in float64, so one exchange is enough.
     of_ranks = ranks.by_rank(ranks.exchange(torch.stack([scores.double(), slots.double()], dim=1)))
     all_scores, all_slots = of_ranks.permute(2, 1, 0, 3).flatten(2)  # [2, B, ranks * n]

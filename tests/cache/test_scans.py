@@ -79,13 +79,14 @@ def test_ids_are_found_by_a_loop(
     assert kept.tolist() == [here and slot not in expected for slot, here in enumerate(live)]
 
 
-@given(ids=numbers)
-def test_first_and_last_of_each_id(ids: list[int]) -> None:
+@given(ids=numbers, native=st.booleans())
+def test_first_and_last_of_each_id(ids: list[int], native: bool) -> None:
     """Anonymous rows are all different."""
     first = [name == -1 or name not in ids[:place] for place, name in enumerate(ids)]
     last = [name == -1 or name not in ids[place + 1 :] for place, name in enumerate(ids)]
-    assert first_of_each(torch.tensor(ids)).tolist() == first
-    assert last_of_each(torch.tensor(ids)).tolist() == last
+    with by_native_code(native):
+        assert first_of_each(torch.tensor(ids)).tolist() == first
+        assert last_of_each(torch.tensor(ids)).tolist() == last
 
 
 @pytest.mark.parametrize("native", [True, False])

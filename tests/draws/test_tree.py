@@ -20,6 +20,7 @@ from negcache_fn._draws.gumbel_tree import _better, _Groups
 from negcache_fn._draws.noise import Noise
 from negcache_fn._kernels.blocks import BLOCK, GROUP
 from negcache_fn.random import gumbel
+from tests.cache.test_reembed import by_native_code
 from tests.draws.test_sample import varied
 from tests.support import oracles
 from tests.support.builders import at_step, is_close, make_state, unit
@@ -140,10 +141,16 @@ def test_masses_among_the_best_are_sums_over_queries() -> None:
 
 
 @given(
-    values=st.lists(st.sampled_from([-math.inf, -3.5, -0.25, -0.0, 0.0, 0.5, 2.0, math.inf]), min_size=1, max_size=40),
+    values=st.lists(
+        st.sampled_from([-math.inf, -3.5, -0.25, -0.0, 0.0, 0.5, 2.0, math.inf, math.nan]), min_size=1, max_size=40
+    ),
     n=st.integers(1, 45),
     dtype=st.sampled_from([torch.float32, torch.float64]),
+    native=st.booleans(),
 )
-def test_largest_values_ties_by_place(values: list[float], n: int, dtype: torch.dtype) -> None:
-    expected = sorted(sorted(range(len(values)), key=lambda place: (-values[place], place))[:n])
-    assert _largest(torch.tensor(values, dtype=dtype), n).tolist() == expected
+def test_largest_values_ties_by_place(values: list[float], n: int, dtype: torch.dtype, native: bool) -> None:
+    """A NaN counts as the largest."""
+    keys = [(0, 0.0, place) if math.isnan(value) else (1, -value, place) for place, value in enumerate(values)]
+    ranked = [place for _, _, place in sorted(keys)]
+    with by_native_code(native):
+        assert _largest(torch.tensor(values, dtype=dtype), n).tolist() == sorted(ranked[:n])

@@ -18,6 +18,8 @@ __all__ = [
     "find_slots",
     "gumbel",
     "hardest",
+    "largest",
+    "last_of_each",
     "logsumexp",
     "lowest_slots",
     "score_blocks",
@@ -53,12 +55,12 @@ def supports_hardest(problem: Problem, n: int) -> bool:
 
 
 def supports_scans(key: Tensor) -> bool:
-    """Whether `lowest_slots` and `find_slots` take tensors like this one."""
+    """Whether the scans of integers, such as `lowest_slots`, take tensors like this one."""
     return key.device.type == "cpu" and library() is not None
 
 
 def supports_sums(values: Tensor) -> bool:
-    """Whether `sum_of_rows` and `logsumexp` take values like these."""
+    """Whether `sum_of_rows`, `logsumexp` and `largest` take values like these."""
     return values.device.type == "cpu" and values.dtype == torch.float32 and library() is not None
 
 
@@ -146,6 +148,31 @@ def find_slots(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
     return slots
 
 
+def without(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
+    """[C] bool: the live slots that have none of the `ids` [P]."""
+    kept = torch.empty_like(cached, dtype=torch.bool)
+    ids, cached, embedded_at = ids.contiguous(), cached.contiguous(), embedded_at.contiguous()
+    known = (cached.data_ptr(), embedded_at.data_ptr(), cached.shape[0])
+    _run("negcache_without", ids.data_ptr(), ids.shape[0], *known, kept.data_ptr())
+    return kept
+
+
+def last_of_each(ids: Tensor) -> Tensor:
+    """[M] bool: whether no later row has the same id."""
+    last = torch.empty_like(ids, dtype=torch.bool)
+    ids = ids.contiguous()
+    _run("negcache_last_of_each", ids.data_ptr(), ids.shape[0], last.data_ptr())
+    return last
+
+
+def largest(values: Tensor, n: int) -> Tensor:
+    """[n] places of the largest `values` [N], ascending, ties by place."""
+    places = torch.empty(n, dtype=torch.int64)
+    values = values.contiguous()
+    _run("negcache_largest", values.data_ptr(), values.shape[0], n, places.data_ptr())
+    return places
+
+
 def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor | None:
     """[..., 4] the variates of `negcache_fn.random.gumbel`, bit for bit; None where there is no kernel."""
     if row.device.type != "cpu" or library() is None:
@@ -191,6 +218,9 @@ _ARGUMENTS = {
     "negcache_hardest": (_IN, _INT, _INT, _SIZE, _TENSOR, _TENSOR),
     "negcache_lowest": (_TENSOR, _TENSOR, _SIZE, _SIZE, _TENSOR),
     "negcache_find_slots": (_TENSOR, _SIZE, _TENSOR, _TENSOR, _SIZE, _TENSOR),
+    "negcache_largest": (_TENSOR, _SIZE, _SIZE, _TENSOR),
+    "negcache_last_of_each": (_TENSOR, _SIZE, _TENSOR),
+    "negcache_without": (_TENSOR, _SIZE, _TENSOR, _TENSOR, _SIZE, _TENSOR),
     "negcache_uniform": (_SIZE, _SIZE, _TENSOR, _TENSOR, _SIZE, _SIZE, _TENSOR),
 }
 

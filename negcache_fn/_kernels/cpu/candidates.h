@@ -3,44 +3,16 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <functional>
-#include <utility>
 #include <vector>
 
 #include "blocks.h"
+#include "selection.h"
 #include "vectors.h"
 
 namespace negcache {
 
 constexpr int64_t kRowGroup = 32;               // a multiple of the rows that are multiplied together
 constexpr int64_t kCandidateBytes = 512 << 20;  // for the candidates of all threads
-constexpr int kQuickRounds = 32;                // of a selection, before the one that no order of values makes slow
-
-// The n-th largest of some numbers, n >= 1; loses both arrays. No branch depends on a number, unlike std::nth_element.
-inline float nth_largest(float* values, float* spare, int64_t count, int64_t n) {
-  for (int round = 0; round < kQuickRounds; ++round) {
-    const float a = values[0], b = values[count / 2], c = values[count - 1];
-    const float pivot = std::max(std::min(a, b), std::min(std::max(a, b), c));
-    int64_t above = 0, below = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const float value = values[i];
-      values[above] = spare[below] = value;
-      above += value > pivot;
-      below += value < pivot;
-    }
-    const int64_t equal = count - above - below;
-    if (n > above && n <= above + equal) return pivot;
-    if (n <= above) {
-      count = above;
-    } else {
-      n -= above + equal;
-      count = below;
-      std::swap(values, spare);
-    }
-  }
-  std::nth_element(values, values + n - 1, values + count, std::greater<float>());
-  return values[n - 1];
-}
 
 // Leaves the `keep` best of `count` scores, at least as many, and their slots, which ascend: of ties the first. Returns
 // the lowest that stays. `spare` has room for 2 * count.

@@ -1,15 +1,17 @@
-// Scans over one integer per slot: the lowest keys, and the slots of ids.
+// Scans over one number per slot or row: the lowest keys, the slots of ids, repeated ids, the largest values.
 
 #include <omp.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <utility>
 #include <vector>
 
 #include "blocks.h"
 #include "failure.h"
+#include "selection.h"
 
 namespace negcache {
 namespace {
@@ -36,7 +38,7 @@ struct Lowest {
 
 constexpr int64_t kAnonymous = -1;  // as in negcache_fn._cache.ids
 
-// A set of ids, and the row of each; most others are known not to be there after one look at a small table.
+// A set of ids, and the last row of each; most others are known not to be there after one look at a small table.
 class Rows {
  public:
   Rows(const int64_t* ids, int64_t count) : filter_(1 << kFilterBits), rows_(table_size(count), -1), ids_(ids) {
@@ -115,6 +117,35 @@ void find_slots(const int64_t* ids, int64_t count, const int64_t* cached, const 
     if (ids[row] != kAnonymous) slots[row] = slots[rows.of(ids[row])];
 }
 
+// Whether a slot is live and has none of the ids.
+void without(const int64_t* ids, int64_t count, const int64_t* cached, const int64_t* embedded_at, int64_t capacity,
+             uint8_t* kept) {
+  const Rows rows(ids, count);
+#pragma omp parallel for schedule(static) if (8 * capacity > kWorthThreads)
+  for (int64_t slot = 0; slot < capacity; ++slot)
+    kept[slot] = embedded_at[slot] >= 0 && (cached[slot] == kAnonymous || rows.of(cached[slot]) < 0);
+}
+
+// Whether no later row has the same id.
+void last_of_each(const int64_t* ids, int64_t count, uint8_t* last) {
+  const Rows rows(ids, count);
+  for (int64_t row = 0; row < count; ++row) last[row] = ids[row] == kAnonymous || rows.of(ids[row]) == row;
+}
+
+// The places of the `keep` largest values, ascending, ties by place: in the order of `ordered` in _cache/select.py,
+// which has a place for NaN.
+void largest(const float* values, int64_t count, int64_t keep, int64_t* places) {
+  std::vector<int32_t> keys(count), spare(2 * count);
+  std::memcpy(keys.data(), values, count * sizeof(int32_t));
+  for (int32_t& key : keys) key = key < 0 ? -(key & std::numeric_limits<int32_t>::max()) : key;
+  std::copy(keys.begin(), keys.end(), spare.begin());
+  const int32_t lowest = nth_largest(spare.data(), spare.data() + count, count, keep);
+  int64_t ties = keep;
+  for (const int32_t key : keys) ties -= key > lowest;
+  for (int64_t i = 0; i < count; ++i)
+    if (keys[i] > lowest || (keys[i] == lowest && ties-- > 0)) *places++ = i;
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -131,6 +162,28 @@ int negcache_find_slots(const int64_t* ids, int64_t count, const int64_t* cached
                         int64_t capacity, int64_t* slots) {
   return guarded([&] {
     find_slots(ids, count, cached, embedded_at, capacity, slots);
+    return kDone;
+  });
+}
+
+int negcache_without(const int64_t* ids, int64_t count, const int64_t* cached, const int64_t* embedded_at,
+                     int64_t capacity, uint8_t* kept) {
+  return guarded([&] {
+    without(ids, count, cached, embedded_at, capacity, kept);
+    return kDone;
+  });
+}
+
+int negcache_last_of_each(const int64_t* ids, int64_t count, uint8_t* last) {
+  return guarded([&] {
+    last_of_each(ids, count, last);
+    return kDone;
+  });
+}
+
+int negcache_largest(const float* values, int64_t count, int64_t keep, int64_t* places) {
+  return guarded([&] {
+    largest(values, count, keep, places);
     return kDone;
   });
 }
