@@ -1,7 +1,8 @@
-"""Interleaved runs: one round calls every method once, so that what slows the machine down slows all of them."""
+"""Interleaved runs: a round calls every method once, in random order, so that a slow machine is slow for all."""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -37,11 +38,11 @@ def interleave(calls: dict[str, Call], rounds: Rounds, on_call: Callable[[str], 
             on_call(name)
             warm[name] = _seconds(call)
     count = int(rounds.seconds / max(sum(warm.values()), 1e-9))
-    names = list(calls)
+    names, order = list(calls), random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(min(max(count, rounds.least), rounds.most)):
-        first = number % len(names)  # nobody always follows the same one
-        for name in names[first:] + names[:first]:
+    for _ in range(min(max(count, rounds.least), rounds.most)):
+        # What ran before decides what the caches hold: nobody always follows the same one.
+        for name in order.sample(names, len(names)):
             on_call(name)
             seconds[name].append(_seconds(calls[name]))
     return seconds
