@@ -39,10 +39,10 @@ _GREEN, _RED = "#1a9e77", "#d0563c"
 _DASHED = (0, (4, 2))
 _LINES = {
     "product": ("bare product", "ink", _DASHED),
-    "ours": ("negcache_fn", "ours", "-"),
-    "ours-eager": ("negcache_fn, eager", "ours", ":"),
-    "ours-bf16": ("negcache_fn, bfloat16", _GREEN, "-"),
-    "ours-bf16-eager": ("… bfloat16, eager", _GREEN, ":"),
+    "batch": ("negcache_fn, draws for the batch", "ours", _DASHED),
+    "ours": ("negcache_fn, draws per query", "ours", "-"),
+    "ours-eager": ("… eager", "ours", ":"),
+    "ours-int8": ("… int8 storage", _GREEN, "-"),
     "softmax": ("full softmax", "other", "-"),
     "port": ("the port", "accent", "-"),
     "port-top64": ("the port, top_k=64", "accent", _DASHED),
