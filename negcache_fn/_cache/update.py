@@ -207,7 +207,7 @@ def _refresh_(state: TensorDictBase, slots: Tensor, embeddings: Tensor, shards: 
     cached, embedded_at = stored(state, "embedding"), stored(state, "embedded_at")
     if slots.shape[0] == 0:
         return
-    slots = shards.own(slots, cached.shape[0])
+    slots = shards.local(slots, cached.shape[0])
     wanted = (embedded_at[slots.clamp(min=0)] >= 0) & storable(embeddings, cached.dtype)
     target = torch.where(wanted, slots, -1)
     target = torch.where(last_of_each(target), target, -1)
@@ -231,7 +231,7 @@ def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, key: Ten
     replaced = shards.ranks.all_max(shards.numbered(replaced_here))
     takes = wanted & (replaced < 0)
     place = takes.cumsum(0) - 1
-    target = shards.own(torch.where(takes, evicted[place.clamp(min=0)], replaced), capacity)
+    target = shards.local(torch.where(takes, evicted[place.clamp(min=0)], replaced), capacity)
 
     rows, now = _Rows.of(target), scalar(state, "step").expand_as(target)
     map_features(rows.write_, stored_features(state), cast(Features, arrivals.features))

@@ -111,7 +111,7 @@ class Shards(NamedTuple):
         """The slots of this rank, or -1, as numbers among all."""
         return slots if self.ranks.name is None else torch.where(slots >= 0, slots + self.first, -1)
 
-    def own(self, numbers: Tensor, capacity: int) -> Tensor:
+    def local(self, numbers: Tensor, capacity: int) -> Tensor:
         """The slots among the `capacity` of this rank that have these numbers among all, -1 where it is another's."""
         if self.ranks.name is None:
             return numbers
