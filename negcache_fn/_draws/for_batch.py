@@ -169,10 +169,11 @@ def _gathered(found: Largest, ranks: Ranks) -> Largest:
 
 def _blocks_of_groups(matrix: ScoreMatrix, group: Tensor, importance: Importance) -> Tensor:
     """[n, _BLOCKS] log-masses of the blocks of some groups [n], scored again."""
-    parts = [
-        importance.log_mass(reduce_blocks(matrix.of_stretches(some, GROUP), "logsumexp"))
-        for some in torch.split(group, _at_a_time(matrix, GROUP))
-    ]
+    parts: list[Tensor] = []
+    for some in torch.split(group, _at_a_time(matrix, GROUP)):
+        # Otherwise the compiler may copy the embeddings of all parts at once.
+        some = sequenced_after(some, parts[-1]) if parts else some
+        parts.append(importance.log_mass(reduce_blocks(matrix.of_stretches(some, GROUP), "logsumexp")))
     return torch.cat(parts).view(-1, _BLOCKS)
 
 

@@ -112,6 +112,13 @@ def test_peak_memory_sees_the_matrix_and_forgets_it() -> None:
     assert peaks["ours-eager"] < matrix / 2
 
 
+@pytest.mark.skipif(not memory.supported("cpu"), reason="needs /proc/self/clear_refs")
+def test_a_compiled_draw_for_the_batch_copies_few_groups_at_a_time() -> None:
+    """Of a cache of several segments, where the 257 groups that it scores again have 129 MiB of embeddings."""
+    shape = Shape(256, 2**19 + 1024, 128)
+    assert memory.measure(METHODS["batch"], [shape], "cpu", None)[shape] < 40 * 2**20
+
+
 def test_memory_process_gives_one_line_per_size(capsys: pytest.CaptureFixture[str]) -> None:
     if not memory.supported("cpu"):
         pytest.skip("needs /proc/self/clear_refs")
