@@ -138,17 +138,8 @@ class _Announcing:
             raise_for_others(group, error)
 
 
-def _fake_agreement(
-    tensor: Tensor,
-    marks: Tensor,
-    transformed: Tensor,
-    capacity: int,
-    names: str,
-    numbers: list[int],
-    texts: str,
-    replicated: bool,
-    name: str,
-) -> tuple[Tensor, Tensor]:
+def _fake_agreement(*arguments: Any) -> tuple[Tensor, Tensor]:
+    tensor, marks, *_, name = arguments
     return torch.empty_like(tensor), marks.new_empty(dist.get_world_size(group_named(name)))
 
 
