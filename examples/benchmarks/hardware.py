@@ -13,7 +13,7 @@ from negcache_fn._kernels.cpu.build import library
 
 __all__ = ["available_bytes", "describe", "others_cpu_seconds"]
 
-_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16")
 
 
 def describe(device: str) -> dict[str, Any]:

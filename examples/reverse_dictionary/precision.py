@@ -1,18 +1,21 @@
 """What precision a pass needs: ``python -m examples.reverse_dictionary.precision``, against float64.
 
 A CPU with AMX multiplies tiles of bfloat16 numbers, so a float32 number becomes a sum of such parts. Three parts of
-each side have the precision of float32 and take six products; two err by about 2^-17 and take three. Here the products
-are made in float32 of the same parts, on any machine.
+each side have the precision of float32 and take six products; two err by about 2^-17 and take three. A CPU with VNNI
+multiplies 16-bit integers, and each row has a factor. Here the products are made of the same numbers, on any machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from examples.benchmarks.report import fill_page
 from examples.command_line import CommandParser, positive, run
@@ -20,10 +23,12 @@ from examples.reverse_dictionary.corpus import Corpus
 from examples.reverse_dictionary.encoder import Encoder
 from examples.reverse_dictionary.inverted_lists import embedded
 
-__all__ = ["errors", "main", "product"]
+__all__ = ["PRODUCTS", "Product", "errors", "main"]
 
-_KINDS = {"float32": None, "3 parts, 6 products": 3, "2 parts, 3 products": 2, "1 part, 1 product": 1}
+Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
 _SCALES = (20.0, 50.0, 100.0)
+_MOST_OF_DOCUMENT, _MOST_OF_QUERY, _TOGETHER = 11585, 32767, 64  # as in `_kernels/cpu/by_vectors.h`
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,22 +52,22 @@ def _run(options: argparse.Namespace) -> None:
         "| | scale | log-normalizer, largest error | distribution of a draw, largest | gradient, largest |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for kind, parts in _KINDS.items():
+    for kind, product in PRODUCTS.items():
         for scale in _SCALES:
-            found = errors(scale * queries, documents, parts)
+            found = errors(scale * queries, documents, product)
             lines.append(f"| {' | '.join((kind, f'{scale:g}', *(f'{value:.0e}' for value in found)))} |")
     print("\n".join(lines))
     if options.page is not None:
         fill_page(options.page, {"precision": "\n".join(lines)})
 
 
-def errors(queries: Tensor, documents: Tensor, parts: int | None) -> tuple[float, float, float]:
+def errors(queries: Tensor, documents: Tensor, product: Product) -> tuple[float, float, float]:
     """Largest over the queries: of the log-normalizer, in total variation of the softmax, of the mean document.
 
     The last is relative to the largest of a document's length, 1.
     """
     exact = queries.double() @ documents.double().T
-    found = product(queries, documents, parts).double()
+    found = product(queries, documents).double()
     softmax, approximate = exact.softmax(1), found.softmax(1)
     change = approximate - softmax
     return (
@@ -72,13 +77,19 @@ def errors(queries: Tensor, documents: Tensor, parts: int | None) -> tuple[float
     )
 
 
-def product(queries: Tensor, documents: Tensor, parts: int | None) -> Tensor:
-    """`queries @ documents.T` in float32, from so many bfloat16 parts of each side, or from none."""
-    if parts is None:
-        return queries @ documents.T
-    left, right = _parts(queries, parts), _parts(documents, parts)
-    pairs = [(i, j) for i in range(parts) for j in range(parts) if i + j < parts]
-    return sum((left[i] @ right[j].T for i, j in reversed(pairs)), torch.zeros(len(queries), len(documents)))
+def _in_float32(queries: Tensor, documents: Tensor) -> Tensor:
+    return queries @ documents.T
+
+
+def _of_parts(count: int) -> Product:
+    """In float32, of so many bfloat16 parts of each side."""
+    pairs = [(i, j) for i in reversed(range(count)) for j in reversed(range(count)) if i + j < count]
+
+    def product(queries: Tensor, documents: Tensor) -> Tensor:
+        left, right = _parts(queries, count), _parts(documents, count)
+        return sum((left[i] @ right[j].T for i, j in pairs), torch.zeros(len(queries), len(documents)))
+
+    return product
 
 
 def _parts(values: Tensor, count: int) -> list[Tensor]:
@@ -88,6 +99,39 @@ def _parts(values: Tensor, count: int) -> list[Tensor]:
         found.append(values.to(torch.bfloat16).float())
         values = values - found[-1]
     return found
+
+
+def _of_integers(queries: Tensor, documents: Tensor) -> Tensor:
+    """Of 16-bit integers, so small that sums over some dimensions fit into 32 bits."""
+    largest = queries.abs().amax(1, keepdim=True)
+    steps = pad((queries / largest).abs(), (0, -queries.shape[1] % _TOGETHER)).unflatten(1, (-1, _TOGETHER))
+    together = steps.sum(2).amax(1, keepdim=True)
+    most = ((2**31 - 1) / _MOST_OF_DOCUMENT - _TOGETHER) / together
+    left, left_factor = _integers(queries, most.clamp(max=_MOST_OF_QUERY).floor())
+    right, right_factor = _integers(documents, torch.tensor(_MOST_OF_DOCUMENT))
+    return left @ right.T * left_factor * right_factor.T
+
+
+def _integers(rows: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """The integers and the factors of the rows, in float64, which holds their products exactly."""
+    factor = rows.double().abs().amax(1, keepdim=True) / most
+    return (rows / factor).round(), factor
+
+
+def _stored(product: Product) -> Product:
+    """The same of documents stored in bfloat16."""
+    return lambda queries, documents: product(queries, documents.to(torch.bfloat16).float())
+
+
+PRODUCTS: dict[str, Product] = {
+    "float32": _in_float32,
+    "3 parts, 6 products": _of_parts(3),
+    "2 parts, 3 products": _of_parts(2),
+    "16-bit integers": _of_integers,
+    "1 part, 1 product": _of_parts(1),
+    "bfloat16 storage, float32": _stored(_in_float32),
+    "bfloat16 storage, 16-bit integers": _stored(_of_integers),
+}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,11 @@ from torch.nn.functional import normalize
 pytest.importorskip("sklearn")
 
 from examples.reverse_dictionary.inverted_lists import Lists, lists_of, simulate
-from examples.reverse_dictionary.precision import errors
+from examples.reverse_dictionary.precision import PRODUCTS, errors
+from negcache_fn._kernels.cpu import build
+from negcache_fn._kernels.cpu.call import block_logsumexp
+from negcache_fn._kernels.dispatch import Problem
+from tests.kernels.test_cpu import CPU_INFO, configured
 
 COUNT, DIM, BATCH = 300, 6, 20
 
@@ -50,8 +54,24 @@ def test_the_more_is_scored_the_less_is_wrong() -> None:
 
 def test_errors_fall_with_the_parts_of_a_number() -> None:
     queries, documents = vectors()
-    found = [errors(20.0 * queries, documents, parts) for parts in (1, 2, 3)]
+    kinds = ("1 part, 1 product", "2 parts, 3 products", "3 parts, 6 products")
+    found = [errors(20.0 * queries, documents, PRODUCTS[kind]) for kind in kinds]
     for one, next_one in itertools.pairwise(found):
         assert all(better < worse / 8 for worse, better in zip(one, next_one, strict=True))
     assert max(found[-1]) < 1e-4
-    assert max(errors(20.0 * queries, documents, None)) < 1e-4
+    assert max(errors(20.0 * queries, documents, PRODUCTS["float32"])) < 1e-4
+
+
+def test_integers_err_like_the_kernels() -> None:
+    """By less than the storage that they are for."""
+    queries, documents = vectors()
+    integers = errors(20.0 * queries, documents, PRODUCTS["16-bit integers"])
+    stored = errors(20.0 * queries, documents, PRODUCTS["bfloat16 storage, float32"])
+    assert all(1e-6 < better < worse / 8 for worse, better in zip(stored, integers, strict=True))
+    if "avx512_vnni" not in CPU_INFO.read_text() or build.library() is None:
+        return
+    nothing = torch.empty(BATCH, 0, dtype=torch.int64)
+    with configured("high", products="vectors"):
+        of_kernel = block_logsumexp(Problem(20.0 * queries, documents, torch.zeros(COUNT), nothing, None))
+    scores = PRODUCTS["16-bit integers"](20.0 * queries, documents)
+    torch.testing.assert_close(of_kernel.logsumexp(1), scores.logsumexp(1).float(), atol=5e-6, rtol=0)

@@ -36,11 +36,19 @@ PRECISIONS = ("highest", "high", "medium")
 STORAGES = (torch.float32, torch.bfloat16, torch.float16)
 # Error of a product of P bfloat16 parts relative to |q| |e|: 2^-8 is the unit roundoff of one part.
 ERRORS = {"highest": 2.0**-21, "high": 2.0**-15, "medium": 2.0**-7}
+INTEGERS = 2.0**-13  # the same of 16-bit integers, with room: each number errs by up to 2^-14.5 of the largest
 
 
-def error_of_pass(precision: str, products: str) -> float:
-    """The same where all of the cache is summed over, for which tiles take two parts at most."""
-    return ERRORS["high" if precision == "highest" and products in ("tiles", "emulated") else precision]
+def bound_of_pass(arguments: tuple[Tensor, ...], precision: str, products: str) -> float:
+    """Of the scores where all of the cache is summed over, for which tiles take two parts at most."""
+    queries, embeddings = arguments[:2]
+    if products in ("tiles", "emulated"):
+        error = ERRORS["high" if precision == "highest" else precision]
+    elif precision == "highest" and embeddings.dtype != torch.bfloat16:
+        error = ERRORS["highest"]
+    else:
+        error = INTEGERS  # where the CPU multiplies them
+    return error * float(queries.norm(dim=1).max() * embeddings.float().norm(dim=1).max()) + 1e-5
 
 
 load_library = build._load.__wrapped__
@@ -136,8 +144,7 @@ def test_block_logsumexp_is_exact(
     padded = torch.nn.functional.pad(scores, (0, -capacity % 64), value=-math.inf)
     with configured(precision, products=products):
         computed = cpu.block_logsumexp(Problem(*arguments, None))
-    norms = float(arguments[0].norm(dim=1).max() * arguments[1].float().norm(dim=1).max())
-    bound = error_of_pass(precision, products) * norms + 1e-5  # vectors may round as much but need not
+    bound = bound_of_pass(arguments, precision, products)
     assert largest_error(computed, padded.view(rows, -1, 64).logsumexp(-1)) <= bound
 
 
@@ -209,7 +216,7 @@ def test_hardest_in_any_order(order, n: int) -> None:
 @pytest.mark.parametrize("products", PRODUCTS)
 @given(shape=shapes)
 def test_limits_on_the_score(products: str, storage: torch.dtype, shape: tuple[int, int, int, int, int]) -> None:
-    """Products of small integers are exact, and limits between integers leave nothing to rounding."""
+    """Limits lie between the products, which are integers, and leave nothing to rounding."""
     rows, capacity, dim, exclusions, seed = shape
     arguments, limit = limited_problem(rows, capacity, dim, storage, exclusions, seed)
     scores = exact_scores(*arguments)
@@ -218,7 +225,8 @@ def test_limits_on_the_score(products: str, storage: torch.dtype, shape: tuple[i
     blocks = torch.nn.functional.pad(scores, (0, -capacity % 64), value=-math.inf).view(rows, -1, 64)
     n = min(capacity, 9)
     with configured("highest", products=products):
-        assert largest_error(cpu.block_logsumexp(Problem(*arguments, limit)), blocks.logsumexp(-1)) <= 1e-4
+        of_blocks = cpu.block_logsumexp(Problem(*arguments, limit))
+        assert largest_error(of_blocks, blocks.logsumexp(-1)) <= bound_of_pass(arguments, "highest", products)
         best, slots = cpu.hardest(Problem(*arguments, limit), n)
     chosen = blocks.amax(-1).argmax(-1, keepdim=True)
     # Of a block in which nothing is left the lowest score stays; one with something is exact.
@@ -278,6 +286,55 @@ def test_many_rows_and_threads(products: str) -> None:
         scores, slots = cpu.hardest(Problem(*arguments, None), 100)
     assert largest_error(scores, expected.topk(100).values) <= 1e-3
     assert largest_error(scores, expected.gather(1, slots)) <= 1e-3
+
+
+def extremes(kind: str, count: int, dim: int) -> Tensor:
+    """Rows whose numbers are all as large as the largest, none but one, or half of them one after the other."""
+    signs = torch.randint(0, 2, (count, dim), generator=torch.Generator().manual_seed(count)) * 2.0 - 1.0
+    signs[::2] = 1.0
+    if kind == "one":
+        return signs * (torch.arange(dim) == dim // 3)
+    return signs * (torch.arange(dim) < dim // 2) if kind == "half" else signs
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [1e-15, 1.0, 1e15])
+@pytest.mark.parametrize("of_queries", ["all", "half", "one"])
+@pytest.mark.parametrize("of_embeddings", ["all", "half", "one"])
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+def test_no_sum_overflows(storage: torch.dtype, of_embeddings: str, of_queries: str, size: float) -> None:
+    """Of products of numbers at their bounds, of any size, which is that of the scores divided by 2 D."""
+    queries, embeddings = 2.0 / size * extremes(of_queries, 35, 2001), size * extremes(of_embeddings, 130, 2001)
+    nothing = torch.empty(35, 0, dtype=torch.int64)
+    arguments = (queries, embeddings.to(storage), torch.zeros(130), nothing)
+    scores = torch.nn.functional.pad(exact_scores(*arguments), (0, 62), value=-math.inf)
+    with configured("high", products="vectors"):
+        blocks, total, log_scale = cpu.blocks_and_sums(Problem(*arguments, None))
+    bound = bound_of_pass(arguments, "high", "vectors")
+    assert largest_error(blocks, scores.view(35, 3, 64).logsumexp(-1)) <= bound
+    # Scores are multiples of 2, and of an even number: those that are not largest have no weight.
+    mean = total.double() * (log_scale - blocks.logsumexp(1)).double().exp()[:, None]
+    expected = scores.softmax(1)[:, :130] @ arguments[1].double()
+    assert float((mean - expected).abs().max()) <= size * (2 * min(bound, 1.0) + 2.0**-8)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("precision", "wrong"), [("highest", math.nan), ("high", math.nan), ("high", math.inf)])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_numbers_that_are_not_finite_are_seen(precision: str, wrong: float, storage: torch.dtype) -> None:
+    """In the row of such a query, and in the block of such an embedding; zeros and the smallest numbers are neither."""
+    queries, embeddings, bias, excluded = problem(20, 200, 40, storage, 0, 0)
+    queries[:, 39] = queries[:, 39].abs()  # or the product with infinity would leave no score
+    queries[3, 7], queries[5], queries[6] = wrong, 0.0, 1e-42
+    embeddings[130, 39], embeddings[1], embeddings[2] = wrong, 0.0, 1e-42
+    bias[130] = 0.0
+    with configured(precision, products="vectors"):
+        blocks = cpu.block_logsumexp(Problem(queries, embeddings, bias, excluded, None))
+    finite = torch.ones(20, 4, dtype=torch.bool)
+    finite[3] = finite[:, 2] = False
+    assert torch.equal(blocks.isfinite(), finite)
+    torch.testing.assert_close(blocks[5, 0], bias[:64].logsumexp(0))
+    torch.testing.assert_close(blocks[6, 0], bias[:64].logsumexp(0))
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "plain"])

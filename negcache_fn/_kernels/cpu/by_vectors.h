@@ -18,26 +18,26 @@ namespace negcache {
 constexpr int kVectors = 2;                    // of queries
 constexpr int kSlots = kLanes == 16 ? 8 : 4;   // times kVectors: as many sums as fit into the registers
 constexpr int64_t kGroup = kVectors * kLanes;  // queries
-constexpr int64_t kSteps = 128;                // of a group of queries at a time: they stay in the nearest cache
 constexpr int64_t kPanelRows = 1024;           // queries at a time: they stay in the next one
 static_assert(kBlock % kSlots == 0, "a block is multiplied kSlots slots at a time");
 
-// Numbers of a row as float32, zeros from `dim` to `padded`.
-template <typename T>
-inline void convert(const T* from, int64_t dim, int64_t padded, float* to) {
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) store(to + d, load(from + d));
-  for (const int64_t rest = d; d < padded; ++d) to[d] = load(from + rest, dim - rest)[d - rest];
-}
-
-// A product that takes one number of each row in a step.
+// A product in float32.
 struct Singles {
   using Number = float;
   using Sum = Floats;
-  static constexpr int64_t kWidth = 1;
-  static float pack(const float* query, int64_t dim, int64_t padded, float* to) {
-    convert(query, dim, padded, to);
+  static constexpr int64_t kWidth = 1;    // numbers of a row in a step
+  static constexpr int64_t kSteps = 128;  // of a group of queries at a time: they stay in the nearest cache
+  static constexpr bool kFactors = false;
+  // The numbers of a row, zeros from `dim` to `padded`; returns what the products with them have to be multiplied by.
+  template <typename T>
+  static float pack(const T* from, int64_t dim, int64_t padded, float* to) {
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) store(to + d, load(from + d));
+    for (const int64_t rest = d; d < padded; ++d) to[d] = load(from + rest, dim - rest)[d - rest];
     return 1.0f;
+  }
+  static float pack_query(const float* from, int64_t dim, int64_t padded, float* to) {
+    return pack(from, dim, padded, to);
   }
   static Floats begin(Floats before) { return before; }
   static Floats end(Floats sum, Floats, Floats) { return sum; }
@@ -46,63 +46,53 @@ struct Singles {
   }
 };
 
-#ifdef NEGCACHE_BFLOAT16
-
-template <typename T>
-inline void convert(const T* from, int64_t dim, int64_t padded, Bfloat16* to) {
-  for (int64_t d = 0; d < padded; d += kLanes) {
-    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)load(from + std::min(d, dim), dim - d));
-    std::memcpy(to + d, &rounded, std::min<int64_t>(kLanes, padded - d) * sizeof(Bfloat16));
-  }
-}
-
-// A product that takes two numbers of each row in a step, both sides rounded to bfloat16.
-struct Pairs {
-  using Number = Bfloat16;
-  using Sum = Floats;
-  static constexpr int64_t kWidth = 2;
-  static float pack(const float* query, int64_t dim, int64_t padded, Bfloat16* to) {
-    convert(query, dim, padded, to);
-    return 1.0f;
-  }
-  static Floats begin(Floats before) { return before; }
-  static Floats end(Floats sum, Floats, Floats) { return sum; }
-  static Floats multiply_add(Floats sum, const Bfloat16* embedding, Floats queries) {
-    int32_t pair;
-    std::memcpy(&pair, embedding, sizeof(pair));
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)queries, (__m512bh)_mm512_set1_epi32(pair));
-  }
-};
-
-#endif  // NEGCACHE_BFLOAT16
-
 #ifdef NEGCACHE_INTEGERS
 
-inline void convert(const int8_t* from, int64_t dim, int64_t padded, int16_t* to) {
-  for (int64_t d = 0; d < dim; ++d) to[d] = from[d];
-  for (int64_t d = dim; d < padded; ++d) to[d] = 0;
-}
-
-// A product that takes two numbers of each row in a step: stored integers, and queries as 16-bit integers times a
-// factor of each query, which errs by 2^-16 of the query's largest number.
+// A product that takes two numbers of each row in a step, both sides 16-bit integers times a factor of the row, which
+// is exact for stored integers. The sums of kSteps steps are exact.
+template <typename T>
 struct Integers {
   using Number = int16_t;
   using Sum = Ints;
   static constexpr int64_t kWidth = 2;
-  static constexpr float kMost = 32767.0f;
-  static_assert(kMost * 127.0 * kSteps * kWidth < 2147483648.0, "the sum of some steps fits into 32 bits");
-  static float pack(const float* query, int64_t dim, int64_t padded, int16_t* to) {
-    float largest = 0.0f;
-    for (int64_t d = 0; d < dim; ++d) {
-      const float size = std::fabs(query[d]);
-      largest = size <= largest ? largest : size;  // NaN stays
-      if (size != size) break;
+  static constexpr bool kStored = std::is_same<T, int8_t>::value;
+  static constexpr int64_t kSteps = kStored ? 128 : 32;
+  static constexpr bool kFactors = true;
+  static constexpr float kMost = kStored ? 127.0f : 11585.0f;  // of an embedding's numbers; sqrt(2^31 / 16)
+  static constexpr float kMostOfQuery = 32767.0f;
+  // Of the sizes of a query's numbers in kSteps steps: their products with those of an embedding fit into 32 bits.
+  static constexpr float kMostTogether = 2147483647.0f / kMost - kSteps * kWidth;
+  static float pack(const T* from, int64_t dim, int64_t padded, int16_t* to) {
+    if constexpr (kStored) {
+      for (int64_t d = 0; d < dim; ++d) to[d] = from[d];
+      for (int64_t d = dim; d < padded; ++d) to[d] = 0;
+      return 1.0f;
+    } else {
+      const Scaling scaling(largest(from, dim), kMost);
+      int64_t d = 0;
+      for (; d + kLanes <= dim; d += kLanes) {
+        const __m256i numbers = _mm512_cvtepi32_epi16((__m512i)scaling.integers(load(from + d)));
+        std::memcpy(to + d, &numbers, sizeof(numbers));
+      }
+      for (const int64_t rest = d; d < padded; ++d)
+        to[d] = (int16_t)scaling.integers(load(from + rest, dim - rest))[d - rest];
+      return scaling.factor;
     }
-    const float factor = largest / kMost;
-    const bool usable = factor > 0.0f && factor <= std::numeric_limits<float>::max();
-    for (int64_t d = 0; d < padded; ++d)
-      to[d] = usable && d < dim ? (int16_t)std::max(-kMost, std::min(kMost, std::nearbyint(query[d] / factor))) : 0;
-    return usable ? factor : largest - largest;  // 0, or NaN where it is not finite
+  }
+  static float pack_query(const float* from, int64_t dim, int64_t padded, int16_t* to) {
+    const float most = largest(from, dim);
+    float together = 0.0f;  // relative to the largest number
+    for (int64_t first = 0; most > 0.0f && first < dim; first += kSteps * kWidth) {
+      float sum = 0.0f;
+      for (int64_t d = first; d < std::min(dim, first + kSteps * kWidth); ++d) sum += std::fabs(from[d] / most);
+      together = std::max(together, sum);
+    }
+    const Scaling scaling(most, std::floor(std::min(kMostOfQuery, kMostTogether / std::max(together, 1.0f))));
+    for (int64_t d = 0; d < padded; d += kLanes) {
+      const Ints numbers = scaling.integers(load(from + std::min(d, dim), dim - d));
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, padded - d); ++i) to[d + i] = (int16_t)numbers[i];
+    }
+    return scaling.factor;
   }
   static Ints begin(Floats) { return Ints{}; }
   static Floats end(Ints sum, Floats before, Floats factor) {
@@ -134,7 +124,7 @@ void pack_groups(const float* queries, int64_t rows, int64_t dim, int64_t steps,
     float* to = packed + group * steps * kGroup;
     for (int64_t i = 0; i < kGroup; ++i) {
       const int64_t query = group * kGroup + i;
-      factors[query] = query < rows ? Product::pack(queries + query * dim, dim, padded, row.data()) : 0.0f;
+      factors[query] = query < rows ? Product::pack_query(queries + query * dim, dim, padded, row.data()) : 0.0f;
       for (int64_t step = 0; step < steps; ++step)
         if (query < rows)
           std::memcpy(to + step * kGroup + i, row.data() + step * Product::kWidth, sizeof(float));
@@ -147,8 +137,8 @@ void pack_groups(const float* queries, int64_t rows, int64_t dim, int64_t steps,
 // Adds some steps of the products of kSlots slots and a group of queries to their scores, [kVectors][kBlock][kLanes];
 // the first steps start from the bias.
 template <typename Product>
-inline void multiply_slots(const typename Product::Number* embeddings, int64_t stride, const float* group,
-                           const float* factors, int64_t steps, const float* bias, float* scores) {
+inline void multiply_slots(const typename Product::Number* embeddings, int64_t stride, const float* slot_factors,
+                           const float* group, const float* factors, int64_t steps, const float* bias, float* scores) {
   typename Product::Sum sums[kSlots][kVectors];
   const auto before = [&](int s, int v) { return bias ? splat(bias[s]) : load(scores + (v * kBlock + s) * kLanes); };
   for (int s = 0; s < kSlots; ++s)
@@ -163,7 +153,8 @@ inline void multiply_slots(const typename Product::Number* embeddings, int64_t s
   }
   for (int s = 0; s < kSlots; ++s)
     for (int v = 0; v < kVectors; ++v)
-      store(scores + (v * kBlock + s) * kLanes, Product::end(sums[s][v], before(s, v), load(factors + v * kLanes)));
+      store(scores + (v * kBlock + s) * kLanes,
+            Product::end(sums[s][v], before(s, v), load(factors + v * kLanes) * slot_factors[s]));
 }
 
 // Streams the cache. Each thread makes its own consumer and hands it the scores of every block in a contiguous range of
@@ -185,10 +176,12 @@ void stream_by_vectors(const T* embeddings, const Problem& problem, MakeConsumer
     {
       auto consume = make_consumer();
       std::vector<Number> converted(kBlock * padded);
+      float slot_factors[kBlock] = {};
       std::vector<float> panel_scores((rows + kGroup - 1) / kGroup * kGroup * kBlock);
       float bias[kBlock];
       const float nothing[kBlock] = {};
-      const float* from = problem.row_scale ? nothing : bias;  // what the sums start from
+      const bool scaled_later = problem.row_scale && !Product::kFactors;
+      const float* from = scaled_later ? nothing : bias;  // what the sums start from
 #pragma omp for schedule(static)
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t slot = block * kBlock, count = std::min(kBlock, problem.capacity - slot);
@@ -197,19 +190,21 @@ void stream_by_vectors(const T* embeddings, const Problem& problem, MakeConsumer
         const Number* numbers = (const Number*)stored;
         if (!in_place || count < kBlock) {
           for (int64_t j = 0; j < count; ++j)
-            convert(stored + j * problem.dim, problem.dim, padded, converted.data() + j * padded);
+            slot_factors[j] =
+                Product::pack(stored + j * problem.dim, problem.dim, padded, converted.data() + j * padded) *
+                scale_of(problem, slot + j);
           std::fill(converted.begin() + count * padded, converted.end(), Number{});
           numbers = converted.data();
         }
         const T* next = block + 1 < blocks ? problem.embeddings_of(embeddings, block + 1) : stored;
-        for (int64_t step = 0; step < steps; step += kSteps)
+        for (int64_t step = 0; step < steps; step += Product::kSteps)
           for (int64_t group = 0; group < rows; group += kGroup)
             for (int64_t j = 0; j < kBlock; j += kSlots) {
-              const int64_t d = step * Product::kWidth, some = std::min(kSteps, steps - step);
+              const int64_t d = step * Product::kWidth, some = std::min(Product::kSteps, steps - step);
               if (group == 0)
                 prefetch_slots(next + j * problem.dim + d, problem.dim,
                                std::min(some * Product::kWidth, problem.dim - d));
-              multiply_slots<Product>(numbers + j * padded + d, padded,
+              multiply_slots<Product>(numbers + j * padded + d, padded, slot_factors + j,
                                       packed.data() + (group / kGroup * steps + step) * kGroup, factors.data() + group,
                                       some, step == 0 ? from + j : nullptr,
                                       panel_scores.data() + group * kBlock + j * kLanes);
@@ -217,7 +212,7 @@ void stream_by_vectors(const T* embeddings, const Problem& problem, MakeConsumer
         for (int64_t group = 0; group < rows; group += kLanes) {
           const int64_t lanes = std::min<int64_t>(kLanes, rows - group);
           float* scores = panel_scores.data() + group * kBlock;
-          if (problem.row_scale) scale_products(problem, slot, count, bias, scores);
+          if (scaled_later) scale_products(problem, slot, count, bias, scores);
           exclude(problem, excluded, first + group, lanes, slot, bias, scores);
           consume(block, first + group, lanes, scores);
         }

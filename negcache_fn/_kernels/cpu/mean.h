@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "blocks.h"
@@ -39,63 +40,73 @@ inline void add_products(const float* weights, int64_t count, Load load_embeddin
     }
 }
 
-// Adds the products of a whole block in the columns that it returns the end of.
+#ifdef NEGCACHE_INTEGERS
+
+// The embeddings of a whole block as 16-bit integers, those of an even and an odd slot side by side, times a factor of
+// each slot.
 template <typename T>
-inline int64_t add_pairs(const T*, int64_t, const float*, float*, int64_t) {
-  return 0;
-}
+struct BlockOfIntegers {
+  static constexpr float kMost = 32767.0f;
+  int64_t stride;
+  std::vector<Words> pairs;  // [kBlock / 2][stride / kLanes]
+  float factors[kBlock];
 
-#ifdef NEGCACHE_BFLOAT16
+  explicit BlockOfIntegers(int64_t stride) : stride(stride), pairs(kBlock / 2 * stride / kLanes) {}
 
-// Numbers of an even and an odd slot side by side.
-inline Words paired(Halves even, Halves odd) {
-  return __builtin_convertvector(even, Words) | __builtin_convertvector(odd, Words) << 16;
-}
-inline Words paired(const Bfloat16* even, const Bfloat16* odd) {
-  return paired(load_vector<Halves>(even), load_vector<Halves>(odd));
-}
-inline Words paired(const int8_t* even, const int8_t* odd) {  // which bfloat16 holds exactly
-  return (Words)load(even) >> 16 | ((Words)load(odd) & 0xffff0000u);
-}
-
-inline Halves rounded(Floats x) {
-  const __m256bh numbers = _mm512_cvtneps_pbh((__m512)x);
-  Halves bits;
-  std::memcpy(&bits, &numbers, sizeof(bits));
-  return bits;
-}
-
-// The weights are rounded as the embeddings are, and two slots multiplied in a step.
-template <typename T>
-inline int64_t add_rounded(const T* embeddings, int64_t dim, const float* weights, float* sums, int64_t stride) {
-  Words pairs[kBlock / 2];
-  for (int64_t j = 0; j < kBlock; j += 2)
-    pairs[j / 2] = paired(rounded(load(weights + j * kLanes)), rounded(load(weights + (j + 1) * kLanes)));
-  const auto* pair_of = (const uint32_t*)pairs;
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) {
-    Floats total[kLanes] = {};
+  void take(const T* embeddings, int64_t dim) {
     for (int64_t j = 0; j < kBlock; j += 2) {
-      const T* from = embeddings + j * dim + d;
-      const Words embedding = paired(from, from + dim);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i)
-        total[i] = (Floats)_mm512_dpbf16_ps((__m512)total[i], (__m512bh)embedding,
-                                            (__m512bh)_mm512_set1_epi32(pair_of[j / 2 * kLanes + i]));
+      const T* even = embeddings + j * dim;
+      const auto pair = [&](auto integers_of) {
+        for (int64_t d = 0; d < dim; d += kLanes)
+          pairs[(j / 2 * stride + d) / kLanes] = ((Words)integers_of(0, load(even + d, dim - d)) & 0xffffu) |
+                                                 (Words)integers_of(1, load(even + dim + d, dim - d)) << 16;
+      };
+      if constexpr (std::is_same<T, int8_t>::value) {
+        factors[j] = factors[j + 1] = 1.0f;
+        pair([](int, Floats numbers) { return (Ints)_mm512_cvtps_epi32((__m512)numbers); });
+      } else {
+        const Scaling scaling[2] = {{largest(even, dim), kMost}, {largest(even + dim, dim), kMost}};
+        factors[j] = scaling[0].factor, factors[j + 1] = scaling[1].factor;
+        pair([&](int odd, Floats numbers) { return scaling[odd].integers(numbers); });
+      }
     }
-    for (int i = 0; i < kLanes; ++i) store(sums + i * stride + d, load(sums + i * stride + d) + total[i]);
   }
-  return d;
-}
 
-inline int64_t add_pairs(const Bfloat16* embeddings, int64_t dim, const float* weights, float* sums, int64_t stride) {
-  return add_rounded(embeddings, dim, weights, sums, stride);
-}
-inline int64_t add_pairs(const int8_t* embeddings, int64_t dim, const float* weights, float* sums, int64_t stride) {
-  return add_rounded(embeddings, dim, weights, sums, stride);
-}
+  // Adds the products with weights [kBlock][kLanes rows] to the sums of these rows. The weights of a row become 16-bit
+  // integers too, so small that the sum of the products fits into 32 bits.
+  void add_products(const float* weights, float* sums) const {
+    Floats most = {};
+    const auto weight_of = [&](int64_t j) { return load(weights + j * kLanes) * factors[j]; };
+    for (int64_t j = 0; j < kBlock; ++j)
+      most = std::is_same<T, int8_t>::value ? maximum(weight_of(j), most) : most + weight_of(j);
+    const Floats to_integers = most < kSmallest ? Floats{} : kMost / most, factor = most / kMost;
+    Words of_pairs[kBlock / 2];
+    const auto integers = [&](int64_t j) {
+      return (Words)(Ints)_mm512_cvtps_epi32((__m512)(weight_of(j) * to_integers));
+    };
+    for (int64_t j = 0; j < kBlock; j += 2) of_pairs[j / 2] = integers(j) | integers(j + 1) << 16;
+    const auto* weight_pair = (const int32_t*)of_pairs;
+    for (int64_t d = 0; d < stride; d += kLanes) {
+      Ints total[kLanes] = {};
+      for (int64_t j = 0; j < kBlock / 2; ++j) {
+        const auto embedding = (__m512i)pairs[(j * stride + d) / kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i)
+          total[i] =
+              (Ints)_mm512_dpwssd_epi32((__m512i)total[i], embedding, _mm512_set1_epi32(weight_pair[j * kLanes + i]));
+      }
+      for (int i = 0; i < kLanes; ++i) {
+        float* sum = sums + i * stride + d;
+        store(sum, load(sum) + __builtin_convertvector(total[i], Floats) * factor[i]);
+      }
+    }
+  }
 
-#endif  // NEGCACHE_BFLOAT16
+ private:
+  static constexpr float kSmallest = 1e-30f;  // whose inverse, times kMost, is finite
+};
+
+#endif  // NEGCACHE_INTEGERS
 
 // The sums of one thread, over the slots that it has seen.
 template <typename T>
@@ -107,7 +118,13 @@ struct WeightedSums {
   float negligible;
   std::vector<float> sums;        // [rows][stride]
   std::vector<float> log_scales;  // [rows]
-  std::vector<float> largest;     // [rows] log-sum-exp of a block
+  std::vector<float> largest_of;  // [rows] log-sum-exp of a block
+#ifdef NEGCACHE_INTEGERS
+  // Rounded numbers are multiplied as integers, at twice the rate.
+  static constexpr bool kIntegers = std::is_same<T, Bfloat16>::value || std::is_same<T, int8_t>::value;
+  BlockOfIntegers<T> integers;
+  int64_t taken = -1;  // the block that they are of
+#endif
 
   WeightedSums(const T* embeddings, const Problem& problem)
       : embeddings(embeddings),
@@ -118,15 +135,21 @@ struct WeightedSums {
         negligible(17.0f + std::log((float)problem.blocks())),
         sums((problem.rows + kLanes) * stride),
         log_scales(problem.rows + kLanes, -kInfinity),
-        largest(problem.rows + kLanes, -kInfinity) {}
+        largest_of(problem.rows + kLanes, -kInfinity)
+#ifdef NEGCACHE_INTEGERS
+        ,
+        integers(kIntegers ? stride : 0)
+#endif
+  {
+  }
 
   // Takes exp(scores - top) of a block, [kBlock slots][kLanes rows], and scales them.
   void add(int64_t block, int64_t row, int64_t lanes, Floats top, Floats logsumexp, float* exponentials) {
-    const Floats most = load(largest.data() + row);
+    const Floats most = load(largest_of.data() + row);
     const Floats least = maximum(most - negligible, splat(-std::numeric_limits<float>::max()));
     const uint32_t rows = (1u << lanes) - 1;
     if ((lanes_above(least, logsumexp) & rows) == rows) return;
-    store(largest.data() + row, maximum(logsumexp, most));
+    store(largest_of.data() + row, maximum(logsumexp, most));
     Floats log_scale = load(log_scales.data() + row);
     uint32_t overflowing = lanes_above(logsumexp, log_scale + kHeadroom) & rows;
     if (overflowing) {
@@ -145,13 +168,20 @@ struct WeightedSums {
       const Floats weight = load(exponentials + j * kLanes) * scale;
       store(exponentials + j * kLanes, row_scale ? weight * row_scale[block * kBlock + j] : weight);
     }
-    multiply(block * kBlock, exponentials, sums.data() + row * stride);
+    multiply(block, exponentials, sums.data() + row * stride);
   }
 
-  void multiply(int64_t slot, const float* weights, float* to) const {
-    const int64_t count = std::min(kBlock, capacity - slot);
-    const T* from = embeddings + slot * dim;
-    int64_t d = count == kBlock ? add_pairs(from, dim, weights, to, stride) : 0;
+  void multiply(int64_t block, const float* weights, float* to) {
+    const int64_t count = std::min(kBlock, capacity - block * kBlock);
+    const T* from = embeddings + block * kBlock * dim;
+#ifdef NEGCACHE_INTEGERS
+    if (kIntegers && count == kBlock) {
+      if (taken != block) integers.take(from, dim);
+      taken = block;
+      return integers.add_products(weights, to);
+    }
+#endif
+    int64_t d = 0;
     for (; d + kSumVectors * kLanes <= dim; d += kSumVectors * kLanes)
       for (int i = 0; i < kLanes; i += kSumRows)
         add_products<kSumVectors>(

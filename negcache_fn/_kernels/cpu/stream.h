@@ -7,8 +7,8 @@
 
 namespace negcache {
 
-// How to multiply: by tiles of that many bfloat16 parts (1, 2 or 3), or by vectors, where one part means that pairs of
-// bfloat16 are precise enough, and one or two that 16-bit integers are.
+// How to multiply: by tiles of that many bfloat16 parts (1, 2 or 3), or by vectors, where fewer than three mean that
+// 16-bit integers are precise enough.
 struct Arithmetic {
   int tiles, parts;
 };
@@ -23,11 +23,7 @@ void stream(const T* embeddings, const Problem& problem, Arithmetic arithmetic, 
   }
 #endif
 #ifdef NEGCACHE_INTEGERS
-  if constexpr (std::is_same<T, int8_t>::value)
-    if (arithmetic.parts < 3) return stream_by_vectors<Integers>(embeddings, problem, make_consumer);
-#endif
-#ifdef NEGCACHE_BFLOAT16
-  if (arithmetic.parts == 1) return stream_by_vectors<Pairs>(embeddings, problem, make_consumer);
+  if (arithmetic.parts < 3) return stream_by_vectors<Integers<T>>(embeddings, problem, make_consumer);
 #endif
   stream_by_vectors<Singles>(embeddings, problem, make_consumer);
 }

@@ -9,13 +9,10 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
-#if defined(__AVX512F__) && defined(__AVX512BF16__)
-#define NEGCACHE_BFLOAT16 1  // multiplies pairs of bfloat16
-#endif
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
 #define NEGCACHE_INTEGERS 1  // multiplies pairs of 16-bit integers
 #endif
-#if defined(__AMX_BF16__) && defined(NEGCACHE_BFLOAT16) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define NEGCACHE_AMX 1  // multiplies tiles of bfloat16
 #endif
 
@@ -136,6 +133,37 @@ inline Floats logarithm(Floats x) {
   const Floats result = m + y + e * 0.693359375f;
   return x == x ? result : x;
 }
+
+#ifdef NEGCACHE_INTEGERS
+
+// The largest size of a row's numbers; infinite or NaN if one is.
+template <typename T>
+inline float largest(const T* row, int64_t dim) {
+  __m512i most = _mm512_setzero_si512();  // of sizes as integers, in which NaN is above infinity
+  const auto take = [&](Floats numbers) { most = _mm512_max_epi32(most, (__m512i)((Words)numbers & 0x7fffffffu)); };
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) take(load(row + d));
+  if (d < dim) take(load(row + d, dim - d));
+  const int32_t bits = _mm512_reduce_max_epi32(most);
+  float size;
+  std::memcpy(&size, &bits, sizeof(size));
+  return size;
+}
+
+// Numbers up to `largest` as integers up to `most`, times a factor. They are zeros if they are too small or not finite;
+// then the factor is 0 or NaN.
+struct Scaling {
+  float factor, inverse;
+  Scaling(float largest, float most) : factor(largest * (1.0f / most)), inverse(most / largest) {
+    if (factor > 0.0f && largest <= std::numeric_limits<float>::max() && inverse <= std::numeric_limits<float>::max())
+      return;
+    factor = largest - largest;
+    inverse = 0.0f;
+  }
+  Ints integers(Floats numbers) const { return (Ints)_mm512_cvtps_epi32((__m512)(numbers * inverse)); }
+};
+
+#endif  // NEGCACHE_INTEGERS
 
 template <typename T>
 inline float dot(const float* query, const T* embedding, int64_t dim) {
