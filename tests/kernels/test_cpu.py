@@ -44,7 +44,7 @@ def bound_of_pass(arguments: tuple[Tensor, ...], precision: str, products: str) 
     queries, embeddings = arguments[:2]
     if products in ("tiles", "emulated"):
         error = ERRORS["high" if precision == "highest" else precision]
-    elif precision == "highest" and embeddings.dtype != torch.bfloat16:
+    elif precision == "highest":
         error = ERRORS["highest"]
     else:
         error = INTEGERS  # where the CPU multiplies them

@@ -33,7 +33,6 @@ __all__ = [
 
 _NUMBERS = {dtype: storage.number for dtype, storage in STORAGES.items() if storage.number is not None}
 _PARTS = {"highest": 3, "high": 2, "medium": 1}  # bfloat16 parts, by `torch.set_float32_matmul_precision`
-_ROUNDED = (torch.bfloat16, torch.int8)  # to fewer bits than integers of 16 keep
 _FEW_QUERIES = 64  # up to this many, rearranging the embeddings into tiles takes longer than tiles save
 _MOST_HARDEST = 1024  # above it, candidates take more memory than they save time
 
@@ -284,7 +283,6 @@ def _arithmetic(problem: Problem) -> tuple[int, int]:
 
 
 def _arithmetic_of_pass(problem: Problem) -> tuple[int, int]:
-    """The same where all of the cache is summed over: rounded numbers need no more, see docs/recipes/precision.md."""
+    """The same where all of the cache is summed over: two parts are enough for tiles, see docs/recipes/precision.md."""
     tiles, parts = _arithmetic(problem)
-    rounded = problem.embeddings.dtype in _ROUNDED
-    return tiles, min(parts, 2) if tiles or rounded else parts
+    return tiles, min(parts, 2) if tiles or problem.embeddings.dtype == torch.int8 else parts

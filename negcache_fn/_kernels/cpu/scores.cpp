@@ -58,23 +58,29 @@ void score_blocks(const T* embeddings, const Problem& problem, const int64_t* bl
   }
 }
 
+constexpr int kChains = 4;  // of additions or comparisons, each of which waits for the one before
+static_assert(kBlock % kChains == 0, "the slots of a block are shared out among the chains");
+
 inline Floats column_maximum(const float* scores) {
-  Floats top = splat(-kInfinity);
-  for (int64_t j = 0; j < kBlock; ++j) top = maximum(load(scores + j * kLanes), top);
-  return top;
+  Floats tops[kChains];
+  for (int c = 0; c < kChains; ++c) tops[c] = load(scores + c * kLanes);
+  for (int64_t j = kChains; j < kBlock; j += kChains)
+    for (int c = 0; c < kChains; ++c) tops[c] = maximum(load(scores + (j + c) * kLanes), tops[c]);
+  return maximum(maximum(tops[0], tops[1]), maximum(tops[2], tops[3]));
 }
 
 // The logsumexp of each column of a block's scores, whose maxima are `top`; `keep(j, exp(score - top))` of slot j.
 template <typename Keep>
 inline Floats column_logsumexp(const float* scores, Floats top, Keep keep) {
   const Floats shift = top == -kInfinity ? splat(0.0f) : top;
-  Floats total = {};
-  for (int64_t j = 0; j < kBlock; ++j) {
-    const Floats e = exponential(load(scores + j * kLanes) - shift);
-    keep(j, e);
-    total += e;
-  }
-  return top + logarithm(total);
+  Floats totals[kChains] = {};
+  for (int64_t j = 0; j < kBlock; j += kChains)
+    for (int c = 0; c < kChains; ++c) {
+      const Floats e = exponential(load(scores + (j + c) * kLanes) - shift);
+      keep(j + c, e);
+      totals[c] += e;
+    }
+  return top + logarithm((totals[0] + totals[1]) + (totals[2] + totals[3]));
 }
 
 template <typename T>

