@@ -12,7 +12,7 @@ from negcache_fn._cache.state import stored
 from negcache_fn._kernels import dispatch
 from negcache_fn._operators import operator
 
-__all__ = ["among", "find_slots", "first_of_each", "last_of_each", "named", "without"]
+__all__ = ["among", "bias_without", "find_among", "find_slots", "first_of_each", "last_of_each", "named"]
 
 _ANONYMOUS = -1
 _FEW = 16  # ids of a query, up to which they are compared one by one
@@ -35,15 +35,15 @@ def among(ids: Tensor, known: Tensor) -> Tensor:
 
 def find_slots(state: TensorDictBase, ids: Tensor) -> Tensor:
     """The live slot of each id in this part of the cache, -1 where it is not there; the shape of `ids`."""
-    found = _find_slots_op(ids.flatten(), stored(state, "id"), stored(state, "embedded_at"))
+    found = find_among(ids.flatten(), stored(state, "id"), stored(state, "embedded_at"))
     return found.view(ids.shape)
 
 
-def without(state: TensorDictBase, ids: Tensor) -> Tensor:
-    """[C] bool: the live slots that have none of the `ids` [P]."""
-    columns = stored(state, "id"), stored(state, "embedded_at")
+def bias_without(state: TensorDictBase, ids: Tensor) -> Tensor:
+    """[C] float32: the log-weight of the live slots that have none of the `ids` [P], -inf elsewhere."""
+    columns = stored(state, "id"), stored(state, "embedded_at"), stored(state, "log_weight")
     # On other devices a compiler makes one kernel of it.
-    return _without_op(ids, *columns) if ids.device.type == "cpu" else _without(ids, *columns)
+    return _bias_without_op(ids, *columns) if ids.device.type == "cpu" else _bias_without(ids, *columns)
 
 
 def last_of_each(ids: Tensor) -> Tensor:
@@ -58,20 +58,21 @@ def first_of_each(ids: Tensor) -> Tensor:
     return last_of_each(ids.flip(0)).flip(0)
 
 
-def _without(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
-    slots, capacity = _find_slots_op(ids, cached, embedded_at), cached.shape[0]
+def _bias_without(ids: Tensor, cached: Tensor, embedded_at: Tensor, log_weight: Tensor) -> Tensor:
+    slots, capacity = find_among(ids, cached, embedded_at), cached.shape[0]
     kept = torch.cat([embedded_at >= 0, torch.zeros(1, dtype=torch.bool, device=slots.device)])
-    return kept.scatter(0, torch.where(slots >= 0, slots, capacity), False)[:capacity]
+    kept = kept.scatter(0, torch.where(slots >= 0, slots, capacity), False)[:capacity]
+    return log_weight.masked_fill(~kept, -float("inf"))
 
 
-def _fake_kept(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
-    return torch.empty_like(cached, dtype=torch.bool)
+def _fake_bias(ids: Tensor, cached: Tensor, embedded_at: Tensor, log_weight: Tensor) -> Tensor:
+    return torch.empty_like(log_weight)
 
 
-@operator("without", fake=_fake_kept)
-def _without_op(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
-    kept = dispatch.without(ids, cached, embedded_at)
-    return _without(ids, cached, embedded_at) if kept is None else kept
+@operator("bias_without", fake=_fake_bias)
+def _bias_without_op(ids: Tensor, cached: Tensor, embedded_at: Tensor, log_weight: Tensor) -> Tensor:
+    bias = dispatch.bias_without(ids, cached, embedded_at, log_weight)
+    return _bias_without(ids, cached, embedded_at, log_weight) if bias is None else bias
 
 
 def _fake_last(ids: Tensor) -> Tensor:
@@ -93,7 +94,8 @@ def _fake_slots(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
 
 
 @operator("find_slots", fake=_fake_slots)
-def _find_slots_op(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
+def find_among(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
+    """[P] the live slot of each id [P] among those `cached` [C], -1 where it is not there."""
     if (slots := dispatch.find_slots(ids, cached, embedded_at)) is not None:
         return slots
     # The few ids are sorted, not the cache.

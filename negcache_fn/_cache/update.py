@@ -11,9 +11,9 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from negcache_fn._cache.arrivals import Arrivals, capacity_of, check_facts
+from negcache_fn._cache.assign import assign_slots
 from negcache_fn._cache.eviction import eviction_key
-from negcache_fn._cache.ids import find_slots, last_of_each
-from negcache_fn._cache.select import lowest_slots
+from negcache_fn._cache.ids import last_of_each
 from negcache_fn._cache.state import (
     COLUMNS,
     check_state,
@@ -217,21 +217,10 @@ def _refresh_(state: TensorDictBase, slots: Tensor, embeddings: Tensor, shards: 
 
 
 def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, key: Tensor) -> None:
-    cached, ids = stored(state, "embedding"), arrivals.ids
-    capacity = cached.shape[0]
+    cached = stored(state, "embedding")
     log_weights = arrivals.log_weights.to(stored(state, "log_weight").dtype)  # as stored, it may be infinite
     wanted = arrivals.cacheable & storable(arrivals.embeddings, cached.dtype) & (log_weights < float("inf"))
-    ids = torch.where(wanted, ids, -1)
-    wanted = wanted & last_of_each(ids)
-    replaced_here = find_slots(state, torch.where(wanted, ids, -1))
-    # Other documents must not take slots that are replaced by id.
-    is_replaced = torch.zeros(capacity + 1, dtype=torch.bool, device=cached.device)
-    is_replaced = is_replaced.scatter(0, torch.where(replaced_here >= 0, replaced_here, capacity), True)[:capacity]
-    evicted = lowest_slots(key, ids.shape[0], skip=is_replaced, shards=shards)
-    replaced = shards.ranks.all_max(shards.numbered(replaced_here))
-    takes = wanted & (replaced < 0)
-    place = takes.cumsum(0) - 1
-    target = shards.local(torch.where(takes, evicted[place.clamp(min=0)], replaced), capacity)
+    target = assign_slots(state, arrivals.ids, wanted, key, shards)
 
     rows, now = _Rows.of(target), scalar(state, "step").expand_as(target)
     map_features(rows.write_, stored_features(state), cast(Features, arrivals.features))

@@ -13,6 +13,8 @@ from negcache_fn._kernels.triton import call as triton
 
 __all__ = [
     "Problem",
+    "assign_slots",
+    "bias_without",
     "block_logsumexp",
     "blocks_and_sums",
     "find_slots",
@@ -26,7 +28,6 @@ __all__ = [
     "score_blocks",
     "slot_masses",
     "sum_of_rows",
-    "without",
 ]
 
 
@@ -103,9 +104,14 @@ def find_slots(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor | Non
     return None
 
 
-def without(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor | None:
-    """[C] bool: the live slots that have none of the `ids` [P]."""
-    return cpu.without(ids, cached, embedded_at) if cpu.supports_scans(ids) else None
+def bias_without(ids: Tensor, cached: Tensor, embedded_at: Tensor, log_weight: Tensor) -> Tensor | None:
+    """[C] float32: the `log_weight` [C] of the live slots that have none of the `ids` [P], -inf elsewhere."""
+    return cpu.bias_without(ids, cached, embedded_at, log_weight) if cpu.supports_scans(ids) else None
+
+
+def assign_slots(ids: Tensor, wanted: Tensor, cached: Tensor, embedded_at: Tensor, key: Tensor) -> Tensor | None:
+    """[M] the slot that each row takes, -1 if it takes none: see `negcache_fn._cache.assign`."""
+    return cpu.assign_slots(ids, wanted, cached, embedded_at, key) if cpu.supports_scans(ids) else None
 
 
 def last_of_each(ids: Tensor) -> Tensor | None:

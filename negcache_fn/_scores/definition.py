@@ -16,7 +16,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torch.nn.functional import pad
 
-from negcache_fn._cache.ids import find_slots, named, without
+from negcache_fn._cache.ids import bias_without, find_slots, named
 from negcache_fn._cache.state import check_state, embedding_columns, live, stored
 from negcache_fn._checks import check_embeddings, check_ids, check_scale
 from negcache_fn._codec import decode, softmax_dtype
@@ -254,9 +254,11 @@ def score_matrix(
     """The scores of `queries`, which `check_search` has seen, against the cache."""
     if exclusions is None:
         exclusions = Exclusions.of(queries, None, NO_FALSE_NEGATIVES, similarity.dtype)
-    kept = without(state, exclusions.for_all) if exclusions.for_all.shape[0] > 0 else live(state)
+    if exclusions.for_all.shape[0] > 0:
+        bias = bias_without(state, exclusions.for_all).to(similarity.dtype)
+    else:
+        bias = stored(state, "log_weight").to(similarity.dtype).masked_fill(~live(state), -_INFINITY)
     excluded = find_slots(state, exclusions.for_each) if exclusions.for_each.shape[1] > 0 else exclusions.for_each
-    bias = stored(state, "log_weight").to(similarity.dtype).masked_fill(~kept, -_INFINITY)
     labels = (None, None) if exclusions.labels is None else _numbered(*exclusions.labels)
     return ScoreMatrix(
         similarity.scaled(queries),

@@ -15,7 +15,8 @@ from tensordict import TensorDictBase
 
 import negcache_fn
 from negcache_fn._cache import select
-from negcache_fn._cache.ids import find_slots, first_of_each, last_of_each, without
+from negcache_fn._cache.assign import assign_slots
+from negcache_fn._cache.ids import bias_without, find_slots, first_of_each, last_of_each
 from negcache_fn._cache.select import lowest_slots
 from negcache_fn._ranks.group import unsharded
 from tests.cache.test_reembed import by_native_code
@@ -73,10 +74,37 @@ def test_ids_are_found_by_a_loop(
     held = {int(name): slot for slot, name in enumerate(state["items", "id"]) if live[slot] and int(name) != -1}
     with by_native_code(native), patch.object(select, "_SEGMENT", segment):
         found = find_slots(state, torch.tensor(wanted))
-        kept = without(state, torch.tensor(wanted))
+        bias = bias_without(state, torch.tensor(wanted))
     expected = [held.get(name, -1) for name in wanted]
     assert found.tolist() == expected
-    assert kept.tolist() == [here and slot not in expected for slot, here in enumerate(live)]
+    kept = torch.tensor([here and slot not in expected for slot, here in enumerate(live)])
+    assert torch.equal(bias, torch.where(kept, state["items", "log_weight"], -torch.inf))
+
+
+@given(ids=numbers, arriving=numbers, data=st.data(), native=st.booleans(), segment=st.sampled_from([1, 4, 7, 64]))
+def test_slots_are_assigned_by_a_loop(
+    ids: list[int], arriving: list[int], data: st.DataObject, native: bool, segment: int
+) -> None:
+    """That of the id, or else the next of the lowest keys that no id of the batch holds; the last row of an id counts."""
+    capacity = len(ids)
+    live = data.draw(st.lists(st.booleans(), min_size=capacity, max_size=capacity))
+    key = data.draw(st.lists(st.integers(-3, 6), min_size=capacity, max_size=capacity))
+    arriving = arriving[:capacity]
+    wanted = data.draw(st.lists(st.booleans(), min_size=len(arriving), max_size=len(arriving)))
+    state = holding(ids, live)
+    held = {int(name): slot for slot, name in enumerate(state["items", "id"]) if live[slot] and int(name) != -1}
+    names = [name if asked else -1 for name, asked in zip(arriving, wanted, strict=True)]
+    kept = {held[name] for name in names if name in held}
+    free = [slot for _, slot in sorted((value, slot) for slot, value in enumerate(key)) if slot not in kept]
+    expected = []
+    for row, name in enumerate(names):
+        takes = wanted[row] and (name == -1 or name not in names[row + 1 :])
+        expected.append(-1 if not takes else held[name] if name in held else free.pop(0))
+    with by_native_code(native), patch.object(select, "_SEGMENT", segment):
+        found = assign_slots(
+            state, torch.tensor(arriving), torch.tensor(wanted), torch.tensor(key), unsharded(capacity)
+        )
+    assert found.tolist() == expected
 
 
 @given(ids=numbers, native=st.booleans())

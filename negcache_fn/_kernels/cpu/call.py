@@ -13,6 +13,8 @@ from negcache_fn._kernels.cpu.build import library
 from negcache_fn._kernels.problem import Problem
 
 __all__ = [
+    "assign_slots",
+    "bias_without",
     "block_logsumexp",
     "blocks_and_sums",
     "find_slots",
@@ -148,13 +150,22 @@ def find_slots(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
     return slots
 
 
-def without(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
-    """[C] bool: the live slots that have none of the `ids` [P]."""
-    kept = torch.empty_like(cached, dtype=torch.bool)
-    ids, cached, embedded_at = ids.contiguous(), cached.contiguous(), embedded_at.contiguous()
-    known = (cached.data_ptr(), embedded_at.data_ptr(), cached.shape[0])
-    _run("negcache_without", ids.data_ptr(), ids.shape[0], *known, kept.data_ptr())
-    return kept
+def bias_without(ids: Tensor, cached: Tensor, embedded_at: Tensor, log_weight: Tensor) -> Tensor:
+    """[C]: the `log_weight` of the live slots that have none of the `ids` [P], -inf elsewhere."""
+    bias = torch.empty_like(log_weight)
+    ids, *columns = (values.contiguous() for values in (ids, cached, embedded_at, log_weight))
+    known = (*(column.data_ptr() for column in columns), cached.shape[0])
+    _run("negcache_bias_without", ids.data_ptr(), ids.shape[0], *known, bias.data_ptr())
+    return bias
+
+
+def assign_slots(ids: Tensor, wanted: Tensor, cached: Tensor, embedded_at: Tensor, key: Tensor) -> Tensor:
+    """[M] the slot that each row takes, -1 if it takes none."""
+    slots = torch.empty_like(ids)
+    ids, wanted, *columns = (values.contiguous() for values in (ids, wanted, cached, embedded_at, key))
+    known = (*(column.data_ptr() for column in columns), cached.shape[0])
+    _run("negcache_assign_slots", ids.data_ptr(), wanted.data_ptr(), ids.shape[0], *known, slots.data_ptr())
+    return slots
 
 
 def last_of_each(ids: Tensor) -> Tensor:
@@ -220,7 +231,8 @@ _ARGUMENTS = {
     "negcache_find_slots": (_TENSOR, _SIZE, _TENSOR, _TENSOR, _SIZE, _TENSOR),
     "negcache_largest": (_TENSOR, _SIZE, _SIZE, _TENSOR),
     "negcache_last_of_each": (_TENSOR, _SIZE, _TENSOR),
-    "negcache_without": (_TENSOR, _SIZE, _TENSOR, _TENSOR, _SIZE, _TENSOR),
+    "negcache_bias_without": (_TENSOR, _SIZE, _TENSOR, _TENSOR, _TENSOR, _SIZE, _TENSOR),
+    "negcache_assign_slots": (_TENSOR, _TENSOR, _SIZE, _TENSOR, _TENSOR, _TENSOR, _SIZE, _TENSOR),
     "negcache_uniform": (_SIZE, _SIZE, _TENSOR, _TENSOR, _SIZE, _SIZE, _TENSOR),
 }
 

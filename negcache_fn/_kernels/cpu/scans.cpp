@@ -117,19 +117,42 @@ void find_slots(const int64_t* ids, int64_t count, const int64_t* cached, const 
     if (ids[row] != kAnonymous) slots[row] = slots[rows.of(ids[row])];
 }
 
-// Whether a slot is live and has none of the ids.
-void without(const int64_t* ids, int64_t count, const int64_t* cached, const int64_t* embedded_at, int64_t capacity,
-             uint8_t* kept) {
+// The log-weight of a live slot that has none of the ids, -inf of another.
+void bias_without(const int64_t* ids, int64_t count, const int64_t* cached, const int64_t* embedded_at,
+                  const float* log_weight, int64_t capacity, float* bias) {
   const Rows rows(ids, count);
 #pragma omp parallel for schedule(static) if (8 * capacity > kWorthThreads)
   for (int64_t slot = 0; slot < capacity; ++slot)
-    kept[slot] = embedded_at[slot] >= 0 && (cached[slot] == kAnonymous || rows.of(cached[slot]) < 0);
+    bias[slot] = embedded_at[slot] >= 0 && (cached[slot] == kAnonymous || rows.of(cached[slot]) < 0)
+                     ? log_weight[slot]
+                     : -std::numeric_limits<float>::infinity();
 }
 
 // Whether no later row has the same id.
 void last_of_each(const int64_t* ids, int64_t count, uint8_t* last) {
   const Rows rows(ids, count);
   for (int64_t row = 0; row < count; ++row) last[row] = ids[row] == kAnonymous || rows.of(ids[row]) == row;
+}
+
+// slots[row] = the slot that the row takes: that of its id, or else the next of the lowest keys. -1 if it is not
+// wanted, or a later row that is has the same id.
+void assign_slots(const int64_t* ids, const uint8_t* wanted, int64_t count, const int64_t* cached,
+                  const int64_t* embedded_at, const int64_t* keys, int64_t capacity, int64_t* slots) {
+  std::vector<int64_t> names(ids, ids + count), evicted(count);
+  for (int64_t row = 0; row < count; ++row)
+    if (!wanted[row]) names[row] = kAnonymous;
+  std::vector<uint8_t> last(count), replaced(capacity);
+  last_of_each(names.data(), count, last.data());
+  find_slots(names.data(), count, cached, embedded_at, capacity, slots);
+  for (int64_t row = 0; row < count; ++row)
+    if (slots[row] >= 0) replaced[slots[row]] = 1;
+  lowest(keys, replaced.data(), capacity, count, evicted.data());
+  const int64_t* next = evicted.data();
+  for (int64_t row = 0; row < count; ++row)
+    if (!wanted[row] || !last[row])
+      slots[row] = -1;
+    else if (slots[row] < 0)
+      slots[row] = *next++;
 }
 
 // The places of the `keep` largest values, ascending, ties by place: in the order of `ordered` in _cache/select.py,
@@ -166,10 +189,18 @@ int negcache_find_slots(const int64_t* ids, int64_t count, const int64_t* cached
   });
 }
 
-int negcache_without(const int64_t* ids, int64_t count, const int64_t* cached, const int64_t* embedded_at,
-                     int64_t capacity, uint8_t* kept) {
+int negcache_bias_without(const int64_t* ids, int64_t count, const int64_t* cached, const int64_t* embedded_at,
+                          const float* log_weight, int64_t capacity, float* bias) {
   return guarded([&] {
-    without(ids, count, cached, embedded_at, capacity, kept);
+    bias_without(ids, count, cached, embedded_at, log_weight, capacity, bias);
+    return kDone;
+  });
+}
+
+int negcache_assign_slots(const int64_t* ids, const uint8_t* wanted, int64_t count, const int64_t* cached,
+                          const int64_t* embedded_at, const int64_t* keys, int64_t capacity, int64_t* slots) {
+  return guarded([&] {
+    assign_slots(ids, wanted, count, cached, embedded_at, keys, capacity, slots);
     return kDone;
   });
 }

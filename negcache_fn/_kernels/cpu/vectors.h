@@ -88,11 +88,15 @@ inline uint32_t lanes_above(Floats a, Floats b) {
 }
 
 inline float sum(Floats v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float lane[kLanes];
   store(lane, v);
   for (int half = kLanes / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
+#endif
 }
 
 // exp(x) for x <= 88, to 2 ulp; below -86, near the end of float32's range, exp(-86). NaN stays NaN. (The polynomial is
