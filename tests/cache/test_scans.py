@@ -85,7 +85,7 @@ def test_ids_are_found_by_a_loop(
 def test_slots_are_assigned_by_a_loop(
     ids: list[int], arriving: list[int], data: st.DataObject, native: bool, segment: int
 ) -> None:
-    """That of the id, or else the next of the lowest keys that no id of the batch holds; the last row of an id counts."""
+    """That of the id, or the next of the lowest keys that no id of the batch holds; the last row of an id counts."""
     capacity = len(ids)
     live = data.draw(st.lists(st.booleans(), min_size=capacity, max_size=capacity))
     key = data.draw(st.lists(st.integers(-3, 6), min_size=capacity, max_size=capacity))
