@@ -12,10 +12,9 @@ pytest.importorskip("sklearn")
 
 from examples.reverse_dictionary.inverted_lists import Lists, lists_of, simulate
 from examples.reverse_dictionary.precision import PRODUCTS, errors
-from negcache_fn._kernels.cpu import build
 from negcache_fn._kernels.cpu.call import block_logsumexp
 from negcache_fn._kernels.dispatch import Problem
-from tests.kernels.test_cpu import CPU_INFO, configured
+from tests.kernels.test_cpu import HAS_INTEGERS, configured, needs_kernels
 
 COUNT, DIM, BATCH = 300, 6, 20
 
@@ -62,14 +61,17 @@ def test_errors_fall_with_the_parts_of_a_number() -> None:
     assert max(errors(20.0 * queries, documents, PRODUCTS["float32"])) < 1e-4
 
 
-def test_integers_err_like_the_kernels() -> None:
-    """By less than the storage that they are for."""
+def test_integers_err_less_than_bfloat16_storage() -> None:
     queries, documents = vectors()
     integers = errors(20.0 * queries, documents, PRODUCTS["16-bit integers"])
     stored = errors(20.0 * queries, documents, PRODUCTS["bfloat16 storage, float32"])
     assert all(1e-6 < better < worse / 8 for worse, better in zip(stored, integers, strict=True))
-    if "avx512_vnni" not in CPU_INFO.read_text() or build.library() is None:
-        return
+
+
+@needs_kernels
+@pytest.mark.skipif(not HAS_INTEGERS, reason="no AVX-512 with VNNI here")
+def test_integers_are_those_of_the_kernels() -> None:
+    queries, documents = vectors()
     nothing = torch.empty(BATCH, 0, dtype=torch.int64)
     with configured("high", products="vectors"):
         of_kernel = block_logsumexp(Problem(20.0 * queries, documents, torch.zeros(COUNT), nothing, None))

@@ -79,7 +79,7 @@ def test_limits_on_the_score(products: str, storage: torch.dtype, shape: tuple[i
     scores = exact_scores(*arguments)
     scores = scores.masked_fill(arguments[0].double() @ arguments[1].double().T > limit[:, None], -math.inf)
     with configured("highest", products=products):
-        check(arguments, scores, bound_of_pass(arguments, "highest", products), limit)
+        check(arguments, scores, 1e-4, limit)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -89,7 +89,7 @@ def test_many_rows_and_threads(products: str, storage: torch.dtype) -> None:
     rows, capacity = (1100, 3000) if products != "emulated" else (70, 800)  # which is slow
     arguments = problem(rows, capacity, 768, storage, 1, 0)
     with configured("highest", products=products):
-        check(arguments, exact_scores(*arguments), bound_of_pass(arguments, "highest", products))
+        check(arguments, exact_scores(*arguments), 1e-3)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
