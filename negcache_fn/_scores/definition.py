@@ -255,15 +255,15 @@ def score_matrix(
     if exclusions is None:
         exclusions = Exclusions.of(queries, None, NO_FALSE_NEGATIVES, similarity.dtype)
     if exclusions.for_all.shape[0] > 0:
-        bias = bias_without(state, exclusions.for_all).to(similarity.dtype)
+        bias = bias_without(state, exclusions.for_all)
     else:
-        bias = stored(state, "log_weight").to(similarity.dtype).masked_fill(~live(state), -_INFINITY)
+        bias = stored(state, "log_weight").masked_fill(~live(state), -_INFINITY)
     excluded = find_slots(state, exclusions.for_each) if exclusions.for_each.shape[1] > 0 else exclusions.for_each
     labels = (None, None) if exclusions.labels is None else _numbered(*exclusions.labels)
     return ScoreMatrix(
         similarity.scaled(queries),
         stored(state, "embedding"),
-        bias,
+        bias.to(similarity.dtype),
         excluded,
         exclusions.max_score,
         similarity.transform,

@@ -68,31 +68,19 @@ struct Integers {
       for (int64_t d = dim; d < padded; ++d) to[d] = 0;
       return 1.0f;
     } else {
-      const Scaling scaling(largest(from, dim), kMost);
-      int64_t d = 0;
-      for (; d + kLanes <= dim; d += kLanes) {
-        const __m256i numbers = _mm512_cvtepi32_epi16((__m512i)scaling.integers(load(from + d)));
-        std::memcpy(to + d, &numbers, sizeof(numbers));
-      }
-      for (const int64_t rest = d; d < padded; ++d)
-        to[d] = (int16_t)scaling.integers(load(from + rest, dim - rest))[d - rest];
-      return scaling.factor;
+      return round({largest_size(from, dim), kMost}, from, dim, padded, to);
     }
   }
   static float pack_query(const float* from, int64_t dim, int64_t padded, int16_t* to) {
-    const float most = largest(from, dim);
+    const float most = largest_size(from, dim);
     float together = 0.0f;  // relative to the largest number
     for (int64_t first = 0; most > 0.0f && first < dim; first += kSteps * kWidth) {
       float sum = 0.0f;
       for (int64_t d = first; d < std::min(dim, first + kSteps * kWidth); ++d) sum += std::fabs(from[d] / most);
       together = std::max(together, sum);
     }
-    const Scaling scaling(most, std::floor(std::min(kMostOfQuery, kMostTogether / std::max(together, 1.0f))));
-    for (int64_t d = 0; d < padded; d += kLanes) {
-      const Ints numbers = scaling.integers(load(from + std::min(d, dim), dim - d));
-      for (int64_t i = 0; i < std::min<int64_t>(kLanes, padded - d); ++i) to[d + i] = (int16_t)numbers[i];
-    }
-    return scaling.factor;
+    const float most_of_numbers = std::floor(std::min(kMostOfQuery, kMostTogether / std::max(together, 1.0f)));
+    return round({most, most_of_numbers}, from, dim, padded, to);
   }
   static Ints begin(Floats) { return Ints{}; }
   static Floats end(Ints sum, Floats before, Floats factor) {
@@ -102,6 +90,19 @@ struct Integers {
     int32_t pair;
     std::memcpy(&pair, embedding, sizeof(pair));
     return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)queries, _mm512_set1_epi32(pair));
+  }
+
+ private:
+  template <typename Row>
+  static float round(const Scaling& scaling, const Row* from, int64_t dim, int64_t padded, int16_t* to) {
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) {
+      const __m256i numbers = _mm512_cvtepi32_epi16((__m512i)scaling.integers(load(from + d)));
+      std::memcpy(to + d, &numbers, sizeof(numbers));
+    }
+    for (const int64_t rest = d; d < padded; ++d)
+      to[d] = (int16_t)scaling.integers(load(from + rest, dim - rest))[d - rest];
+    return scaling.factor;
   }
 };
 

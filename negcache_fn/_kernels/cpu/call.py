@@ -295,6 +295,6 @@ def _arithmetic(problem: Problem) -> tuple[int, int]:
 
 
 def _arithmetic_of_pass(problem: Problem) -> tuple[int, int]:
-    """The same where all of the cache is summed over: two parts are enough for tiles, see docs/recipes/precision.md."""
+    """The same where all of the cache is summed over: two parts, or integers for int8, are enough."""
     tiles, parts = _arithmetic(problem)
     return tiles, min(parts, 2) if tiles or problem.embeddings.dtype == torch.int8 else parts

@@ -50,10 +50,13 @@ struct BlockOfIntegers {
   int64_t stride;
   std::vector<Words> pairs;  // [kBlock / 2][stride / kLanes]
   float factors[kBlock];
+  int64_t taken = -1;  // the block that they are of
 
   explicit BlockOfIntegers(int64_t stride) : stride(stride), pairs(kBlock / 2 * stride / kLanes) {}
 
-  void take(const T* embeddings, int64_t dim) {
+  void take(int64_t block, const T* embeddings, int64_t dim) {
+    if (block == taken) return;
+    taken = block;
     for (int64_t j = 0; j < kBlock; j += 2) {
       const T* even = embeddings + j * dim;
       const auto pair = [&](auto integers_of) {
@@ -65,7 +68,7 @@ struct BlockOfIntegers {
         factors[j] = factors[j + 1] = 1.0f;
         pair([](int, Floats numbers) { return (Ints)_mm512_cvtps_epi32((__m512)numbers); });
       } else {
-        const Scaling scaling[2] = {{largest(even, dim), kMost}, {largest(even + dim, dim), kMost}};
+        const Scaling scaling[2] = {{largest_size(even, dim), kMost}, {largest_size(even + dim, dim), kMost}};
         factors[j] = scaling[0].factor, factors[j + 1] = scaling[1].factor;
         pair([&](int odd, Floats numbers) { return scaling[odd].integers(numbers); });
       }
@@ -118,12 +121,11 @@ struct WeightedSums {
   float negligible;
   std::vector<float> sums;        // [rows][stride]
   std::vector<float> log_scales;  // [rows]
-  std::vector<float> largest_of;  // [rows] log-sum-exp of a block
+  std::vector<float> largest;     // [rows] log-sum-exp of a block
 #ifdef NEGCACHE_INTEGERS
   // Rounded numbers are multiplied as integers, at twice the rate.
   static constexpr bool kIntegers = std::is_same<T, Bfloat16>::value || std::is_same<T, int8_t>::value;
   BlockOfIntegers<T> integers;
-  int64_t taken = -1;  // the block that they are of
 #endif
 
   WeightedSums(const T* embeddings, const Problem& problem)
@@ -135,7 +137,7 @@ struct WeightedSums {
         negligible(17.0f + std::log((float)problem.blocks())),
         sums((problem.rows + kLanes) * stride),
         log_scales(problem.rows + kLanes, -kInfinity),
-        largest_of(problem.rows + kLanes, -kInfinity)
+        largest(problem.rows + kLanes, -kInfinity)
 #ifdef NEGCACHE_INTEGERS
         ,
         integers(kIntegers ? stride : 0)
@@ -145,11 +147,11 @@ struct WeightedSums {
 
   // Takes exp(scores - top) of a block, [kBlock slots][kLanes rows], and scales them.
   void add(int64_t block, int64_t row, int64_t lanes, Floats top, Floats logsumexp, float* exponentials) {
-    const Floats most = load(largest_of.data() + row);
+    const Floats most = load(largest.data() + row);
     const Floats least = maximum(most - negligible, splat(-std::numeric_limits<float>::max()));
     const uint32_t rows = (1u << lanes) - 1;
     if ((lanes_above(least, logsumexp) & rows) == rows) return;
-    store(largest_of.data() + row, maximum(logsumexp, most));
+    store(largest.data() + row, maximum(logsumexp, most));
     Floats log_scale = load(log_scales.data() + row);
     uint32_t overflowing = lanes_above(logsumexp, log_scale + kHeadroom) & rows;
     if (overflowing) {
@@ -175,11 +177,11 @@ struct WeightedSums {
     const int64_t count = std::min(kBlock, capacity - block * kBlock);
     const T* from = embeddings + block * kBlock * dim;
 #ifdef NEGCACHE_INTEGERS
-    if (kIntegers && count == kBlock) {
-      if (taken != block) integers.take(from, dim);
-      taken = block;
-      return integers.add_products(weights, to);
-    }
+    if constexpr (kIntegers)
+      if (count == kBlock) {
+        integers.take(block, from, dim);
+        return integers.add_products(weights, to);
+      }
 #endif
     int64_t d = 0;
     for (; d + kSumVectors * kLanes <= dim; d += kSumVectors * kLanes)

@@ -50,6 +50,7 @@ class Rows {
   }
   // -1 if it is not there.
   int64_t of(int64_t id) const { return filter_[hash(id) >> (64 - kFilterBits)] ? rows_[place(id)] : -1; }
+  bool is_last(int64_t row) const { return ids_[row] == kAnonymous || of(ids_[row]) == row; }
 
  private:
   static constexpr int kFilterBits = 14;
@@ -102,10 +103,9 @@ void lowest(const int64_t* keys, const uint8_t* skip, int64_t capacity, int64_t 
   for (int64_t i = 0; i < keep; ++i) slots[i] = i < count ? found[i].slot : -1;
 }
 
-// slots[row] = the live slot of ids[row], -1 if there is none. Rows with the same id get the same.
-void find_slots(const int64_t* ids, int64_t count, const int64_t* cached, const int64_t* embedded_at, int64_t capacity,
-                int64_t* slots) {
-  const Rows rows(ids, count);
+// slots[row] = the live slot of ids[row], which `rows` are of, -1 if there is none. Rows with the same id get the same.
+void find_slots(const Rows& rows, const int64_t* ids, int64_t count, const int64_t* cached, const int64_t* embedded_at,
+                int64_t capacity, int64_t* slots) {
   std::fill(slots, slots + count, -1);
 #pragma omp parallel for schedule(static) if (8 * capacity > kWorthThreads)
   for (int64_t slot = 0; slot < capacity; ++slot) {
@@ -131,7 +131,7 @@ void bias_without(const int64_t* ids, int64_t count, const int64_t* cached, cons
 // Whether no later row has the same id.
 void last_of_each(const int64_t* ids, int64_t count, uint8_t* last) {
   const Rows rows(ids, count);
-  for (int64_t row = 0; row < count; ++row) last[row] = ids[row] == kAnonymous || rows.of(ids[row]) == row;
+  for (int64_t row = 0; row < count; ++row) last[row] = rows.is_last(row);
 }
 
 // slots[row] = the slot that the row takes: that of its id, or else the next of the lowest keys. -1 if it is not
@@ -141,15 +141,15 @@ void assign_slots(const int64_t* ids, const uint8_t* wanted, int64_t count, cons
   std::vector<int64_t> names(ids, ids + count), evicted(count);
   for (int64_t row = 0; row < count; ++row)
     if (!wanted[row]) names[row] = kAnonymous;
-  std::vector<uint8_t> last(count), replaced(capacity);
-  last_of_each(names.data(), count, last.data());
-  find_slots(names.data(), count, cached, embedded_at, capacity, slots);
+  const Rows rows(names.data(), count);
+  std::vector<uint8_t> replaced(capacity);
+  find_slots(rows, names.data(), count, cached, embedded_at, capacity, slots);
   for (int64_t row = 0; row < count; ++row)
     if (slots[row] >= 0) replaced[slots[row]] = 1;
   lowest(keys, replaced.data(), capacity, count, evicted.data());
   const int64_t* next = evicted.data();
   for (int64_t row = 0; row < count; ++row)
-    if (!wanted[row] || !last[row])
+    if (!wanted[row] || !rows.is_last(row))
       slots[row] = -1;
     else if (slots[row] < 0)
       slots[row] = *next++;
@@ -184,7 +184,7 @@ int negcache_lowest(const int64_t* keys, const uint8_t* skip, int64_t capacity, 
 int negcache_find_slots(const int64_t* ids, int64_t count, const int64_t* cached, const int64_t* embedded_at,
                         int64_t capacity, int64_t* slots) {
   return guarded([&] {
-    find_slots(ids, count, cached, embedded_at, capacity, slots);
+    find_slots(Rows(ids, count), ids, count, cached, embedded_at, capacity, slots);
     return kDone;
   });
 }

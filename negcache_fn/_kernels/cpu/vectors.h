@@ -144,7 +144,7 @@ inline Floats logarithm(Floats x) {
 
 // The largest size of a row's numbers; infinite or NaN if one is.
 template <typename T>
-inline float largest(const T* row, int64_t dim) {
+inline float largest_size(const T* row, int64_t dim) {
   __m512i most = _mm512_setzero_si512();  // of sizes as integers, in which NaN is above infinity
   const auto take = [&](Floats numbers) { most = _mm512_max_epi32(most, (__m512i)((Words)numbers & 0x7fffffffu)); };
   int64_t d = 0;
