@@ -5,7 +5,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from negcache_fn._cache.ids import find_among, last_of_each
-from negcache_fn._cache.select import lowest_slots
+from negcache_fn._cache.select import lowest_slots, marked
 from negcache_fn._cache.state import stored
 from negcache_fn._kernels import dispatch
 from negcache_fn._operators import operator
@@ -38,9 +38,7 @@ def _assign_slots(
     wanted = wanted & last_of_each(ids)
     replaced_here = find_among(torch.where(wanted, ids, -1), cached, embedded_at)
     # Other documents must not take slots that are replaced by id.
-    is_replaced = torch.zeros(capacity + 1, dtype=torch.bool, device=cached.device)
-    is_replaced = is_replaced.scatter(0, torch.where(replaced_here >= 0, replaced_here, capacity), True)[:capacity]
-    evicted = lowest_slots(key, ids.shape[0], skip=is_replaced, shards=shards)
+    evicted = lowest_slots(key, ids.shape[0], skip=marked(replaced_here, capacity), shards=shards)
     replaced = shards.ranks.all_max(shards.numbered(replaced_here))
     takes = wanted & (replaced < 0)
     place = takes.cumsum(0) - 1

@@ -7,7 +7,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from negcache_fn._cache.select import segments
+from negcache_fn._cache.select import marked, segments
 from negcache_fn._cache.state import stored
 from negcache_fn._kernels import dispatch
 from negcache_fn._operators import operator
@@ -59,10 +59,8 @@ def first_of_each(ids: Tensor) -> Tensor:
 
 
 def _bias_without(ids: Tensor, cached: Tensor, embedded_at: Tensor, log_weight: Tensor) -> Tensor:
-    slots, capacity = find_among(ids, cached, embedded_at), cached.shape[0]
-    kept = torch.cat([embedded_at >= 0, torch.zeros(1, dtype=torch.bool, device=slots.device)])
-    kept = kept.scatter(0, torch.where(slots >= 0, slots, capacity), False)[:capacity]
-    return log_weight.masked_fill(~kept, -float("inf"))
+    excluded = marked(find_among(ids, cached, embedded_at), cached.shape[0])
+    return log_weight.masked_fill(excluded | (embedded_at < 0), -float("inf"))
 
 
 def _fake_bias(ids: Tensor, cached: Tensor, embedded_at: Tensor, log_weight: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from negcache_fn._kernels import dispatch
 from negcache_fn._operators import operator
 from negcache_fn._ranks.group import Shards, unsharded
 
-__all__ = ["lowest_slots", "ordered", "segments", "stalest"]
+__all__ = ["lowest_slots", "marked", "ordered", "segments", "stalest"]
 
 _SEGMENT = 2**19  # slots; a multiple of the 4096 whose groups share a Philox call in sampling
 
@@ -54,6 +54,12 @@ def lowest_slots(key: Tensor, n: int, *, skip: Tensor, shards: Shards) -> Tensor
     ranked = key[slots.clamp(min=0)] * shards.capacity + slots + shards.first
     best = shards.ranks.gather(torch.where(slots >= 0, ranked, last)).topk(n, largest=False, sorted=True).values
     return torch.where(best == last, -1, best % shards.capacity)
+
+
+def marked(slots: Tensor, capacity: int) -> Tensor:
+    """[C] bool: whether a slot is among the `slots` [n], in which -1 is none."""
+    places = torch.where(slots >= 0, slots, capacity)
+    return torch.zeros(capacity + 1, dtype=torch.bool, device=slots.device).scatter(0, places, True)[:capacity]
 
 
 def _fake_slots(key: Tensor, skip: Tensor, n: int) -> Tensor:
