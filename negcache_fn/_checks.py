@@ -170,9 +170,9 @@ def check_transforms(function: str, *differentiated: Any, vmap: bool = False) ->
 def transforms_around() -> list[str]:
     """The transforms of torch.func around this call: of "grad", "vmap" and "jvp", which is all forward-mode AD."""
     # There is no public way to ask. In a graph this sees forward mode only; unsupported code raises there anyway.
-    found = ["jvp"] if forward_ad._current_level >= 0 else []  # pyright: ignore[reportPrivateUsage]
+    found = ["jvp"] if forward_ad._current_level >= 0 else []  # pyright: ignore[reportPrivateUsage] - no public way
     if not torch.compiler.is_compiling():
-        stack = cast(Any, torch._C)._functorch.get_interpreter_stack()  # pyright: ignore[reportPrivateUsage]
+        stack = cast(Any, torch._C)._functorch.get_interpreter_stack()  # pyright: ignore[reportPrivateUsage] - no public way
         names = [interpreter.key().name.lower() for interpreter in stack or ()]
         found += [name for name in names if name in ("grad", "vmap")]
     return found
@@ -182,7 +182,7 @@ def _is_wrapped(value: Tensor) -> bool:
     """Whether a transform of torch.func holds the tensor."""
     if torch.compiler.is_compiling():
         return False
-    return cast(Any, torch._C)._functorch.is_functorch_wrapped_tensor(value)  # pyright: ignore[reportPrivateUsage]
+    return cast(Any, torch._C)._functorch.is_functorch_wrapped_tensor(value)  # pyright: ignore[reportPrivateUsage] - no public way
 
 
 def _check_tensor(name: str, value: Any) -> None:

@@ -22,7 +22,7 @@ def check_not_recomputed() -> None:
     # There is no public way to ask. A graph is made without the hooks around it.
     if torch.compiler.is_compiling():
         return
-    hooks = cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportPrivateUsage]
+    hooks = cast(Any, torch._C)._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportPrivateUsage] - no public way
     if hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint":
         raise ValueError(
             "step_ is called under torch.utils.checkpoint, which calls it again in the backward pass, when state is "
