@@ -212,7 +212,7 @@ def occupancy(state: TensorDictBase) -> Tensor:
 
 def stored(state: TensorDictBase, name: str) -> Tensor:
     """The tensor `name` of the items, [C, ...]."""
-    return cast(Tensor, state["items", name])
+    return cast(TensorDictBase, state["items"])[name]  # a third of the time of `state["items", name]`
 
 
 def scalar(state: TensorDictBase, name: str) -> Tensor:

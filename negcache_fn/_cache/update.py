@@ -233,7 +233,7 @@ def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, key: Ten
 class _Rows(NamedTuple):
     """The rows of a batch that are written, and their slots.
 
-    A row without a slot repeats the write of the first row with one; if there is none, all rewrite slot 0 as it is.
+    A row without a slot repeats the write of a row with one; if there is none, all rewrite slot 0 as it is.
     """
 
     source: Tensor  # [M] rows of the batch
@@ -244,7 +244,7 @@ class _Rows(NamedTuple):
     def of(cls, target: Tensor) -> "_Rows":
         """The rows for the slots `target` [M], which are distinct, except for -1: no slot."""
         somewhere = target >= 0
-        source = torch.where(somewhere, torch.arange(target.shape[0], device=target.device), somewhere.int().argmax())
+        source = torch.where(somewhere, torch.arange(target.shape[0], device=target.device), target.argmax())
         return cls(source, target[source].clamp(min=0), somewhere.any())
 
     def write_(self, stored_rows: Tensor, values: Tensor) -> Tensor:

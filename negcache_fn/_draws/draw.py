@@ -73,23 +73,23 @@ def describe(
     A slot whose perturbed score is -inf, or NaN, was not drawn. The `exclusions` are those of this rank's queries.
     """
     slot, score, perturbed, threshold = chosen
-    drawn = perturbed > -_INFINITY
-    slot = torch.where(drawn, slot, -1)
+    missing = ~(perturbed > -_INFINITY)
+    slot = slot.masked_fill(missing, -1)
     leaves = [stored(state, name) for name in ("id", "log_weight")]
     labels, max_score = exclusions.labels, exclusions.max_score
     leaves += [] if labels is None else [labels[1]]
     embedding, fetched = fetch_embeddings(state, slot.flatten(), shards, [*leaves, *extra_columns])
     document, log_weight = fetched[:2]
-    label = torch.full_like(slot, -1) if labels is None else torch.where(drawn, fetched[2].view(slot.shape), -1)
+    label = torch.full_like(slot, -1) if labels is None else fetched[2].view(slot.shape).masked_fill(missing, -1)
     draw = Draw(
         slot=slot,
-        score=torch.where(drawn, score, -_INFINITY),
+        score=score.masked_fill(missing, -_INFINITY),
         perturbed=perturbed.contiguous(),
         threshold=threshold.contiguous(),
         log_normalizer=log_normalizer,
         embedding=embedding.view(*slot.shape, -1),
-        id=torch.where(drawn, document.view(slot.shape), -1),
-        log_weight=torch.where(drawn, log_weight.view(slot.shape), 0.0),
+        id=document.view(slot.shape).masked_fill(missing, -1),
+        log_weight=log_weight.view(slot.shape).masked_fill(missing, 0.0),
         source=torch.zeros_like(slot),
         cutoff=cutoff,
         max_score=torch.full_like(cutoff, _INFINITY) if max_score is None else max_score[:, None].clone(),

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from negcache_fn._cache.select import segments
+from negcache_fn._draws.choose import choose_children, choose_groups
 from negcache_fn._draws.noise import AMONG_BLOCKS, AMONG_SLOTS, Noise
 from negcache_fn._kernels.blocks import BLOCK, GROUP
 from negcache_fn._ranks.group import Ranks
@@ -25,7 +25,6 @@ from negcache_fn._scores.stream import reduce_blocks, score_blocks
 
 __all__ = ["DrawnSlots", "draw_among", "draw_slots", "merge_shards", "restricted"]
 
-_BLOCKS = GROUP // BLOCK  # of a group
 _INFINITY = float("inf")
 
 
@@ -51,11 +50,12 @@ def draw_slots(matrix: ScoreMatrix, noise: Noise, first_slot: int | Tensor) -> D
         best = found if best is None else _better(best, found)
     assert best is not None  # a cache has a slot
     # Groups, blocks and slots are numbered over the whole cache, because their numbers determine the noise.
-    block, _ = _choose_child(best.group, best.blocks, noise, AMONG_BLOCKS)
-    slot, score = _choose_child(block, score_blocks(matrix, block - first_slot // BLOCK), noise, AMONG_SLOTS)
+    block, _ = choose_children(best.blocks, noise, AMONG_BLOCKS, best.group)
+    of_slots = score_blocks(matrix, block - first_slot // BLOCK)
+    slot, score = choose_children(of_slots, noise, AMONG_SLOTS, block)
     # A query without a document may have chosen a place past the end.
-    slot = (slot - first_slot).clamp(0, capacity - 1) + first_slot
-    cutoff = torch.full_like(best.log_normalizer, -_INFINITY)[:, None]
+    slot = slot.clamp(max=first_slot + capacity - 1)
+    cutoff = score.new_full((score.shape[0], 1), -_INFINITY)
     return DrawnSlots(slot, score, best.perturbed, best.log_normalizer, cutoff)
 
 
@@ -94,19 +94,13 @@ class _Groups(NamedTuple):
     group: Tensor  # [B, k]
     perturbed: Tensor  # [B, k]
     log_normalizer: Tensor  # [B]
-    blocks: Tensor  # [B, k, _BLOCKS] log-sum-exp of its blocks
+    blocks: Tensor  # [B, k, GROUP // BLOCK] log-sum-exp of its blocks
 
 
 def _choose_groups(matrix: ScoreMatrix, noise: Noise, start: int, stop: int, first_slot: int | Tensor) -> _Groups:
     """The groups of largest perturbed log-sum-exp among those of the slots `start ... stop - 1`."""
     blocks = reduce_blocks(matrix.of_slots(start, stop), "logsumexp")
-    blocks = pad(blocks, (0, -blocks.shape[1] % _BLOCKS), value=-_INFINITY)
-    blocks = blocks.view(blocks.shape[0], -1, _BLOCKS)
-    groups = blocks.logsumexp(-1)
-    first_group = (first_slot + start) // GROUP
-    perturbed, group = (groups[:, None] + noise.of_groups(first_group, groups.shape[1])).max(-1)
-    of_query = torch.arange(groups.shape[0], device=groups.device)[:, None]
-    return _Groups(group + first_group, perturbed, groups.logsumexp(-1), blocks[of_query, group])
+    return _Groups(*choose_groups(blocks, noise, (first_slot + start) // GROUP))
 
 
 def _better(a: _Groups, b: _Groups) -> _Groups:
@@ -117,10 +111,3 @@ def _better(a: _Groups, b: _Groups) -> _Groups:
         torch.logaddexp(a.log_normalizer, b.log_normalizer),
         torch.where(b_wins[..., None], b.blocks, a.blocks),
     )
-
-
-def _choose_child(parent: Tensor, scores: Tensor, noise: Noise, level: int) -> tuple[Tensor, Tensor]:
-    """One of the n children of each chosen place [B, k], by their scores [B, k, n]: its number and its score."""
-    children = scores.shape[-1]
-    place = (scores + noise.of_children(parent, children, level)).argmax(-1)
-    return parent * children + place, scores.gather(-1, place[..., None]).squeeze(-1)

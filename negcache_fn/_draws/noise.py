@@ -33,8 +33,8 @@ class Noise(NamedTuple):
     def of_queries(cls, state: TensorDictBase, first: int, queries: int, samples: int) -> "Noise":
         """Of the queries `first ...` of all ranks' queries."""
         seed, step = scalar(state, "seed"), scalar(state, "step")
-        query = torch.arange(queries, device=seed.device) + first
-        return cls(seed, step, query[:, None] * samples + torch.arange(samples, device=seed.device))
+        rows = torch.arange(first * samples, (first + queries) * samples, device=seed.device)
+        return cls(seed, step, rows.view(queries, samples))
 
     @classmethod
     def of_batch(cls, state: TensorDictBase) -> "Noise":

@@ -289,7 +289,7 @@ def _described(
 ) -> tuple[Draw, list[Tensor]]:
     """The draws of each query."""
     # A comparison that NaN fails: queries that have diverged draw nothing, and their loss says so.
-    has_documents = (drawn.log_normalizer > -_INFINITY)[:, None]
-    perturbed = torch.where(has_documents, drawn.perturbed, -_INFINITY)
+    has_documents = drawn.log_normalizer > -_INFINITY
+    perturbed = drawn.perturbed.masked_fill(~has_documents[:, None], -_INFINITY)
     chosen = (drawn.slot, drawn.score, perturbed, perturbed[:, :0])
     return describe(state, chosen, drawn.log_normalizer, drawn.cutoff, shards, exclusions, excluded, extra_columns)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._kernels.cpu import call as cpu
+from negcache_fn._kernels.cpu import noise as cpu_noise
+from negcache_fn._kernels.cpu import scans as cpu_scans
 from negcache_fn._kernels.problem import Problem
 from negcache_fn._kernels.triton import call as triton
 
@@ -17,6 +19,8 @@ __all__ = [
     "bias_without",
     "block_logsumexp",
     "blocks_and_sums",
+    "choose_children",
+    "choose_groups",
     "find_slots",
     "gumbel",
     "hardest",
@@ -92,44 +96,65 @@ def hardest(problem: Problem, n: int) -> tuple[Tensor, Tensor] | None:
 
 def lowest_slots(key: Tensor, skip: Tensor, n: int) -> Tensor | None:
     """[n] slots of the smallest `key` [C], ascending, ties by slot, without those to skip [C]; -1 if too few."""
-    if cpu.supports_scans(key):
-        return cpu.lowest_slots(key, skip, n)
+    if cpu_scans.supports(key):
+        return cpu_scans.lowest_slots(key, skip, n)
     return None
 
 
 def find_slots(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor | None:
     """[P] the live slot of each id [P] among those `cached` [C], -1 where it is not there."""
-    if cpu.supports_scans(ids):
-        return cpu.find_slots(ids, cached, embedded_at)
+    if cpu_scans.supports(ids):
+        return cpu_scans.find_slots(ids, cached, embedded_at)
     return None
 
 
 def bias_without(ids: Tensor, cached: Tensor, embedded_at: Tensor, log_weight: Tensor) -> Tensor | None:
     """[C] float32: the `log_weight` [C] of the live slots that have none of the `ids` [P], -inf elsewhere."""
-    return cpu.bias_without(ids, cached, embedded_at, log_weight) if cpu.supports_scans(ids) else None
+    return cpu_scans.bias_without(ids, cached, embedded_at, log_weight) if cpu_scans.supports(ids) else None
 
 
 def assign_slots(ids: Tensor, wanted: Tensor, cached: Tensor, embedded_at: Tensor, key: Tensor) -> Tensor | None:
     """[M] the slot that each row takes, -1 if it takes none: see `negcache_fn._cache.assign`."""
-    return cpu.assign_slots(ids, wanted, cached, embedded_at, key) if cpu.supports_scans(ids) else None
+    return cpu_scans.assign_slots(ids, wanted, cached, embedded_at, key) if cpu_scans.supports(ids) else None
 
 
 def last_of_each(ids: Tensor) -> Tensor | None:
     """[M] bool: whether no later row has the same id."""
-    return cpu.last_of_each(ids) if cpu.supports_scans(ids) else None
+    return cpu_scans.last_of_each(ids) if cpu_scans.supports(ids) else None
 
 
 def largest(values: Tensor, n: int) -> Tensor | None:
     """[n] places of the largest `values` [N], ascending, ties by place."""
-    return cpu.largest(values, n) if cpu.supports_sums(values) else None
+    return cpu_scans.largest(values, n) if cpu.supports_sums(values) else None
 
 
 def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor | None:
     """[..., 4] the variates of `negcache_fn.random.gumbel`; `row` and `quad` have the same shape."""
-    found = cpu.gumbel(seed, step, row, quad, level)
+    found = cpu_noise.gumbel(seed, step, row, quad, level)
     return triton.gumbel(seed, step, row, quad, level) if found is None else found
 
 
 def logsumexp(values: Tensor) -> Tensor | None:
     """[B, n] -> [B]: the log-sum-exp of every row."""
     return cpu.logsumexp(values) if cpu.supports_sums(values) else None
+
+
+def choose_groups(
+    blocks: Tensor, seed: Tensor, step: Tensor, row: Tensor, level: int, first_group: int, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Groups [B, k], their perturbed log-masses, log-normalisers [B], and the blocks of the groups [B, k, width].
+
+    Of the blocks [B, n], `width` to a group, by the rows of noise [B, k].
+    """
+    if cpu.supports_sums(blocks):
+        return cpu_noise.choose_groups(blocks, seed, step, row, level, first_group, width)
+    return None
+
+
+def choose_children(
+    log_mass: Tensor, seed: Tensor, step: Tensor, row: Tensor, level: int, parent: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The numbers [B, k] of children, and their log-masses: one of the n of each parent [B, k], from [B, k, n]."""
+    if cpu.supports_sums(log_mass):
+        return cpu_noise.choose_children(log_mass, seed, step, row, level, parent)
+    return None

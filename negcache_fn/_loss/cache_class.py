@@ -123,16 +123,17 @@ def _of_batch(
         usable = _usable(draw, shared)
         masked = _false_negatives(products, draw, shared) & usable
         possible = _possible(stale, draw, shared) & ~masked & usable
-        log_probability = torch.where(possible, stale - normalizer, -_INFINITY)
+        impossible = ~possible
+        log_probability = (stale - normalizer).masked_fill(impossible, -_INFINITY)
         log_inverse = torch.where(possible, -_log_inclusion(shared.score, draw.threshold[0]), -_INFINITY)
     if options.staleness_correction == "none":
         weights = (log_probability + log_inverse).exp()
-        change = torch.where(possible, fresh - stale, 0.0)  # impossible draws may be infinite
+        change = (fresh - stale).masked_fill(impossible, 0.0)  # impossible draws may be infinite
         logit = draw.log_normalizer + (weights * change).sum(-1)
         log_importance = log_probability + log_inverse
     else:
         # Impossible draws leave both sums, and their gradients.
-        terms = torch.where(possible, log_inverse + torch.stack([fresh, stale]), -_INFINITY)
+        terms = (log_inverse + torch.stack([fresh, stale])).masked_fill(impossible, -_INFINITY)
         of_fresh, of_stale = logsumexp(terms).unbind()
         logit = draw.log_normalizer + torch.where(possible.any(-1), of_fresh - of_stale, 0.0)
         log_importance = terms[0].detach()
@@ -150,7 +151,7 @@ def _of_queries(
     """The draws of each query."""
     if shared is None:
         # The stand-in for a draw that does not exist does not enter the loss, not even as a NaN.
-        negatives = torch.where(draw.slot.flatten()[:, None] >= 0, negatives, 0.0)
+        negatives = negatives.masked_fill(draw.slot.flatten()[:, None] < 0, 0.0)
         fresh = similarity.rowwise(queries, negatives.view(draw.embedding.shape)) + draw.log_weight
     else:
         fresh = _fresh_of_shared(similarity, queries, shared)
@@ -162,19 +163,20 @@ def _of_queries(
             # A document that the query drew is not a false negative, even if rounding differs here.
             usable = _usable(draw, shared)
             masked = _false_negatives(products, draw, shared) & ~drawn & usable
-            possible = (drawn | _possible(stale, draw, shared) & ~masked) & usable
-            log_probability = torch.where(possible, stale - draw.log_normalizer[:, None], -_INFINITY)
+            impossible = ~((drawn | _possible(stale, draw, shared) & ~masked) & usable)
+            log_probability = (stale - draw.log_normalizer[:, None]).masked_fill(impossible, -_INFINITY)
             log_weights_of_draws = log_probability - _log_expected(log_probability, draw, shared)
-            log_weights_of_draws = torch.where(possible, log_weights_of_draws, -_INFINITY)
+            log_weights_of_draws = log_weights_of_draws.masked_fill(impossible, -_INFINITY)
         else:
             stale = similarity.rowwise(queries, draw.embedding) + draw.log_weight
             masked = torch.zeros_like(draw.slot, dtype=torch.bool)
-            possible = draw.slot >= 0
-            log_probability = torch.where(possible, stale - draw.log_normalizer[:, None], -_INFINITY)
+            impossible = draw.slot < 0
+            log_probability = (stale - draw.log_normalizer[:, None]).masked_fill(impossible, -_INFINITY)
             own = torch.full_like(stale, 1.0 / draw.slot.shape[1]).log_()
-            log_weights_of_draws = torch.where(possible, own, -_INFINITY)
+            log_weights_of_draws = own.masked_fill(impossible, -_INFINITY)
         has_draws = (log_weights_of_draws > -_INFINITY).any(-1, keepdim=True)
-        log_weights_of_draws = torch.where(has_draws, log_weights_of_draws, 0.0)
+        without_draws = ~has_draws
+        log_weights_of_draws = log_weights_of_draws.masked_fill(without_draws, 0.0)
     if options.staleness_correction == "none":
         change = (log_weights_of_draws.exp() * (fresh - fresh.detach())).sum(-1)
         log_importance = log_weights_of_draws
@@ -184,14 +186,14 @@ def _of_queries(
     # A query that drew nothing, and can use no draw of others, keeps the log-normaliser: -inf without documents. If the
     # queries have diverged it is NaN, which must stay visible.
     logit = torch.where(has_draws[:, 0], draw.log_normalizer + change, draw.log_normalizer)
-    log_importance = log_importance.masked_fill(~has_draws, -_INFINITY)
+    log_importance = log_importance.masked_fill(without_draws, -_INFINITY)
     return CacheClass(logit, log_importance, log_probability, masked)
 
 
 def _fresh_of_shared(similarity: Similarity, queries: Tensor, shared: SharedDraws) -> Tensor:
     """[B, M] fresh scores."""
     # The stand-in for a draw that does not exist does not enter the loss, not even as a NaN.
-    negatives = torch.where(shared.slot[:, None] >= 0, shared.negatives, 0.0)
+    negatives = shared.negatives.masked_fill(shared.slot[:, None] < 0, 0.0)
     return similarity.pairwise(queries, negatives) + shared.log_weight
 
 

@@ -4,6 +4,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from negcache_fn._cache.ids import last_of_each
 from negcache_fn._cache.state import live, scalar, stored
 from negcache_fn._codec import storable
 from negcache_fn._draws.draw import Draw
@@ -52,8 +53,8 @@ def step_metrics(
     if terms.batch.is_target is not None:
         probability = torch.where(terms.batch.is_target, probability, 0.0)
     step, embedded_at = scalar(state, "step"), stored(state, "embedded_at")
-    drawn = draw.slot.flatten() >= 0
-    draws = drawn.sum()
+    missing = draw.slot.flatten() < 0
+    draws = (~missing).sum()
     capacity = embedded_at.new_full((), embedded_at.shape[0])
     documents = live(state).sum()
     # Empty slots, whose entry is -1, are added back: no tensor of C ages.
@@ -73,14 +74,15 @@ def step_metrics(
         "cache_share": (log_share.exp().sum(), queries),
         "occupancy": (documents, capacity),
         "cache_age_steps": (step * documents - embedded_at_sum, documents),
-        "draw_age_steps": ((step - drawn_at).masked_fill(~drawn, 0).sum(), draws),
-        "drift": (torch.where(drawn, drift, 0.0).sum(), draws),
-        "effective_sample_size": (torch.where(can_draw, sample_size, 0.0).sum(), can_draw.sum()),
+        "draw_age_steps": ((step - drawn_at).masked_fill(missing, 0).sum(), draws),
+        "drift": (drift.masked_fill(missing, 0.0).sum(), draws),
+        "effective_sample_size": (sample_size.masked_fill(~can_draw, 0.0).sum(), can_draw.sum()),
         # Not a product of two sums, which Triton 3.6 cannot compile in the kernel that Inductor makes of these lines.
         "masked_pairs": ((terms.cache.masked & can_draw[:, None]).sum(), (can_draw[:, None] & drawn_by_any).sum()),
     }
     if not draw.for_batch:
-        ratios["unique_draws"] = (_distinct(drawn_by_all), drawn_by_any.sum())
+        distinct = last_of_each(drawn_by_all) & drawn_by_any
+        ratios["unique_draws"] = (distinct.sum(), drawn_by_any.sum())
     totals, counts = map(list, zip(*ratios.values(), strict=True))
     if ranks.name is not None:
         parts = [value.double() for value in (*totals, *counts, not_written, failures)]
@@ -115,13 +117,6 @@ def draw_noise(queries: Tensor, draw: Draw, terms: Terms, log_share: Tensor, sha
     variance = ((inverse - 1) * inverse * gradients.square().sum(-1)).sum()
     size = (inverse[:, None] * gradients).sum(0).square().sum().sqrt()
     return variance.sqrt() / size.clamp(min=torch.finfo(size.dtype).tiny)
-
-
-def _distinct(slots: Tensor) -> Tensor:
-    """[] number of different slots, without -1."""
-    in_order = slots.sort().values
-    first = torch.cat([torch.ones_like(in_order[:1], dtype=torch.bool), in_order[1:] != in_order[:-1]])
-    return ((in_order >= 0) & first).sum()
 
 
 def count_not_storable(

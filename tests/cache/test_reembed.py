@@ -20,7 +20,7 @@ import negcache_fn
 from negcache_fn import distributed
 from negcache_fn._cache.offload import memory_mapped
 from negcache_fn._cache.reembed import reembed, reembed_
-from negcache_fn._kernels.cpu import call as cpu
+from negcache_fn._kernels.cpu import scans
 from tests.support import sharded_training as training
 from tests.support import strategies
 from tests.support.builders import assert_same_state, make_state, same_snapshot, snapshot, unit
@@ -45,7 +45,7 @@ def counted(value: float) -> float:
 
 def by_native_code(native: bool) -> Any:
     """A context in which slots are searched by the CPU kernel, if there is one, or by plain torch."""
-    return patch.object(cpu, "supports_scans", cpu.supports_scans if native else lambda *_: False)
+    return patch.object(scans, "supports", scans.supports if native else lambda *_: False)
 
 
 class PriorityCache(ListCache):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from negcache_fn._kernels import dispatch
-from negcache_fn._kernels.cpu import build, compiler
+from negcache_fn._kernels.cpu import build, compiler, functions
 from negcache_fn._kernels.cpu import call as cpu
 from tests.kernels.pretend import Machine, copied, forget, load
 from tests.kernels.test_cpu import library_with, needs_kernels, problem
@@ -126,7 +126,7 @@ def test_the_size_of_a_block_is_checked_at_build_time(flag: str) -> None:
 
 def test_every_function_is_looked_for() -> None:
     found = {name.decode() for unit in build._units() for name in build._EXPORTED.findall(unit.read_bytes())}
-    assert found == set(cpu._ARGUMENTS)
+    assert found == set(functions._ARGUMENTS)
 
 
 @needs_kernels

@@ -17,8 +17,9 @@ from torch import Tensor
 import negcache_fn
 from negcache_fn._draws import noise
 from negcache_fn._kernels.blocks import BLOCK
-from negcache_fn._kernels.cpu import build
+from negcache_fn._kernels.cpu import build, functions, scans
 from negcache_fn._kernels.cpu import call as cpu
+from negcache_fn._kernels.cpu import noise as noise_kernels
 from negcache_fn._kernels.dispatch import Problem
 from negcache_fn._scores import hardest, stream
 from negcache_fn._scores import masses as sums
@@ -67,7 +68,7 @@ def configured(precision: str, *, products: str) -> Iterator[None]:
         patch.setattr(cpu, "_FEW_QUERIES", 0)
         patch.setattr(cpu, "_multiplies_tiles", lambda: products in ("tiles", "emulated"))
         if products in FLAGS:
-            patch.setattr(cpu, "library", lambda: library_with(*FLAGS[products]))
+            patch.setattr(functions, "library", lambda: library_with(*FLAGS[products]))
         yield
     torch.set_float32_matmul_precision(before)
 
@@ -397,7 +398,7 @@ def test_lowest_and_find_slots_equal_a_list(data: st.DataObject, capacity: int) 
     n = data.draw(st.integers(1, capacity + 3))
     order = sorted((key, slot) for slot, key in enumerate(keys) if not skip[slot])[:n]
     expected = [slot for _, slot in order] + [-1] * (n - len(order))
-    assert cpu.lowest_slots(torch.tensor(keys), torch.tensor(skip), n).tolist() == expected
+    assert scans.lowest_slots(torch.tensor(keys), torch.tensor(skip), n).tolist() == expected
     seed = data.draw(st.integers(0, 99))
     generator = torch.Generator().manual_seed(seed)
     cached = torch.randperm(2 * capacity, generator=generator)[:capacity] * 2**40
@@ -406,7 +407,7 @@ def test_lowest_and_find_slots_equal_a_list(data: st.DataObject, capacity: int) 
     ids = torch.randint(-1, 2 * capacity, (n,), generator=generator) * 2**40
     ids[ids < 0] = -1
     places = {int(document): slot for slot, document in enumerate(cached) if document >= 0 and live[slot] >= 0}
-    assert cpu.find_slots(ids, cached, live).tolist() == [places.get(int(document), -1) for document in ids]
+    assert scans.find_slots(ids, cached, live).tolist() == [places.get(int(document), -1) for document in ids]
 
 
 def masses_problem(rows: int, capacity: int, storage: torch.dtype, limited: bool) -> tuple[Problem, Tensor, Tensor]:
@@ -531,7 +532,7 @@ def test_noise_has_the_bits_of_plain_torch(rows: int, quads: int, seed: int) -> 
     quad = torch.randint(2**32, (quads,), generator=generator)
     places = torch.broadcast_tensors(row, quad)
     expected = negcache_fn.random.gumbel(*key, row, quad, level=2)
-    assert torch.equal(cpu.gumbel(*key, *places, 2), expected)
+    assert torch.equal(noise_kernels.gumbel(*key, *places, 2), expected)
     assert torch.equal(noise._gumbel_op(*key, *places, 2), expected)
     torch.library.opcheck(torch.ops.negcache_fn.gumbel.default, (*key, *places, 2))
 
@@ -542,7 +543,7 @@ def test_noise_is_float32_whatever_the_default(
     default: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not native:
-        monkeypatch.setattr(cpu, "gumbel", lambda *_: None)
+        monkeypatch.setattr(noise_kernels, "gumbel", lambda *_: None)
     key, places = (torch.tensor(0), torch.tensor(1)), (torch.arange(50), torch.arange(50))
     expected = negcache_fn.random.gumbel(*key, *places, level=0)
     torch.set_default_dtype(default)

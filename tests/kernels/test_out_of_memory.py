@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from negcache_fn._kernels.cpu import call
+from negcache_fn._kernels.cpu import call, scans
 from negcache_fn._kernels.problem import Problem
 
 
@@ -58,9 +58,9 @@ torch.testing.assert_close(scores.double(), exact, rtol=0, atol=1e-5)
 torch.set_num_threads(2)
 large, ids = problem(10_000, 300), torch.arange(1 << 22)
 run_short(300, lambda: call.hardest(large, 1024))
-run_short(100, lambda: call.lowest_slots(-ids, torch.zeros(len(ids), dtype=torch.bool), 1 << 21))
-run_short(40, lambda: call.find_slots(ids, ids, ids))
-assert call.find_slots(ids[:3], ids, ids).tolist() == [0, 1, 2]
+run_short(100, lambda: scans.lowest_slots(-ids, torch.zeros(len(ids), dtype=torch.bool), 1 << 21))
+run_short(40, lambda: scans.find_slots(ids, ids, ids))
+assert scans.find_slots(ids[:3], ids, ids).tolist() == [0, 1, 2]
 """
 
 

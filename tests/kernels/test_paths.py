@@ -10,6 +10,7 @@ from torch import Tensor
 
 import negcache_fn
 from negcache_fn._kernels.cpu import call as cpu
+from negcache_fn._kernels.cpu import scans
 from negcache_fn._kernels.dispatch import Problem
 from tests.draws.test_sample import varied
 from tests.kernels.test_cpu import PRECISIONS, PRODUCTS, configured, needs_kernels, problem
@@ -22,7 +23,8 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     """One way to make products, for all the test."""
     if request.param == "plain":
         monkeypatch.setattr(cpu, "supports", lambda *_: False)
-        monkeypatch.setattr(cpu, "supports_scans", lambda *_: False)
+        monkeypatch.setattr(cpu, "supports_sums", lambda *_: False)
+        monkeypatch.setattr(scans, "supports", lambda *_: False)
         yield request.param
         return
     if cpu.library() is None:

@@ -1,8 +1,6 @@
-"""Calls of the C++ kernels through ctypes: tensors as pointers to their first elements, integers as int64."""
+"""Calls of the kernels of scores."""
 
-import ctypes
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,26 +8,19 @@ from torch import Tensor
 from negcache_fn._codec import STORAGES
 from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._kernels.cpu.build import library
+from negcache_fn._kernels.cpu.functions import PassedProblem, function, run
 from negcache_fn._kernels.problem import Problem
 
 __all__ = [
-    "assign_slots",
-    "bias_without",
     "block_logsumexp",
     "blocks_and_sums",
-    "find_slots",
-    "gumbel",
     "hardest",
-    "largest",
-    "last_of_each",
     "logsumexp",
-    "lowest_slots",
     "score_blocks",
     "slot_masses",
     "sum_of_rows",
     "supports",
     "supports_hardest",
-    "supports_scans",
     "supports_sums",
 ]
 
@@ -54,11 +45,6 @@ def supports(problem: Problem) -> bool:
 def supports_hardest(problem: Problem, n: int) -> bool:
     """Whether `hardest` takes it."""
     return n <= _MOST_HARDEST and supports(problem)
-
-
-def supports_scans(key: Tensor) -> bool:
-    """Whether the scans of integers, such as `lowest_slots`, take tensors like this one."""
-    return key.device.type == "cpu" and library() is not None
 
 
 def supports_sums(values: Tensor) -> bool:
@@ -113,7 +99,7 @@ def sum_of_rows(values: Tensor, log_weight: Tensor) -> Tensor:
     """[B, n] -> [n]: `(values + log_weight[:, None]).logsumexp(0)`, over rows with a weight above -inf."""
     out = values.new_empty(values.shape[1])
     values, log_weight = values.contiguous(), log_weight.contiguous()
-    _function("negcache_sum_of_rows")(values.data_ptr(), log_weight.data_ptr(), *values.shape, out.data_ptr())
+    function("negcache_sum_of_rows")(values.data_ptr(), log_weight.data_ptr(), *values.shape, out.data_ptr())
     return out
 
 
@@ -121,7 +107,7 @@ def logsumexp(values: Tensor) -> Tensor:
     """[B, n] -> [B]: `values.logsumexp(1)`."""
     out = values.new_empty(values.shape[0])
     values = values.contiguous()
-    _function("negcache_logsumexp")(values.data_ptr(), *values.shape, out.data_ptr())
+    function("negcache_logsumexp")(values.data_ptr(), *values.shape, out.data_ptr())
     return out
 
 
@@ -133,116 +119,12 @@ def hardest(problem: Problem, n: int) -> tuple[Tensor, Tensor]:
     return scores, slots
 
 
-def lowest_slots(key: Tensor, skip: Tensor, n: int) -> Tensor:
-    """[n] slots of the smallest `key` [C], ascending, ties by slot, without those to skip [C]; -1 if too few."""
-    slots = key.new_empty(n)
-    key, skip = key.contiguous(), skip.contiguous()
-    _run("negcache_lowest", key.data_ptr(), skip.data_ptr(), key.shape[0], n, slots.data_ptr())
-    return slots
-
-
-def find_slots(ids: Tensor, cached: Tensor, embedded_at: Tensor) -> Tensor:
-    """[P] the live slot of each id [P] among those cached [C], -1 where it is not there."""
-    slots = torch.empty_like(ids)
-    ids, cached, embedded_at = ids.contiguous(), cached.contiguous(), embedded_at.contiguous()
-    known = (cached.data_ptr(), embedded_at.data_ptr(), cached.shape[0])
-    _run("negcache_find_slots", ids.data_ptr(), ids.shape[0], *known, slots.data_ptr())
-    return slots
-
-
-def bias_without(ids: Tensor, cached: Tensor, embedded_at: Tensor, log_weight: Tensor) -> Tensor:
-    """[C]: the `log_weight` of the live slots that have none of the `ids` [P], -inf elsewhere."""
-    bias = torch.empty_like(log_weight)
-    ids, *columns = (values.contiguous() for values in (ids, cached, embedded_at, log_weight))
-    known = (*(column.data_ptr() for column in columns), cached.shape[0])
-    _run("negcache_bias_without", ids.data_ptr(), ids.shape[0], *known, bias.data_ptr())
-    return bias
-
-
-def assign_slots(ids: Tensor, wanted: Tensor, cached: Tensor, embedded_at: Tensor, key: Tensor) -> Tensor:
-    """[M] the slot that each row takes, -1 if it takes none."""
-    slots = torch.empty_like(ids)
-    ids, wanted, *columns = (values.contiguous() for values in (ids, wanted, cached, embedded_at, key))
-    known = (*(column.data_ptr() for column in columns), cached.shape[0])
-    _run("negcache_assign_slots", ids.data_ptr(), wanted.data_ptr(), ids.shape[0], *known, slots.data_ptr())
-    return slots
-
-
-def last_of_each(ids: Tensor) -> Tensor:
-    """[M] bool: whether no later row has the same id."""
-    last = torch.empty_like(ids, dtype=torch.bool)
-    ids = ids.contiguous()
-    _run("negcache_last_of_each", ids.data_ptr(), ids.shape[0], last.data_ptr())
-    return last
-
-
-def largest(values: Tensor, n: int) -> Tensor:
-    """[n] places of the largest `values` [N], ascending, ties by place."""
-    places = torch.empty(n, dtype=torch.int64)
-    values = values.contiguous()
-    _run("negcache_largest", values.data_ptr(), values.shape[0], n, places.data_ptr())
-    return places
-
-
-def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor | None:
-    """[..., 4] the variates of `negcache_fn.random.gumbel`, bit for bit; None where there is no kernel."""
-    if row.device.type != "cpu" or library() is None:
-        return None
-    out = torch.empty(*row.shape, 4, dtype=torch.float32)
-    row, quad = row.contiguous(), quad.contiguous()
-    pointers = (row.data_ptr(), quad.data_ptr(), row.numel(), level, out.data_ptr())
-    _function("negcache_uniform")(int(seed), int(step), *pointers)
-    return out.neg_().log1p_().neg_().log_().neg_()
-
-
-class _Problem(ctypes.Structure):
-    """The same fields, in the same order, as `Problem` in `problem.h`."""
-
-    _fields_ = (
-        ("embeddings", ctypes.c_void_p),
-        ("storage", ctypes.c_int64),
-        ("capacity", ctypes.c_int64),
-        ("dim", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
-        ("queries", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("excluded", ctypes.c_void_p),
-        ("exclusions", ctypes.c_int64),
-        ("max_score", ctypes.c_void_p),
-        ("row_labels", ctypes.c_void_p),
-        ("slot_labels", ctypes.c_void_p),
-        ("row_scale", ctypes.c_void_p),
-        ("places", ctypes.c_void_p),
-    )
-
-
-_IN, _TENSOR, _SIZE, _INT = ctypes.POINTER(_Problem), ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_NO_MEMORY = 2
-_ARGUMENTS = {
-    "negcache_has_amx": (),
-    "negcache_score_blocks": (_IN, _TENSOR, _SIZE, _TENSOR),
-    "negcache_block_logsumexp": (_IN, _INT, _INT, _TENSOR),
-    "negcache_blocks_and_sums": (_IN, _INT, _INT, _TENSOR, _TENSOR, _TENSOR),
-    "negcache_slot_masses": (_IN, _INT, _INT, _TENSOR, _TENSOR, _TENSOR),
-    "negcache_logsumexp": (_TENSOR, _SIZE, _SIZE, _TENSOR),
-    "negcache_sum_of_rows": (_TENSOR, _TENSOR, _SIZE, _SIZE, _TENSOR),
-    "negcache_hardest": (_IN, _INT, _INT, _SIZE, _TENSOR, _TENSOR),
-    "negcache_lowest": (_TENSOR, _TENSOR, _SIZE, _SIZE, _TENSOR),
-    "negcache_find_slots": (_TENSOR, _SIZE, _TENSOR, _TENSOR, _SIZE, _TENSOR),
-    "negcache_largest": (_TENSOR, _SIZE, _SIZE, _TENSOR),
-    "negcache_last_of_each": (_TENSOR, _SIZE, _TENSOR),
-    "negcache_bias_without": (_TENSOR, _SIZE, _TENSOR, _TENSOR, _TENSOR, _SIZE, _TENSOR),
-    "negcache_assign_slots": (_TENSOR, _TENSOR, _SIZE, _TENSOR, _TENSOR, _TENSOR, _SIZE, _TENSOR),
-    "negcache_uniform": (_SIZE, _SIZE, _TENSOR, _TENSOR, _SIZE, _SIZE, _TENSOR),
-}
-
-
 def _score(name: str, problem: Problem, *arguments: int, places: Tensor | None = None) -> None:
     """Calls a score kernel, copies of tensors that are not contiguous must live until it returns."""
     queries, embeddings, bias, excluded, *others = problem
     queries, bias, excluded = queries.contiguous(), bias.contiguous(), excluded.contiguous()
     others = [None if values is None else values.contiguous() for values in (*others, places)]
-    passed = _Problem(
+    passed = PassedProblem(
         embeddings.data_ptr(),
         _NUMBERS[embeddings.dtype],
         bias.shape[0],
@@ -254,35 +136,13 @@ def _score(name: str, problem: Problem, *arguments: int, places: Tensor | None =
         excluded.shape[1],
         *(None if values is None else values.data_ptr() for values in others),
     )
-    if _run(name, passed, *arguments) != 0:
+    if run(name, passed, *arguments) != 0:
         raise RuntimeError(f"{name} does not know the storage number of {embeddings.dtype}: see `_codec.STORAGES`")
-
-
-def _run(name: str, *arguments: Any) -> int:
-    """The status that a kernel returns, see `failure.h`."""
-    status = _function(name)(*arguments)
-    if status == _NO_MEMORY:
-        raise MemoryError(f"{name} ran out of memory; it needs less for fewer rows at a time")
-    return status
-
-
-def _function(name: str) -> Any:
-    kernels = library()
-    if kernels is None:
-        raise RuntimeError("the CPU kernels are not available: ask `supports` first")
-    return _typed(kernels, name)
-
-
-@functools.cache
-def _typed(kernels: ctypes.CDLL, name: str) -> Any:
-    function = kernels[name]
-    function.argtypes = _ARGUMENTS[name]
-    return function
 
 
 @functools.cache
 def _multiplies_tiles() -> bool:
-    return library() is not None and bool(_function("negcache_has_amx")())
+    return library() is not None and bool(function("negcache_has_amx")())
 
 
 def _arithmetic(problem: Problem) -> tuple[int, int]:

@@ -12,6 +12,11 @@ namespace negcache {
 // exp(x), and 0 below the range of `exponential`. NaN stays NaN.
 inline Floats mass_of(Floats x) { return x < -86.0f ? Floats{} : exponential(x); }
 
+// The logarithm of sums relative to exp(shift).
+inline Floats logarithm_of(Floats shift, Floats total) {
+  return total == 0.0f ? splat(-kInfinity) : shift + logarithm(total);
+}
+
 // A consumer of `stream`: out[slot] = logaddexp(out[slot], logsumexp over the rows of score + weight). A row with the
 // weight -inf does not count, for any scores. `log_scale[block]` is about the log-sum-exp of the block's results, so
 // that one exponential a score is enough; of a slot that is smaller by a factor of exp(-60) only the largest term
@@ -82,31 +87,40 @@ inline void sum_of_rows(const float* values, const float* weight, int64_t rows, 
     for (Floats& largest : top) largest = largest == -kInfinity ? Floats{} : largest;
     visit([&](int64_t v, Floats mass) { total[v] += mass_of(mass - top[v]); });
     for (int64_t v = 0; v * kLanes < count; ++v) {
-      const Floats sums = total[v] == 0.0f ? splat(-kInfinity) : top[v] + logarithm(total[v]);
       float lanes[kLanes];
-      store(lanes, sums);
+      store(lanes, logarithm_of(top[v], total[v]));
       std::copy(lanes, lanes + std::min<int64_t>(kLanes, count - v * kLanes), out + first + v * kLanes);
     }
   }
 }
 
+// The largest of some numbers, 0 where all are -inf, and the sum of their exponentials relative to it.
+struct Sum {
+  float shift, total;
+};
+
+inline Sum sum_of(const float* values, int64_t count) {
+  const int64_t whole = count / kLanes * kLanes;
+  Floats tops = splat(-kInfinity), totals = {};
+  for (int64_t i = 0; i < whole; i += kLanes) tops = maximum(load(values + i), tops);
+  float top = largest_lane(tops);
+  for (int64_t i = whole; i < count; ++i) top = std::max(top, values[i]);
+  const float shift = top == -kInfinity ? 0.0f : top;
+  for (int64_t i = 0; i < whole; i += kLanes) totals += mass_of(load(values + i) - shift);
+  float total = sum(totals);
+  for (int64_t i = whole; i < count; ++i) total += mass_of(splat(values[i] - shift))[0];
+  return {shift, total};
+}
+
+inline float logsumexp_of(const float* values, int64_t count) {
+  const Sum sum = sum_of(values, count);
+  return logarithm_of(splat(sum.shift), splat(sum.total))[0];
+}
+
 // out[row] = logsumexp of the row's values.
 inline void logsumexp_of_rows(const float* values, int64_t rows, int64_t columns, float* out) {
 #pragma omp parallel for schedule(static) if (rows * columns > kWorthThreads)
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* from = values + row * columns;
-    const int64_t whole = columns / kLanes * kLanes;
-    Floats tops = splat(-kInfinity), totals = {};
-    for (int64_t i = 0; i < whole; i += kLanes) tops = maximum(load(from + i), tops);
-    float top = -kInfinity;
-    for (int i = 0; i < kLanes; ++i) top = std::max(top, tops[i]);
-    for (int64_t i = whole; i < columns; ++i) top = std::max(top, from[i]);
-    const float shift = top == -kInfinity ? 0.0f : top;
-    for (int64_t i = 0; i < whole; i += kLanes) totals += mass_of(load(from + i) - shift);
-    float total = sum(totals);
-    for (int64_t i = whole; i < columns; ++i) total += mass_of(splat(from[i] - shift))[0];
-    out[row] = total == 0.0f ? -kInfinity : shift + logarithm(splat(total))[0];
-  }
+  for (int64_t row = 0; row < rows; ++row) out[row] = logsumexp_of(values + row * columns, columns);
 }
 
 }  // namespace negcache

@@ -99,6 +99,17 @@ inline float sum(Floats v) {
 #endif
 }
 
+// The largest lane, none of which is NaN.
+inline float largest_lane(Floats v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float largest = v[0];
+  for (int i = 1; i < kLanes; ++i) largest = std::max(largest, v[i]);
+  return largest;
+#endif
+}
+
 // exp(x) for x <= 88, to 2 ulp; below -86, near the end of float32's range, exp(-86). NaN stays NaN. (The polynomial is
 // minimax: within ln(2) / 2 of 0 its relative error is 2^-27.)
 inline Floats exponential(Floats x) {

@@ -1,0 +1,94 @@
+"""Gumbel-Max along the levels of the tree, one operator for each level.
+
+Each has a kernel, whose noise is that of `Noise` but for rounding, and plain torch, which is compiled into a graph
+where there is no kernel.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from negcache_fn._draws.noise import AMONG_GROUPS, Noise
+from negcache_fn._kernels import dispatch
+from negcache_fn._kernels.blocks import BLOCK, GROUP
+from negcache_fn._operators import operator
+
+__all__ = ["choose_children", "choose_groups"]
+
+_BLOCKS = GROUP // BLOCK  # of a group
+_INFINITY = float("inf")
+_Chosen = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def choose_groups(blocks: Tensor, noise: Noise, first_group: int | Tensor) -> _Chosen:
+    """The group of largest perturbed log-sum-exp of each sample, by the log-sum-exp of the blocks.
+
+    Args:
+        blocks: [B, n], those of the groups `first_group ...`; the last group may have fewer than others.
+        noise: of B x k samples.
+        first_group: the number of the first group in the whole cache.
+
+    Returns:
+        [B, k] numbers of groups; [B, k] their perturbed log-sum-exp; [B] that of all blocks, without noise; and
+        [B, k, blocks of a group], filled up with -inf.
+    """
+    if not _has_kernel(blocks):
+        return _choose_groups(blocks, noise, first_group)
+    origin, first = (first_group, 0) if isinstance(first_group, Tensor) else (None, first_group)
+    return _choose_groups_op(blocks, *noise, origin, first)
+
+
+def choose_children(log_mass: Tensor, noise: Noise, level: int, parent: Tensor) -> tuple[Tensor, Tensor]:
+    """One of the n children of each parent [B, k], by their log-masses [B, k, n]: its number and its log-mass."""
+    if not _has_kernel(log_mass):
+        return _choose_children(log_mass, noise, level, parent)
+    return _choose_children_op(log_mass, *noise, level, parent)
+
+
+def _has_kernel(log_mass: Tensor) -> bool:
+    """Known while a graph is made: where it is not, the operator calls plain torch."""
+    return log_mass.device.type == "cpu" and log_mass.dtype == torch.float32
+
+
+def _choose_groups(blocks: Tensor, noise: Noise, first_group: int | Tensor) -> _Chosen:
+    blocks = pad(blocks, (0, -blocks.shape[1] % _BLOCKS), value=-_INFINITY)
+    blocks = blocks.unflatten(1, (blocks.shape[1] // _BLOCKS, _BLOCKS))
+    groups = blocks.logsumexp(-1)
+    perturbed, group = (groups[:, None] + noise.of_groups(first_group, groups.shape[1])).max(-1)
+    of_query = torch.arange(groups.shape[0], device=groups.device)[:, None]
+    return group + first_group, perturbed, groups.logsumexp(-1), blocks[of_query, group]
+
+
+def _choose_children(log_mass: Tensor, noise: Noise, level: int, parent: Tensor) -> tuple[Tensor, Tensor]:
+    children = log_mass.shape[-1]
+    place = (log_mass + noise.of_children(parent, children, level)).argmax(-1)
+    return parent * children + place, log_mass.gather(-1, place[..., None]).squeeze(-1)
+
+
+def _fake_groups(blocks: Tensor, seed: Tensor, step: Tensor, row: Tensor, *_: Any) -> _Chosen:
+    of_group = blocks.new_empty(*row.shape, _BLOCKS)
+    return torch.empty_like(row), blocks.new_empty(row.shape), blocks.new_empty(blocks.shape[0]), of_group
+
+
+@operator("choose_groups", fake=_fake_groups)
+def _choose_groups_op(
+    blocks: Tensor, seed: Tensor, step: Tensor, row: Tensor, origin: Tensor | None, first: int
+) -> _Chosen:
+    first += 0 if origin is None else int(origin)
+    found = dispatch.choose_groups(blocks, seed, step, row, AMONG_GROUPS, first, _BLOCKS)
+    return _choose_groups(blocks, Noise(seed, step, row), first) if found is None else found
+
+
+def _fake_children(log_mass: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    parent = cast(Tensor, arguments[-1])
+    return torch.empty_like(parent), log_mass.new_empty(parent.shape)
+
+
+@operator("choose_children", fake=_fake_children)
+def _choose_children_op(
+    log_mass: Tensor, seed: Tensor, step: Tensor, row: Tensor, level: int, parent: Tensor
+) -> tuple[Tensor, Tensor]:
+    found = dispatch.choose_children(log_mass, seed, step, row, level, parent)
+    return _choose_children(log_mass, Noise(seed, step, row), level, parent) if found is None else found

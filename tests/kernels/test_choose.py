@@ -1,0 +1,134 @@
+"""Choices along the tree: the kernels against plain torch, whose noise has the law that the tests of draws check."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from negcache_fn._draws import choose
+from negcache_fn._draws.noise import AMONG_BLOCKS, Noise
+from negcache_fn._kernels.blocks import BLOCK, GROUP
+from tests.kernels.test_cpu import configured, needs_kernels
+
+BLOCKS = GROUP // BLOCK
+SEEDS = st.integers(-(2**63), 2**63 - 1)
+
+
+def masses(generator: torch.Generator, *shape: int, scale: float, empty: float) -> Tensor:
+    values = torch.randn(*shape, generator=generator) * scale
+    return values.masked_fill(torch.rand(*shape, generator=generator) < empty, -math.inf)
+
+
+def noise_of(seed: int, step: int, first: int, queries: int, samples: int) -> Noise:
+    rows = torch.arange(first, first + queries * samples).view(queries, samples)
+    return Noise(torch.tensor(seed), torch.tensor(step), rows)
+
+
+def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=2e-6, equal_nan=True)
+
+
+@needs_kernels
+@given(
+    seed=SEEDS,
+    step=st.integers(0, 2**32 - 1),
+    queries=st.integers(0, 5),
+    samples=st.integers(1, 4),
+    blocks=st.integers(1, 700),
+    first=st.integers(0, 2**22),
+    scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
+    empty=st.sampled_from([0.0, 0.5, 1.0]),
+    wide=st.booleans(),
+)
+def test_groups_are_those_of_plain_torch(
+    seed: int, step: int, queries: int, samples: int, blocks: int, first: int, scale: float, empty: float, wide: bool
+) -> None:
+    generator = torch.Generator().manual_seed(step)
+    values, noise = (
+        masses(generator, queries, blocks, scale=scale, empty=empty),
+        noise_of(seed, step, first, queries, samples),
+    )
+    expected = choose._choose_groups(values, noise, first)
+    with configured("highest", products="vectors" if wide else "narrow"):
+        same(choose.choose_groups(values, noise, first), expected)
+        same(choose.choose_groups(values, noise, torch.tensor(first)), expected)
+
+
+@needs_kernels
+@given(
+    seed=SEEDS,
+    step=st.integers(0, 2**32 - 1),
+    queries=st.integers(0, 5),
+    samples=st.integers(1, 4),
+    children=st.sampled_from([BLOCKS, BLOCK]),
+    scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
+    empty=st.sampled_from([0.0, 0.5, 1.0]),
+    wide=st.booleans(),
+)
+def test_children_are_those_of_plain_torch(
+    seed: int, step: int, queries: int, samples: int, children: int, scale: float, empty: float, wide: bool
+) -> None:
+    generator = torch.Generator().manual_seed(step)
+    values = masses(generator, queries, samples, children, scale=scale, empty=empty)
+    parent = torch.randint(2**32 // children, (queries, samples), generator=generator)
+    noise = noise_of(seed, step, seed & 0xFFFF, queries, samples)
+    expected = choose._choose_children(values, noise, AMONG_BLOCKS, parent)
+    with configured("highest", products="vectors" if wide else "narrow"):
+        same(choose.choose_children(values, noise, AMONG_BLOCKS, parent), expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("queries", [3, 700])  # the latter on all threads
+def test_a_query_that_has_diverged_shows_it(queries: int) -> None:
+    """Its normaliser is NaN; the others do not notice."""
+    generator = torch.Generator().manual_seed(0)
+    values, noise = masses(generator, queries, 300, scale=3.0, empty=0.1), noise_of(5, 6, 7, queries, 2)
+    before = choose.choose_groups(values, noise, 4)
+    values[1] = math.nan
+    group, perturbed, log_normalizer, of_group = choose.choose_groups(values, noise, 4)
+    assert bool(log_normalizer[1].isnan())
+    assert bool(((group[1] >= 4) & (group[1] < 4 + 19)).all())
+    others = torch.arange(queries) != 1
+    same((group[others], perturbed[others], of_group[others]), tuple(before[i][others] for i in (0, 1, 3)))
+    place, _ = choose.choose_children(of_group, noise, AMONG_BLOCKS, group)
+    assert bool(((place >= group * BLOCKS) & (place < (group + 1) * BLOCKS)).all())
+
+
+@needs_kernels
+def test_ties_go_to_the_first() -> None:
+    """So large that the noise is below rounding."""
+    noise, parent = noise_of(5, 6, 7, 40, 2), torch.arange(80).view(40, 2)
+    values = torch.full((40, 2, BLOCK), 1e9)
+    values[..., :3] = 0.0
+    found = choose.choose_children(values, noise, AMONG_BLOCKS, parent)
+    same(found, (parent * BLOCK + 3, torch.full((40, 2), 1e9)))
+    same(found, choose._choose_children(values, noise, AMONG_BLOCKS, parent))
+
+
+@needs_kernels
+def test_the_upper_tail_is_precise() -> None:
+    """Of 4 million variates, the largest of which decide: one column at a time, so that the sum is the variate."""
+    noise = noise_of(1, 2, 0, 1, 1)._replace(row=torch.arange(2**22)[:, None])
+    zeros = torch.zeros(2**22, 1)
+    _, perturbed, _, _ = choose.choose_groups(zeros, noise, 0)
+    _, expected, _, _ = choose._choose_groups(zeros.double(), noise, 0)
+    assert perturbed.max() > 14
+    torch.testing.assert_close(perturbed.double(), expected, rtol=3e-7, atol=3e-7)
+
+
+@needs_kernels
+def test_operators_are_well_made() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = noise_of(5, 6, 7, 3, 2)
+    values, children = masses(generator, 3, 40, scale=3.0, empty=0.1), torch.randn(3, 2, BLOCK, generator=generator)
+    for origin, first in ((None, 3), (torch.tensor(3), 0)):
+        torch.library.opcheck(torch.ops.negcache_fn.choose_groups.default, (values, *noise, origin, first))
+    torch.library.opcheck(
+        torch.ops.negcache_fn.choose_children.default, (children, *noise, AMONG_BLOCKS, torch.arange(6).view(3, 2))
+    )
