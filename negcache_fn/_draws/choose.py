@@ -54,7 +54,7 @@ def _has_kernel(log_mass: Tensor) -> bool:
 
 def _choose_groups(blocks: Tensor, noise: Noise, first_group: int | Tensor) -> _Chosen:
     blocks = pad(blocks, (0, -blocks.shape[1] % _BLOCKS), value=-_INFINITY)
-    blocks = blocks.unflatten(1, (blocks.shape[1] // _BLOCKS, _BLOCKS))
+    blocks = blocks.view(blocks.shape[0], blocks.shape[1] // _BLOCKS, _BLOCKS)
     groups = blocks.logsumexp(-1)
     perturbed, group = (groups[:, None] + noise.of_groups(first_group, groups.shape[1])).max(-1)
     of_query = torch.arange(groups.shape[0], device=groups.device)[:, None]
