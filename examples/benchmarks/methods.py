@@ -99,12 +99,27 @@ def _ours(
     options: StepOptions = StepOptions(),
     for_batch: bool = False,
     swept: bool = False,
+    precision: str = "highest",
 ) -> Method:
     def make(problem: Problem) -> Call:
         step = _compiled_step if compiled else _step
-        return cache_step(problem, step, dtype=dtype, options=options, for_batch=for_batch)
+        return _with_precision(precision, cache_step(problem, step, dtype=dtype, options=options, for_batch=for_batch))
 
     return Method(name, label, make, swept=swept, compiled=compiled)
+
+
+def _with_precision(precision: str, call: Call) -> Call:
+    """The call, under `torch.set_float32_matmul_precision`."""
+
+    def with_precision() -> None:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            call()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return with_precision
 
 
 def _product(dtype: torch.dtype = torch.float32) -> Callable[[Problem], Call]:
@@ -150,6 +165,19 @@ OURS = (
     _ours("ours-bf16", "`negcache_fn`, bfloat16 storage, compiled", dtype=_BFLOAT16),
     _ours("ours-bf16-eager", "`negcache_fn`, bfloat16 storage, eager", dtype=_BFLOAT16, compiled=False),
     _ours("ours-int8", "`negcache_fn`, int8 storage, compiled", dtype=torch.int8, swept=True),
+    _ours("ours-high", '`negcache_fn`, precision "high", compiled', precision="high"),
+    _ours(
+        "ours-bf16-high",
+        '`negcache_fn`, bfloat16 storage, precision "high", compiled',
+        dtype=_BFLOAT16,
+        precision="high",
+    ),
+    _ours(
+        "ours-int8-medium",
+        '`negcache_fn`, int8 storage, precision "medium", compiled',
+        dtype=torch.int8,
+        precision="medium",
+    ),
     _ours("batch", "`negcache_fn`, draws for the batch, compiled", for_batch=True, swept=True),
     _ours("batch-eager", "`negcache_fn`, draws for the batch, eager", compiled=False, for_batch=True),
     _ours(

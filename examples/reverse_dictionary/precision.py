@@ -28,7 +28,9 @@ __all__ = ["PRODUCTS", "Product", "errors", "main"]
 Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 _SCALES = (20.0, 50.0, 100.0)
-_MOST_OF_DOCUMENT, _MOST_OF_QUERY, _TOGETHER = 11585, 32767, 64  # as in `_kernels/cpu/by_vectors.h`
+# As in `_kernels/cpu/by_vectors.h`.
+_MOST_OF_DOCUMENT, _MOST_OF_QUERY, _TOGETHER = 11585, 32767, 64
+_MOST_OF_BYTE = 127
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -101,6 +103,12 @@ def _parts(values: Tensor, count: int) -> list[Tensor]:
     return found
 
 
+def _of_bytes(queries: Tensor, documents: Tensor) -> Tensor:
+    """Of 8-bit integers."""
+    (left, left_factor), (right, right_factor) = (_integers(rows, _MOST_OF_BYTE) for rows in (queries, documents))
+    return left @ right.T * left_factor * right_factor.T
+
+
 def _of_integers(queries: Tensor, documents: Tensor) -> Tensor:
     """Of 16-bit integers, so small that sums over some dimensions fit into 32 bits."""
     largest = queries.abs().amax(1, keepdim=True)
@@ -108,19 +116,25 @@ def _of_integers(queries: Tensor, documents: Tensor) -> Tensor:
     together = steps.sum(2).amax(1, keepdim=True)
     most = ((2**31 - 1) / _MOST_OF_DOCUMENT - _TOGETHER) / together
     left, left_factor = _integers(queries, most.clamp(max=_MOST_OF_QUERY).floor())
-    right, right_factor = _integers(documents, torch.tensor(_MOST_OF_DOCUMENT))
+    right, right_factor = _integers(documents, _MOST_OF_DOCUMENT)
     return left @ right.T * left_factor * right_factor.T
 
 
-def _integers(rows: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+def _integers(rows: Tensor, most: Tensor | int) -> tuple[Tensor, Tensor]:
     """The integers and the factors of the rows, in float64, which holds their products exactly."""
     factor = rows.double().abs().amax(1, keepdim=True) / most
     return (rows / factor).round(), factor
 
 
-def _stored(product: Product) -> Product:
+def _in_bfloat16(product: Product) -> Product:
     """The same of documents stored in bfloat16."""
     return lambda queries, documents: product(queries, documents.to(torch.bfloat16).float())
+
+
+def _in_int8(queries: Tensor, documents: Tensor) -> Tensor:
+    """In full precision, of documents stored in int8. Queries of 16 bits change nothing that the table shows."""
+    integers, factor = _integers(documents, _MOST_OF_BYTE)
+    return queries.double() @ (integers * factor).T
 
 
 PRODUCTS: dict[str, Product] = {
@@ -129,8 +143,10 @@ PRODUCTS: dict[str, Product] = {
     "2 parts, 3 products": _of_parts(2),
     "16-bit integers": _of_integers,
     "1 part, 1 product": _of_parts(1),
-    "bfloat16 storage, float32": _stored(_in_float32),
-    "bfloat16 storage, 16-bit integers": _stored(_of_integers),
+    "bfloat16 storage, float32": _in_bfloat16(_in_float32),
+    "bfloat16 storage, 16-bit integers": _in_bfloat16(_of_integers),
+    "int8 storage": _in_int8,
+    "int8 storage, queries of 8 bits": _of_bytes,
 }
 
 

@@ -12,6 +12,7 @@ pytest.importorskip("sklearn")
 
 from examples.reverse_dictionary.inverted_lists import Lists, lists_of, simulate
 from examples.reverse_dictionary.precision import PRODUCTS, errors
+from negcache_fn._codec import encode
 from negcache_fn._kernels.cpu.call import block_logsumexp
 from negcache_fn._kernels.dispatch import Problem
 from tests.kernels.test_cpu import HAS_INTEGERS, configured, needs_kernels
@@ -77,3 +78,16 @@ def test_integers_are_those_of_the_kernels() -> None:
         of_kernel = block_logsumexp(Problem(20.0 * queries, documents, torch.zeros(COUNT), nothing, None))
     scores = PRODUCTS["16-bit integers"](20.0 * queries, documents)
     torch.testing.assert_close(of_kernel.logsumexp(1), scores.logsumexp(1).float(), atol=5e-6, rtol=0)
+    stored = encode(documents, torch.int8)
+    problem = Problem(20.0 * queries, stored["embedding"], torch.zeros(COUNT), nothing, None)
+    with configured("medium", products="vectors"):
+        of_kernel = block_logsumexp(problem._replace(row_scale=stored["embedding_scale"]))
+    scores = PRODUCTS["int8 storage, queries of 8 bits"](20.0 * queries, documents)
+    torch.testing.assert_close(of_kernel.logsumexp(1), scores.logsumexp(1).float(), atol=5e-4, rtol=0)
+
+
+def test_queries_of_8_bits_err_as_much_as_int8_storage() -> None:
+    queries, documents = vectors()
+    stored = errors(20.0 * queries, documents, PRODUCTS["int8 storage"])
+    rounded = errors(20.0 * queries, documents, PRODUCTS["int8 storage, queries of 8 bits"])
+    assert all(worse < 4 * better for worse, better in zip(rounded, stored, strict=True))

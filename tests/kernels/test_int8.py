@@ -96,8 +96,9 @@ def test_what_is_scored_again_has_full_precision(products: str, shape: tuple[int
     check_masses(masses, exact, log_scale, len(weight), bound + 1e-5)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("products", PRODUCTS)
-def test_the_largest_numbers_do_not_overflow(products: str) -> None:
+def test_the_largest_numbers_do_not_overflow(products: str, precision: str) -> None:
     """All at their bounds, over more dimensions than 32 bits hold the sum of; more queries than a panel has."""
     rows, dim = (1100, 2000) if products != "emulated" else (40, 2000)  # which is slow
     queries, integers = torch.full((rows, dim), 3.0), torch.full((130, dim), 127, dtype=torch.int8)
@@ -105,10 +106,27 @@ def test_the_largest_numbers_do_not_overflow(products: str) -> None:
     scale = torch.full((130,), 2.0**-20)
     nothing = torch.empty(rows, 0, dtype=torch.int64)
     given_problem = Problem(queries, integers, torch.zeros(130), nothing, None, row_scale=scale)
-    with configured("highest", products=products):
+    with configured(precision, products=products):
         found = cpu.block_logsumexp(given_problem)
     expected = in_blocks(queries.double() @ (integers.double() * 2.0**-20).T).logsumexp(-1)
     assert largest_error(found, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("products", ["vectors", "narrow"])
+@given(shape=shapes)
+@example(shape=(33, 127, 515, 0, 3))  # more dimensions than are summed at a time
+def test_queries_of_8_bits_are_exact_at_medium(products: str, shape: tuple[int, int, int, int, int]) -> None:
+    """Integers of any sign, the largest of which is 127, times a factor."""
+    given_problem, rows = int8_problem(shape)
+    generator = torch.Generator().manual_seed(shape[-1])
+    queries = torch.randint(-127, 128, given_problem.queries.shape, generator=generator).float()
+    queries[:, 0] = 127.0
+    factor = torch.rand(len(queries), 1, generator=generator).mul(8).exp2() / 127 / shape[2]
+    given_problem = given_problem._replace(queries=queries * factor)
+    scores = exact_scores(given_problem.queries, rows, given_problem.bias, given_problem.excluded)
+    with configured("medium", products=products):
+        found = cpu.block_logsumexp(given_problem)
+    assert largest_error(found, in_blocks(scores).logsumexp(-1)) <= 2e-3
 
 
 @pytest.mark.parametrize("products", PRODUCTS)

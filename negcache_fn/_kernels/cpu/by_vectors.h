@@ -39,8 +39,9 @@ struct Singles {
   static float pack_query(const float* from, int64_t dim, int64_t padded, float* to) {
     return pack(from, dim, padded, to);
   }
+  static float origin(const float*, int64_t) { return 0.0f; }
   static Floats begin(Floats before) { return before; }
-  static Floats end(Floats sum, Floats, Floats) { return sum; }
+  static Floats end(Floats sum, Floats, Floats, Floats) { return sum; }
   static Floats multiply_add(Floats sum, const float* embedding, Floats queries) {
     return sum + splat(*embedding) * queries;
   }
@@ -82,8 +83,9 @@ struct Integers {
     const float most_of_numbers = std::floor(std::min(kMostOfQuery, kMostTogether / std::max(together, 1.0f)));
     return round({most, most_of_numbers}, from, dim, padded, to);
   }
+  static float origin(const int16_t*, int64_t) { return 0.0f; }
   static Ints begin(Floats) { return Ints{}; }
-  static Floats end(Ints sum, Floats before, Floats factor) {
+  static Floats end(Ints sum, Floats before, Floats factor, Floats) {
     return before + __builtin_convertvector(sum, Floats) * factor;
   }
   static Ints multiply_add(Ints sum, const int16_t* embedding, Floats queries) {
@@ -106,6 +108,44 @@ struct Integers {
   }
 };
 
+// A product of stored 8-bit integers with queries rounded to 8 bits, four numbers of each row in a step. One side of
+// the instruction is unsigned: the stored numbers are above -128, and a query's origin takes that back.
+struct StoredIntegers {
+  using Number = uint8_t;
+  using Sum = Ints;
+  static constexpr int64_t kWidth = 4;
+  static constexpr int64_t kSteps = 128;  // whose sums float32 holds exactly
+  static constexpr bool kFactors = true;
+  static constexpr float kMostOfQuery = 127.0f;
+  static float pack(const int8_t* from, int64_t dim, int64_t padded, uint8_t* to) {
+    for (int64_t d = 0; d < dim; ++d) to[d] = (uint8_t)from[d] ^ 0x80u;
+    std::fill(to + dim, to + padded, 0);
+    return 1.0f;
+  }
+  static float pack_query(const float* from, int64_t dim, int64_t padded, uint8_t* to) {
+    const Scaling scaling(largest_size(from, dim), kMostOfQuery);
+    for (int64_t d = 0; d < padded; d += kLanes) {
+      const __m128i numbers = _mm512_cvtepi32_epi8((__m512i)scaling.integers(load(from + d, dim - d)));
+      std::memcpy(to + d, &numbers, std::min<int64_t>(kLanes, padded - d));
+    }
+    return scaling.factor;
+  }
+  static float origin(const uint8_t* query, int64_t padded) {
+    int64_t sum = 0;
+    for (int64_t d = 0; d < padded; ++d) sum += (int8_t)query[d];
+    return -128.0f * sum;
+  }
+  static Ints begin(Floats) { return Ints{}; }
+  static Floats end(Ints sum, Floats before, Floats factor, Floats origin) {
+    return before + (__builtin_convertvector(sum, Floats) + origin) * factor;
+  }
+  static Ints multiply_add(Ints sum, const uint8_t* embedding, Floats queries) {
+    int32_t four;
+    std::memcpy(&four, embedding, sizeof(four));
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(four), (__m512i)queries);
+  }
+};
+
 #endif  // NEGCACHE_INTEGERS
 
 // Asks for some numbers of kSlots rows that are multiplied soon: the products wait at every new page of memory.
@@ -115,9 +155,10 @@ inline void prefetch_slots(const T* embeddings, int64_t dim, int64_t count) {
     for (int64_t d = 0; d < count; d += 64 / sizeof(T)) __builtin_prefetch(embeddings + s * dim + d);
 }
 
-// Queries as [groups][steps][kGroup], a float's worth of numbers each, and their factors.
+// Queries as [groups][steps][kGroup], a float's worth of numbers each, and their factors and origins.
 template <typename Product>
-void pack_groups(const float* queries, int64_t rows, int64_t dim, int64_t steps, float* packed, float* factors) {
+void pack_groups(const float* queries, int64_t rows, int64_t dim, int64_t steps, float* packed, float* factors,
+                 float* origins) {
   const int64_t groups = (rows + kGroup - 1) / kGroup, padded = steps * Product::kWidth;
 #pragma omp parallel for schedule(static) if (rows * dim > kWorthThreads)
   for (int64_t group = 0; group < groups; ++group) {
@@ -126,6 +167,7 @@ void pack_groups(const float* queries, int64_t rows, int64_t dim, int64_t steps,
     for (int64_t i = 0; i < kGroup; ++i) {
       const int64_t query = group * kGroup + i;
       factors[query] = query < rows ? Product::pack_query(queries + query * dim, dim, padded, row.data()) : 0.0f;
+      origins[query] = Product::origin(row.data(), padded);
       for (int64_t step = 0; step < steps; ++step)
         if (query < rows)
           std::memcpy(to + step * kGroup + i, row.data() + step * Product::kWidth, sizeof(float));
@@ -139,7 +181,8 @@ void pack_groups(const float* queries, int64_t rows, int64_t dim, int64_t steps,
 // the first steps start from the bias.
 template <typename Product>
 inline void multiply_slots(const typename Product::Number* embeddings, int64_t stride, const float* slot_factors,
-                           const float* group, const float* factors, int64_t steps, const float* bias, float* scores) {
+                           const float* group, const float* factors, const float* origins, int64_t steps,
+                           const float* bias, float* scores) {
   typename Product::Sum sums[kSlots][kVectors];
   const auto before = [&](int s, int v) { return bias ? splat(bias[s]) : load(scores + (v * kBlock + s) * kLanes); };
   for (int s = 0; s < kSlots; ++s)
@@ -155,7 +198,8 @@ inline void multiply_slots(const typename Product::Number* embeddings, int64_t s
   for (int s = 0; s < kSlots; ++s)
     for (int v = 0; v < kVectors; ++v)
       store(scores + (v * kBlock + s) * kLanes,
-            Product::end(sums[s][v], before(s, v), load(factors + v * kLanes) * slot_factors[s]));
+            Product::end(sums[s][v], before(s, v), load(factors + v * kLanes) * slot_factors[s],
+                         bias ? load(origins + v * kLanes) : Floats{}));
 }
 
 // Streams the cache. Each thread makes its own consumer and hands it the scores of every block in a contiguous range of
@@ -168,11 +212,11 @@ void stream_by_vectors(const T* embeddings, const Problem& problem, MakeConsumer
   const int64_t steps = (problem.dim + Product::kWidth - 1) / Product::kWidth, padded = steps * Product::kWidth;
   const bool in_place = std::is_same<T, Number>::value && padded == problem.dim;
   const int64_t most = (std::min(kPanelRows, problem.rows) + kGroup - 1) / kGroup * kGroup;
-  std::vector<float> packed(most * steps), factors(most);
+  std::vector<float> packed(most * steps), factors(most), origins(most);
   for (int64_t first = 0; first < problem.rows; first += kPanelRows) {
     const int64_t rows = std::min(kPanelRows, problem.rows - first);
-    pack_groups<Product>(problem.queries + first * problem.dim, rows, problem.dim, steps, packed.data(),
-                         factors.data());
+    pack_groups<Product>(problem.queries + first * problem.dim, rows, problem.dim, steps, packed.data(), factors.data(),
+                         origins.data());
 #pragma omp parallel if (problem.capacity * rows * problem.dim > kWorthThreads)
     {
       auto consume = make_consumer();
@@ -207,7 +251,7 @@ void stream_by_vectors(const T* embeddings, const Problem& problem, MakeConsumer
                                std::min(some * Product::kWidth, problem.dim - d));
               multiply_slots<Product>(numbers + j * padded + d, padded, slot_factors + j,
                                       packed.data() + (group / kGroup * steps + step) * kGroup, factors.data() + group,
-                                      some, step == 0 ? from + j : nullptr,
+                                      origins.data() + group, some, step == 0 ? from + j : nullptr,
                                       panel_scores.data() + group * kBlock + j * kLanes);
             }
         for (int64_t group = 0; group < rows; group += kLanes) {

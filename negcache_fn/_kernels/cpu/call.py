@@ -149,7 +149,7 @@ def _arithmetic(problem: Problem) -> tuple[int, int]:
     """Whether to multiply by tiles; of how many parts, see `stream.h`, as `torch.set_float32_matmul_precision` asks."""
     tiles = problem.queries.shape[0] > _FEW_QUERIES and _multiplies_tiles()
     parts = _PARTS[torch.get_float32_matmul_precision()]
-    if problem.embeddings.dtype == torch.float16:
+    if not tiles or problem.embeddings.dtype == torch.float16:
         parts = max(parts, 2)  # one bfloat16 has less precision than the stored numbers
     return int(tiles), parts
 
@@ -157,4 +157,6 @@ def _arithmetic(problem: Problem) -> tuple[int, int]:
 def _arithmetic_of_pass(problem: Problem) -> tuple[int, int]:
     """The same where all of the cache is summed over: two parts, or integers for int8, are enough."""
     tiles, parts = _arithmetic(problem)
-    return tiles, min(parts, 2) if tiles or problem.embeddings.dtype == torch.int8 else parts
+    if problem.embeddings.dtype == torch.int8:
+        return tiles, min(_PARTS[torch.get_float32_matmul_precision()], 2)
+    return tiles, min(parts, 2) if tiles else parts

@@ -68,6 +68,7 @@ def run(name: str, *arguments: Any) -> int:
 
 
 def function(name: str) -> Any:
+    """The function of that name, with the types of its arguments."""
     kernels = library()
     if kernels is None:
         raise RuntimeError("the CPU kernels are not available: ask `supports` first")
