@@ -9,7 +9,7 @@ largest `log a_j + Gumbel_j`, with one row of noise for the whole batch: they ar
 drawn from the masses of the remaining documents.
 
 They lie in the M groups of largest perturbed mass, and in the M blocks of those. A level takes the perturbed value of a
-parent as the largest one among its children, and changes their noise accordingly (`_given_maximum`). The masses of the
+parent as the largest one among its children, and changes their noise accordingly (`choose.py`). The masses of the
 blocks follow from the log-sum-exp of every block for each query, which the pass returns; the slots of the M + 1 chosen
 blocks are scored again for all queries. A cache of several segments keeps the log-sum-exp of groups only, and scores
 the chosen groups again as well, so that memory does not grow with C / BLOCK.
@@ -23,13 +23,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, softplus
+from torch.nn.functional import pad
 
-from negcache_fn._cache.select import ordered, segments
+from negcache_fn._cache.select import segments
+from negcache_fn._draws.choose import largest_children, largest_groups
 from negcache_fn._draws.noise import AMONG_BLOCKS, AMONG_SLOTS, Noise
-from negcache_fn._kernels import dispatch
 from negcache_fn._kernels.blocks import BLOCK, GROUP
-from negcache_fn._operators import operator
 from negcache_fn._ranks.group import Ranks
 from negcache_fn._ranks.order import sequenced_after
 from negcache_fn._scores.definition import ScoreMatrix
@@ -50,7 +49,7 @@ __all__ = [
 
 _BLOCKS = GROUP // BLOCK  # of a group
 _INFINITY = float("inf")
-_LINEAR = 50.0  # from where log(1 + exp(x)) is x, in float64 as well
+_NOTHING = (-1, -_INFINITY, -_INFINITY)  # slot, log-mass and perturbed mass where there are fewer
 _SLAB = 2**22  # scores, or numbers of embeddings, of the slots scored again at a time
 
 
@@ -112,16 +111,13 @@ def draw_largest(
     """The `n` slots of largest perturbed mass, of a matrix whose first slot is `first_slot` in the whole cache."""
     # Groups, blocks and slots are numbered over the whole cache, because their numbers determine the noise.
     first_group, first_block = first_slot // GROUP, first_slot // BLOCK
-    log_mass = importance.log_mass(found.stretches)
-    of_blocks = log_mass.view(-1, _BLOCKS) if found.of_blocks else None
-    if of_blocks is not None:
-        log_mass = of_blocks.logsumexp(-1)
-    perturbed = log_mass + noise.of_groups(first_group, log_mass.shape[0])[0, 0]
-    group = _largest(perturbed, n)
-    of_blocks = _blocks_of_groups(matrix, group, importance) if of_blocks is None else of_blocks[group]
-    block, perturbed, log_mass = _choose(group + first_group, perturbed[group], of_blocks, noise, AMONG_BLOCKS, n)
+    log_mass = importance.log_mass(found.stretches).view(-1, _BLOCKS if found.of_blocks else 1)
+    group, perturbed, of_blocks = largest_groups(log_mass, noise, first_group, n)
+    if not found.of_blocks:
+        of_blocks = _blocks_of_groups(matrix, group - first_group, importance)
+    block, perturbed, log_mass = largest_children(of_blocks, noise, AMONG_BLOCKS, group, perturbed, n)
     of_slots = _slots_of_blocks(matrix, block - first_block, log_mass, importance)
-    slot, perturbed, log_mass = _choose(block, perturbed, of_slots, noise, AMONG_SLOTS, n)
+    slot, perturbed, log_mass = largest_children(of_slots, noise, AMONG_SLOTS, block, perturbed, n)
     return _in_order(Largest(slot, log_mass, perturbed), n)
 
 
@@ -192,65 +188,12 @@ def _at_a_time(matrix: ScoreMatrix, length: int) -> int:
     return _SLAB // max(matrix.queries.shape) // length + 1  # not one stretch less than M + 1 of a round M
 
 
-def _choose(
-    parent: Tensor, perturbed: Tensor, log_mass: Tensor, noise: Noise, level: int, n: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers (ascending), perturbed masses and masses of the (at most `n`) children of largest perturbed mass.
-
-    Args:
-        parent: [p] numbers, ascending.
-        perturbed: [p] their perturbed masses.
-        log_mass: [p, children].
-        noise: noise of the batch.
-        level: level of the children.
-        n: how many.
-    """
-    children = log_mass.shape[1]
-    noisy = _given_maximum(log_mass + noise.of_children(parent[None], children, level)[0], perturbed).flatten()
-    place = _largest(noisy, n)
-    return parent[place // children] * children + place % children, noisy[place], log_mass.flatten()[place]
-
-
-def _given_maximum(perturbed: Tensor, maximum: Tensor) -> Tensor:
-    """[p, n] perturbed masses, changed so that the largest one is `maximum` [p].
-
-    With `Z` the largest, `G` becomes `-log(exp(-maximum) - exp(-Z) + exp(-G))`: Gumbel variables become variables with
-    their law given the maximum. The place of the largest one stays the same.
-    """
-    below = perturbed - perturbed.amax(-1, keepdim=True)
-    difference = maximum[:, None] - perturbed + torch.log(-torch.expm1(below))
-    given = maximum[:, None] - softplus(difference, threshold=_LINEAR)
-    return given.masked_fill(perturbed == -_INFINITY, -_INFINITY)
-
-
-def _largest(values: Tensor, n: int) -> Tensor:
-    """[min(n, values)] places of the n largest values, ties by place; the places ascend."""
-    n = min(n, values.shape[0])
-    if values.dtype == torch.float32:
-        return _largest_op(values, n)
-    return values.sort(descending=True, stable=True).indices[:n].sort().values
-
-
-def _fake_places(values: Tensor, n: int) -> Tensor:
-    return values.new_empty(n, dtype=torch.int64)
-
-
-@operator("largest", fake=_fake_places)
-def _largest_op(values: Tensor, n: int) -> Tensor:
-    if (places := dispatch.largest(values, n)) is not None:
-        return places
-    # As integers in the same order, all different, of which `topk` finds the largest in a third of the time.
-    place = torch.arange(values.shape[0], device=values.device)
-    return (ordered(values) * 2**32 - place).topk(n, sorted=False).indices.sort().values
-
-
 def _in_order(found: Largest, n: int) -> Largest:
     """The n of largest perturbed mass in descending order, ties by place, filled up with (-1, -inf, -inf)."""
-    missing = (0, max(n - found.slot.shape[0], 0))
     perturbed, place = found.perturbed.sort(descending=True, stable=True)
     place = place[:n]
-    return Largest(
-        pad(found.slot[place], missing, value=-1),
-        pad(found.log_mass[place], missing, value=-_INFINITY),
-        pad(perturbed[:n], missing, value=-_INFINITY),
-    )
+    found = Largest(found.slot[place], found.log_mass[place], perturbed[:n])
+    missing = n - found.slot.shape[0]
+    if missing == 0:
+        return found
+    return Largest(*(pad(values, (0, missing), value=empty) for values, empty in zip(found, _NOTHING, strict=True)))

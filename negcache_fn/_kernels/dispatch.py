@@ -24,7 +24,8 @@ __all__ = [
     "find_slots",
     "gumbel",
     "hardest",
-    "largest",
+    "largest_children",
+    "largest_groups",
     "last_of_each",
     "logsumexp",
     "lowest_slots",
@@ -123,11 +124,6 @@ def last_of_each(ids: Tensor) -> Tensor | None:
     return cpu_scans.last_of_each(ids) if cpu_scans.supports(ids) else None
 
 
-def largest(values: Tensor, n: int) -> Tensor | None:
-    """[n] places of the largest `values` [N], ascending, ties by place."""
-    return cpu_scans.largest(values, n) if cpu.supports_sums(values) else None
-
-
 def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor | None:
     """[..., 4] the variates of `negcache_fn.random.gumbel`; `row` and `quad` have the same shape."""
     found = cpu_noise.gumbel(seed, step, row, quad, level)
@@ -157,4 +153,22 @@ def choose_children(
     """The numbers [B, k] of children, and their log-masses: one of the n of each parent [B, k], from [B, k, n]."""
     if cpu.supports_sums(log_mass):
         return cpu_noise.choose_children(log_mass, seed, step, row, level, parent)
+    return None
+
+
+def largest_groups(
+    blocks: Tensor, seed: Tensor, step: Tensor, row: Tensor, level: int, first_group: int, n: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The n groups of largest perturbed log-mass, ascending, with it and their blocks [n, w], of blocks [G, w]."""
+    if cpu.supports_sums(blocks):
+        return cpu_noise.largest_groups(blocks, seed, step, row, level, first_group, n)
+    return None
+
+
+def largest_children(
+    log_mass: Tensor, seed: Tensor, step: Tensor, row: Tensor, level: int, parent: Tensor, perturbed: Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The n children of largest perturbed log-mass given their parents', ascending, with it and the log-mass [n]."""
+    if cpu.supports_sums(log_mass) and perturbed.dtype == log_mass.dtype:
+        return cpu_noise.largest_children(log_mass, seed, step, row, level, parent, perturbed, n)
     return None

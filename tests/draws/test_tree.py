@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,18 +16,19 @@ from scipy import stats
 from tensordict import TensorDictBase
 
 import negcache_fn
-from negcache_fn._draws.for_batch import _given_maximum, _largest
+from negcache_fn._draws.choose import _given_maximum, _largest, largest_groups
 from negcache_fn._draws.gumbel_tree import _better, _Groups
 from negcache_fn._draws.noise import Noise
 from negcache_fn._kernels.blocks import BLOCK, GROUP
+from negcache_fn._kernels.cpu import call as cpu
 from negcache_fn.random import gumbel
-from tests.cache.test_reembed import by_native_code
 from tests.draws.test_sample import varied
 from tests.support import oracles
 from tests.support.builders import at_step, is_close, make_state, unit
 from tests.support.checks import draws, for_batch
 
 sample = negcache_fn.sample_gumbel
+NOISE = Noise(torch.tensor(1), torch.tensor(2), torch.zeros(1, 1, dtype=torch.int64))
 # The same places inside two blocks of two groups.
 TWINS = [0, 1, 64, 65, 1024, 1025, 1088, 1089]
 
@@ -146,11 +148,24 @@ def test_masses_among_the_best_are_sums_over_queries() -> None:
     ),
     n=st.integers(1, 45),
     dtype=st.sampled_from([torch.float32, torch.float64]),
-    native=st.booleans(),
 )
-def test_largest_values_ties_by_place(values: list[float], n: int, dtype: torch.dtype, native: bool) -> None:
+def test_largest_values_ties_by_place(values: list[float], n: int, dtype: torch.dtype) -> None:
     """A NaN counts as the largest."""
+    n = min(n, len(values))
+    assert _largest(torch.tensor(values, dtype=dtype), n).tolist() == largest_places(values, n)
+
+
+@given(values=st.lists(st.sampled_from([-math.inf, -3.5, -0.25, 0.5, 2.0, math.nan]), min_size=1, max_size=40))
+@pytest.mark.parametrize("native", [True, False], ids=["native", "plain"])
+def test_largest_groups_ties_by_place(values: list[float], native: bool) -> None:
+    """Of log-masses beside which the noise is below rounding."""
+    with patch.object(cpu, "supports_sums", cpu.supports_sums if native else lambda *_: False):
+        for n in (1, len(values) // 2 + 1, len(values)):
+            found, _, _ = largest_groups(torch.tensor(values)[:, None] * 1e12, NOISE, 7, n)
+            assert [place - 7 for place in found.tolist()] == largest_places(values, n)
+
+
+def largest_places(values: list[float], n: int) -> list[int]:
+    """The first n places of the values in descending order, NaN before all, ascending."""
     keys = [(0, 0.0, place) if math.isnan(value) else (1, -value, place) for place, value in enumerate(values)]
-    ranked = [place for _, _, place in sorted(keys)]
-    with by_native_code(native):
-        assert _largest(torch.tensor(values, dtype=dtype), n).tolist() == sorted(ranked[:n])
+    return sorted([place for _, _, place in sorted(keys)][:n])

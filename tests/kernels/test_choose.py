@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -84,6 +84,68 @@ def test_children_are_those_of_plain_torch(
 
 
 @needs_kernels
+@given(
+    seed=SEEDS,
+    step=st.integers(0, 2**32 - 1),
+    groups=st.integers(1, 80),
+    width=st.sampled_from([1, BLOCKS]),
+    first=st.integers(0, 2**22),
+    scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
+    empty=st.sampled_from([0.0, 0.5, 1.0]),
+    n=st.integers(1, 90),
+    wide=st.booleans(),
+)
+def test_largest_groups_are_those_of_plain_torch(
+    seed: int, step: int, groups: int, width: int, first: int, scale: float, empty: float, n: int, wide: bool
+) -> None:
+    generator = torch.Generator().manual_seed(step)
+    values, noise = masses(generator, groups, width, scale=scale, empty=empty), noise_of(seed, step, 0, 1, 1)
+    expected = choose._largest_groups(values, noise, first, min(n, groups))
+    with configured("highest", products="vectors" if wide else "narrow"):
+        same(choose.largest_groups(values, noise, first, n), expected)
+        same(choose.largest_groups(values, noise, torch.tensor(first), n), expected)
+
+
+@needs_kernels
+@given(
+    seed=SEEDS,
+    step=st.integers(0, 2**32 - 1),
+    parents=st.integers(1, 40),
+    children=st.sampled_from([BLOCKS, BLOCK]),
+    scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
+    empty=st.sampled_from([0.0, 0.5, 1.0]),
+    spread=st.sampled_from([3.0, 300.0]),
+    n=st.integers(1, 50),
+    wide=st.booleans(),
+)
+@example(0, 0, 1100, BLOCK, 3.0, 0.1, 3.0, 500, True)  # on all threads
+def test_largest_children_are_those_of_plain_torch(
+    seed: int, step: int, parents: int, children: int, scale: float, empty: float, spread: float, n: int, wide: bool
+) -> None:
+    """In float64, but for the noise. A parent's perturbed log-mass may be any."""
+    generator = torch.Generator().manual_seed(step)
+    values, noise = masses(generator, parents, children, scale=scale, empty=empty), noise_of(seed, step, 0, 1, 1)
+    parent = torch.randint(2**32 // children, (parents,), generator=generator).sort().values
+    perturbed = values.logsumexp(1) + torch.randn(parents, generator=generator) * spread
+    noisy = values.double() + noise.of_children(parent[None], children, AMONG_BLOCKS)[0]
+    given_maximum = choose._given_maximum(noisy, perturbed.double()).flatten()
+    place = choose._largest(given_maximum, min(n, parents * children))
+    with configured("highest", products="vectors" if wide else "narrow"):
+        child, of_child, mass = choose.largest_children(values, noise, AMONG_BLOCKS, parent, perturbed, n)
+    number = parent[:, None] * children + torch.arange(children)
+    assert torch.equal(child, number.flatten()[place])
+    assert torch.equal(mass, values.flatten()[place])
+    # Two that are nearly equal in their parent lose digits of their difference.
+    below = noisy.amax(1, keepdim=True) - noisy
+    below = torch.where(below == 0.0, 1.0, below.clamp(max=1.0))
+    allowed = (noisy.abs() + perturbed.abs()[:, None] + 1) * (1e-6 / below)
+    error = (of_child - given_maximum[place]).abs()
+    exists = given_maximum[place] > -math.inf
+    assert bool((error <= allowed.flatten()[place])[exists].all())
+    assert bool((of_child[~exists] == -math.inf).all())
+
+
+@needs_kernels
 @pytest.mark.parametrize("queries", [3, 700])  # the latter on all threads
 def test_a_query_that_has_diverged_shows_it(queries: int) -> None:
     """Its normaliser is NaN; the others do not notice."""
@@ -131,4 +193,11 @@ def test_operators_are_well_made() -> None:
         torch.library.opcheck(torch.ops.negcache_fn.choose_groups.default, (values, *noise, origin, first))
     torch.library.opcheck(
         torch.ops.negcache_fn.choose_children.default, (children, *noise, AMONG_BLOCKS, torch.arange(6).view(3, 2))
+    )
+    of_batch, groups = noise_of(5, 6, 0, 1, 1), children[0, :, :BLOCKS].contiguous()
+    for origin, first in ((None, 3), (torch.tensor(3), 0)):
+        torch.library.opcheck(torch.ops.negcache_fn.largest_groups.default, (groups, *of_batch, origin, first, 2))
+    torch.library.opcheck(
+        torch.ops.negcache_fn.largest_children.default,
+        (groups, *of_batch, AMONG_BLOCKS, torch.arange(2), torch.randn(2, generator=generator), 5),
     )

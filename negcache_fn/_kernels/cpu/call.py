@@ -48,7 +48,7 @@ def supports_hardest(problem: Problem, n: int) -> bool:
 
 
 def supports_sums(values: Tensor) -> bool:
-    """Whether `sum_of_rows`, `logsumexp` and `largest` take values like these."""
+    """Whether `sum_of_rows`, `logsumexp` and the choices in `noise.py` take values like these."""
     return values.device.type == "cpu" and values.dtype == torch.float32 and library() is not None
 
 

@@ -43,7 +43,6 @@ _ARGUMENTS = {
     "negcache_hardest": (_IN, _INT, _INT, _SIZE, _TENSOR, _TENSOR),
     "negcache_lowest": (_TENSOR, _TENSOR, _SIZE, _SIZE, _TENSOR),
     "negcache_find_slots": (_TENSOR, _SIZE, _TENSOR, _TENSOR, _SIZE, _TENSOR),
-    "negcache_largest": (_TENSOR, _SIZE, _SIZE, _TENSOR),
     "negcache_last_of_each": (_TENSOR, _SIZE, _TENSOR),
     "negcache_bias_without": (_TENSOR, _SIZE, _TENSOR, _TENSOR, _TENSOR, _SIZE, _TENSOR),
     "negcache_assign_slots": (_TENSOR, _TENSOR, _SIZE, _TENSOR, _TENSOR, _TENSOR, _SIZE, _TENSOR),
@@ -55,6 +54,14 @@ _ARGUMENTS = {
     "negcache_choose_children": (
         *(_SIZE, _SIZE, _SIZE, _TENSOR, _TENSOR, _TENSOR, _SIZE, _SIZE),
         *(_TENSOR, _TENSOR),
+    ),
+    "negcache_largest_groups": (
+        *(_SIZE, _SIZE, _SIZE, _TENSOR, _SIZE, _SIZE, _SIZE, _SIZE, _SIZE),
+        *(_TENSOR, _TENSOR, _TENSOR),
+    ),
+    "negcache_largest_children": (
+        *(_SIZE, _SIZE, _SIZE, _TENSOR, _SIZE, _SIZE, _SIZE, _TENSOR, _TENSOR, _SIZE),
+        *(_TENSOR, _TENSOR, _TENSOR),
     ),
 }
 

@@ -105,6 +105,7 @@ inline Sum sum_of(const float* values, int64_t count) {
   for (int64_t i = 0; i < whole; i += kLanes) tops = maximum(load(values + i), tops);
   float top = largest_lane(tops);
   for (int64_t i = whole; i < count; ++i) top = std::max(top, values[i]);
+  if (top == kInfinity) return {top, 1.0f};
   const float shift = top == -kInfinity ? 0.0f : top;
   for (int64_t i = 0; i < whole; i += kLanes) totals += mass_of(load(values + i) - shift);
   float total = sum(totals);

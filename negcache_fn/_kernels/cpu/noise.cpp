@@ -10,6 +10,7 @@
 #include "failure.h"
 #include "masses.h"
 #include "philox.h"
+#include "selection.h"
 #include "vectors.h"
 
 namespace negcache {
@@ -23,16 +24,32 @@ struct Level {
   int64_t seed, step, number;
 };
 
-// -log(-log1p(-u)), with full relative precision in the upper tail.
-inline Floats gumbel(Floats u) {
-  const Floats rest = 1.0f - u;
-  // Kahan's log1p: the second factor takes back the rounding of `rest`.
-  const Floats exponential = rest == 1.0f ? u : logarithm(rest) * (u / (rest - 1.0f));
-  return -logarithm(exponential);
+// log(1 + x), for x > -1, to full relative precision: the second factor takes back the rounding of the sum (Kahan).
+inline Floats log1p(Floats x) {
+  const Floats sum = 1.0f + x;
+  return sum == 1.0f ? x : logarithm(sum) * (x / (sum - 1.0f));
 }
 
-// The place of the largest log-mass plus noise, ties to the first, and that sum; 0 and -inf if there is none. The noise
-// is of the columns `column ...` of a row.
+// Calls `use(i, noisy)` with log-masses plus Gumbel noise, of the places i ... i + kLanes - 1 of `count`; behind them
+// the sums are -inf. The noise is of the columns `column ...` of a row.
+template <typename Use>
+inline void perturb(const Level& level, int64_t row, int64_t column, const float* log_mass, int64_t count, Use use) {
+  Ints lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  for (int64_t first = 0; first < count; first += kStrip) {
+    const int64_t from = column + first, skipped = from % kQuad, here = std::min(kStrip, count - first);
+    float uniforms[kStrip + kQuad + kLanes] = {};
+    for (int64_t i = 0; i < skipped + here; i += kQuad)
+      uniform_quad(level.seed, level.step, row, from / kQuad + i / kQuad, level.number, uniforms + i);
+    for (int64_t i = 0; i < here; i += kLanes) {
+      const Floats noise = -logarithm(-log1p(-load(uniforms + skipped + i)));
+      const Floats noisy = load(log_mass + first + i, here - i) + noise;
+      use(first + i, lane < (int32_t)(here - i) ? noisy : splat(-kInfinity));
+    }
+  }
+}
+
+// The place of the largest of the sums of `perturb`, ties to the first, and that sum; 0 and -inf if there is none.
 struct Choice {
   int64_t place;
   float perturbed;
@@ -42,24 +59,29 @@ Choice choose(const Level& level, int64_t row, int64_t column, const float* log_
   Floats best = splat(-kInfinity);
   Ints place = {}, lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  for (int64_t first = 0; first < count; first += kStrip) {
-    const int64_t from = column + first, skipped = from % kQuad, here = std::min(kStrip, count - first);
-    float uniforms[kStrip + kQuad + kLanes] = {};
-    for (int64_t i = 0; i < skipped + here; i += kQuad)
-      uniform_quad(level.seed, level.step, row, from / kQuad + i / kQuad, level.number, uniforms + i);
-    for (int64_t i = 0; i < here; i += kLanes) {
-      const Ints at = lane + (int32_t)(first + i);
-      const Floats noisy = load(log_mass + first + i, here - i) + gumbel(load(uniforms + skipped + i));
-      const Ints better = (noisy > best) & (at < (int32_t)count);
-      best = better ? noisy : best;
-      place = better ? at : place;
-    }
-  }
+  perturb(level, row, column, log_mass, count, [&](int64_t first, Floats noisy) {
+    const Ints better = noisy > best;
+    best = better ? noisy : best;
+    place = better ? lane + (int32_t)first : place;
+  });
   Choice found{0, -kInfinity};
   for (int i = 0; i < kLanes; ++i)
     if (best[i] > found.perturbed || (best[i] == found.perturbed && place[i] < found.place))
       found = {place[i], best[i]};
   return found;
+}
+
+// The log-sum-exp of every `width` of `count` log-masses.
+std::vector<float> masses_of_groups(const float* log_mass, int64_t count, int64_t width) {
+  const int64_t groups = (count + width - 1) / width, padded = (groups + kLanes - 1) / kLanes * kLanes;
+  std::vector<float> masses(padded), totals(padded);
+  for (int64_t i = 0; i < groups; ++i) {
+    const Sum sum = sum_of(log_mass + i * width, std::min(width, count - i * width));
+    masses[i] = sum.shift, totals[i] = sum.total;
+  }
+  for (int64_t i = 0; i < padded; i += kLanes)
+    store(masses.data() + i, logarithm_of(load(masses.data() + i), load(totals.data() + i)));
+  return masses;
 }
 
 // For each query the log-sum-exp of all blocks; for each of its samples the group, its perturbed log-mass and its
@@ -73,14 +95,7 @@ void choose_groups(const Level& level, const float* blocks, int64_t queries, int
   for (int64_t query = 0; query < queries; ++query)
     failure.attempt([&] {
       const float* of_query = blocks + query * count;
-      const int64_t padded = (groups + kLanes - 1) / kLanes * kLanes;
-      std::vector<float> masses(padded), totals(padded);
-      for (int64_t i = 0; i < groups; ++i) {
-        const Sum sum = sum_of(of_query + i * width, std::min(width, count - i * width));
-        masses[i] = sum.shift, totals[i] = sum.total;
-      }
-      for (int64_t i = 0; i < padded; i += kLanes)
-        store(masses.data() + i, logarithm_of(load(masses.data() + i), load(totals.data() + i)));
+      const std::vector<float> masses = masses_of_groups(of_query, count, width);
       log_normalizer[query] = logsumexp_of(masses.data(), groups);
       for (int64_t at = query * samples; at < (query + 1) * samples; ++at) {
         const Choice found = choose(level, noise_rows[at], first_group, masses.data(), groups);
@@ -92,6 +107,56 @@ void choose_groups(const Level& level, const float* blocks, int64_t queries, int
       }
     });
   failure.raise();
+}
+
+// The `keep` groups of largest perturbed log-mass, ascending, with that and their blocks.
+void largest_groups(const Level& level, const float* blocks, int64_t groups, int64_t width, int64_t noise_row,
+                    int64_t first_group, int64_t keep, int64_t* group, float* perturbed, float* of_group) {
+  const std::vector<float> masses = masses_of_groups(blocks, groups * width, width);
+  std::vector<float> noisy(masses.size());
+  perturb(level, noise_row, first_group, masses.data(), groups,
+          [&](int64_t first, Floats sums) { store(noisy.data() + first, sums); });
+  places_of_largest(noisy.data(), groups, keep, group);
+  for (int64_t i = 0; i < keep; ++i) {
+    perturbed[i] = noisy[group[i]];
+    std::copy(blocks + group[i] * width, blocks + (group[i] + 1) * width, of_group + i * width);
+    group[i] += first_group;
+  }
+}
+
+// Perturbed log-masses, changed so that the largest of them is `most`: see `_given_maximum` in _draws/choose.py.
+void give_maximum(float most, int64_t count, float* perturbed) {
+  const float largest = *std::max_element(perturbed, perturbed + count);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats noisy = load(perturbed + i), below = noisy - largest;
+    const Floats difference = most - noisy + logarithm(1.0f - exponential(below)),
+                 size = difference < 0.0f ? -difference : difference;
+    const Floats softplus = maximum(difference, Floats{}) + log1p(exponential(-size));
+    const Floats given = below == 0.0f ? splat(most) : most - softplus;
+    store(perturbed + i, noisy == -kInfinity ? noisy : given);
+  }
+}
+
+// The `keep` children of largest perturbed log-mass, ascending: their numbers, that and their log-mass, of `parents`
+// numbers, their perturbed log-masses, and the log-masses [parents, width] of their children.
+void largest_children(const Level& level, const float* log_mass, int64_t parents, int64_t width, int64_t noise_row,
+                      const int64_t* parent, const float* maximum, int64_t keep, int64_t* child, float* perturbed,
+                      float* mass) {
+  std::vector<float> noisy(parents * width);
+#pragma omp parallel for schedule(static) if (2 * kVariateCost * parents * width > kWorthThreads)
+  for (int64_t i = 0; i < parents; ++i) {
+    float* to = noisy.data() + i * width;
+    perturb(level, noise_row, parent[i] * width, log_mass + i * width, width,
+            [&](int64_t first, Floats sums) { store(to + first, sums); });
+    give_maximum(maximum[i], width, to);
+  }
+  places_of_largest(noisy.data(), parents * width, keep, child);
+  for (int64_t i = 0; i < keep; ++i) {
+    const int64_t place = child[i];
+    perturbed[i] = noisy[place];
+    mass[i] = log_mass[place];
+    child[i] = parent[place / width] * width + place % width;
+  }
 }
 
 }  // namespace
@@ -129,6 +194,28 @@ void negcache_choose_children(int64_t seed, int64_t step, int64_t level, const f
     child[i] = parent[i] * width + found.place;
     score[i] = of_parent[found.place];
   }
+}
+
+// Of blocks[groups, width]: see `largest_groups` above.
+int negcache_largest_groups(int64_t seed, int64_t step, int64_t level, const float* blocks, int64_t groups,
+                            int64_t width, int64_t noise_row, int64_t first_group, int64_t keep, int64_t* group,
+                            float* perturbed, float* of_group) {
+  return guarded([&] {
+    largest_groups({seed, step, level}, blocks, groups, width, noise_row, first_group, keep, group, perturbed,
+                   of_group);
+    return kDone;
+  });
+}
+
+// See `largest_children` above; `width` is a whole number of vectors.
+int negcache_largest_children(int64_t seed, int64_t step, int64_t level, const float* log_mass, int64_t parents,
+                              int64_t width, int64_t noise_row, const int64_t* parent, const float* maximum,
+                              int64_t keep, int64_t* child, float* perturbed, float* mass) {
+  return guarded([&] {
+    largest_children({seed, step, level}, log_mass, parents, width, noise_row, parent, maximum, keep, child, perturbed,
+                     mass);
+    return kDone;
+  });
 }
 
 }  // extern "C"

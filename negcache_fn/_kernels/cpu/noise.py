@@ -6,7 +6,7 @@ from torch import Tensor
 from negcache_fn._kernels.cpu.build import library
 from negcache_fn._kernels.cpu.functions import function, run
 
-__all__ = ["choose_children", "choose_groups", "gumbel"]
+__all__ = ["choose_children", "choose_groups", "gumbel", "largest_children", "largest_groups"]
 
 
 def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor | None:
@@ -47,3 +47,31 @@ def choose_children(
         *(parent.numel(), log_mass.shape[-1], child.data_ptr(), score.data_ptr()),
     )
     return child, score
+
+
+def largest_groups(
+    blocks: Tensor, seed: Tensor, step: Tensor, row: Tensor, level: int, first_group: int, n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `negcache_fn._draws.choose`."""
+    group, perturbed = torch.empty(n, dtype=torch.int64), blocks.new_empty(n)
+    of_group, blocks = blocks.new_empty(n, blocks.shape[1]), blocks.contiguous()
+    run(
+        "negcache_largest_groups",
+        *(int(seed), int(step), level, blocks.data_ptr(), *blocks.shape, int(row), first_group, n),
+        *(group.data_ptr(), perturbed.data_ptr(), of_group.data_ptr()),
+    )
+    return group, perturbed, of_group
+
+
+def largest_children(
+    log_mass: Tensor, seed: Tensor, step: Tensor, row: Tensor, level: int, parent: Tensor, perturbed: Tensor, n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `negcache_fn._draws.choose`."""
+    child, of_child, mass = torch.empty(n, dtype=torch.int64), log_mass.new_empty(n), log_mass.new_empty(n)
+    log_mass, parent, perturbed = log_mass.contiguous(), parent.contiguous(), perturbed.contiguous()
+    run(
+        "negcache_largest_children",
+        *(int(seed), int(step), level, log_mass.data_ptr(), *log_mass.shape, int(row)),
+        *(parent.data_ptr(), perturbed.data_ptr(), n, child.data_ptr(), of_child.data_ptr(), mass.data_ptr()),
+    )
+    return child, of_child, mass

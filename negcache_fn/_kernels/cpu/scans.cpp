@@ -155,20 +155,6 @@ void assign_slots(const int64_t* ids, const uint8_t* wanted, int64_t count, cons
       slots[row] = *next++;
 }
 
-// The places of the `keep` largest values, ascending, ties by place: in the order of `ordered` in _cache/select.py,
-// which has a place for NaN.
-void largest(const float* values, int64_t count, int64_t keep, int64_t* places) {
-  std::vector<int32_t> keys(count), spare(2 * count);
-  std::memcpy(keys.data(), values, count * sizeof(int32_t));
-  for (int32_t& key : keys) key = key < 0 ? -(key & std::numeric_limits<int32_t>::max()) : key;
-  std::copy(keys.begin(), keys.end(), spare.begin());
-  const int32_t lowest = nth_largest(spare.data(), spare.data() + count, count, keep);
-  int64_t ties = keep;
-  for (const int32_t key : keys) ties -= key > lowest;
-  for (int64_t i = 0; i < count; ++i)
-    if (keys[i] > lowest || (keys[i] == lowest && ties-- > 0)) *places++ = i;
-}
-
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -208,13 +194,6 @@ int negcache_assign_slots(const int64_t* ids, const uint8_t* wanted, int64_t cou
 int negcache_last_of_each(const int64_t* ids, int64_t count, uint8_t* last) {
   return guarded([&] {
     last_of_each(ids, count, last);
-    return kDone;
-  });
-}
-
-int negcache_largest(const float* values, int64_t count, int64_t keep, int64_t* places) {
-  return guarded([&] {
-    largest(values, count, keep, places);
     return kDone;
   });
 }

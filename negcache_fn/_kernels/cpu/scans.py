@@ -1,4 +1,4 @@
-"""Calls of the kernels that scan ids, keys and values of slots."""
+"""Calls of the kernels that scan ids and keys of slots."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from negcache_fn._kernels.cpu.build import library
 from negcache_fn._kernels.cpu.functions import run
 
-__all__ = ["assign_slots", "bias_without", "find_slots", "largest", "last_of_each", "lowest_slots", "supports"]
+__all__ = ["assign_slots", "bias_without", "find_slots", "last_of_each", "lowest_slots", "supports"]
 
 
 def supports(key: Tensor) -> bool:
@@ -55,11 +55,3 @@ def last_of_each(ids: Tensor) -> Tensor:
     ids = ids.contiguous()
     run("negcache_last_of_each", ids.data_ptr(), ids.shape[0], last.data_ptr())
     return last
-
-
-def largest(values: Tensor, n: int) -> Tensor:
-    """[n] places of the largest `values` [N], ascending, ties by place."""
-    places = torch.empty(n, dtype=torch.int64)
-    values = values.contiguous()
-    run("negcache_largest", values.data_ptr(), values.shape[0], n, places.data_ptr())
-    return places

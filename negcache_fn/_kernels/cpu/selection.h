@@ -3,8 +3,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <functional>
+#include <limits>
 #include <utility>
+#include <vector>
 
 namespace negcache {
 
@@ -35,6 +38,20 @@ T nth_largest(T* values, T* spare, int64_t count, int64_t n) {
   }
   std::nth_element(values, values + n - 1, values + count, std::greater<T>());
   return values[n - 1];
+}
+
+// The places of the `keep` largest values, ascending, ties by place: in the order of `ordered` in _cache/select.py,
+// which has a place for NaN.
+inline void places_of_largest(const float* values, int64_t count, int64_t keep, int64_t* places) {
+  std::vector<int32_t> keys(count), spare(2 * count);
+  std::memcpy(keys.data(), values, count * sizeof(int32_t));
+  for (int32_t& key : keys) key = key < 0 ? -(key & std::numeric_limits<int32_t>::max()) : key;
+  std::copy(keys.begin(), keys.end(), spare.begin());
+  const int32_t lowest = nth_largest(spare.data(), spare.data() + count, count, keep);
+  int64_t ties = keep;
+  for (const int32_t key : keys) ties -= key > lowest;
+  for (int64_t i = 0; i < count; ++i)
+    if (keys[i] > lowest || (keys[i] == lowest && ties-- > 0)) *places++ = i;
 }
 
 }  // namespace negcache
