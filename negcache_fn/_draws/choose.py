@@ -1,6 +1,6 @@
 """Choices by Gumbel noise along the levels of the tree, one operator for each level: the largest, or the n largest.
 
-Each has a kernel, whose noise is that of `Noise` but for rounding, and plain torch, which is compiled into a graph
+Each has a kernel, whose noise is that of `Noise`, apart from rounding, and plain torch, which is compiled into a graph
 where there is no kernel.
 """
 

@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kStrip = 4 * kLanes;  // variates made at a time
 constexpr int64_t kVariateCost = 16;    // of one, in numbers read
 
-// What makes the noise of a level, but for row and column.
+// All that the noise of a level depends on, apart from row and column.
 struct Level {
   int64_t seed, step, number;
 };
