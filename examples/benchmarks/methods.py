@@ -191,6 +191,9 @@ OURS = (
         for_batch=True,
     ),
     _ours("batch-int8", "`negcache_fn`, draws for the batch, int8 storage, compiled", dtype=torch.int8, for_batch=True),
+    _ours(
+        "batch-high", '`negcache_fn`, draws for the batch, precision "high", compiled', for_batch=True, precision="high"
+    ),
     _ours("ours-top64", "`negcache_fn`, `top_k=64`, compiled", options=StepOptions(top_k=64)),
 )
 

@@ -123,12 +123,13 @@ struct WeightedSums {
   std::vector<float> log_scales;  // [rows]
   std::vector<float> largest;     // [rows] log-sum-exp of a block
 #ifdef NEGCACHE_INTEGERS
-  // Rounded numbers are multiplied as integers, at twice the rate.
-  static constexpr bool kIntegers = std::is_same<T, Bfloat16>::value || std::is_same<T, int8_t>::value;
+  // Rounded numbers are multiplied as integers, at twice the rate, and others where that is precise enough.
+  static constexpr bool kRounded = std::is_same<T, Bfloat16>::value || std::is_same<T, int8_t>::value;
+  bool as_integers;
   BlockOfIntegers<T> integers;
 #endif
 
-  WeightedSums(const T* embeddings, const Problem& problem)
+  WeightedSums(const T* embeddings, const Problem& problem, bool rounds)
       : embeddings(embeddings),
         row_scale(problem.row_scale),
         capacity(problem.capacity),
@@ -140,7 +141,8 @@ struct WeightedSums {
         largest(problem.rows + kLanes, -kInfinity)
 #ifdef NEGCACHE_INTEGERS
         ,
-        integers(kIntegers ? stride : 0)
+        as_integers(kRounded || rounds),
+        integers(as_integers ? stride : 0)
 #endif
   {
   }
@@ -177,11 +179,10 @@ struct WeightedSums {
     const int64_t count = std::min(kBlock, capacity - block * kBlock);
     const T* from = embeddings + block * kBlock * dim;
 #ifdef NEGCACHE_INTEGERS
-    if constexpr (kIntegers)
-      if (count == kBlock) {
-        integers.take(block, from, dim);
-        return integers.add_products(weights, to);
-      }
+    if (as_integers && count == kBlock) {
+      integers.take(block, from, dim);
+      return integers.add_products(weights, to);
+    }
 #endif
     int64_t d = 0;
     for (; d + kSumVectors * kLanes <= dim; d += kSumVectors * kLanes)

@@ -91,7 +91,7 @@ void blocks_and_sums(const T* embeddings, const Problem& problem, Arithmetic ari
   Failure failure;
   stream(embeddings, problem, arithmetic, [&] {
     std::optional<WeightedSums<T>>& mine = of_threads[omp_get_thread_num()];
-    if (!mine) failure.attempt([&] { mine.emplace(embeddings, problem); });
+    if (!mine) failure.attempt([&] { mine.emplace(embeddings, problem, arithmetic.rounds()); });
     return [=, &mine](int64_t block, int64_t row, int64_t lanes, const float* scores) {
       if (!mine) return;
       float exponentials[kBlock * kLanes];

@@ -14,6 +14,7 @@ namespace negcache {
 // are precise enough, and one that queries of 8 bits are for stored integers.
 struct Arithmetic {
   int tiles, parts;
+  bool rounds() const { return !tiles && parts < 3; }  // to integers, where the machine multiplies them
 };
 
 template <typename T, typename MakeConsumer>
