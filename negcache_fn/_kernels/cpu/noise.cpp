@@ -49,12 +49,12 @@ inline void perturb(const Level& level, int64_t row, int64_t column, const float
   }
 }
 
-// The place of the largest of the sums of `perturb`, ties to the first, and that sum; 0 and -inf if there is none.
 struct Choice {
   int64_t place;
   float perturbed;
 };
 
+// The place of the largest of the sums of `perturb`, ties to the first, and that sum; 0 and -inf if there is none.
 Choice choose(const Level& level, int64_t row, int64_t column, const float* log_mass, int64_t count) {
   Floats best = splat(-kInfinity);
   Ints place = {}, lane;
@@ -129,8 +129,8 @@ void give_maximum(float most, int64_t count, float* perturbed) {
   const float largest = *std::max_element(perturbed, perturbed + count);
   for (int64_t i = 0; i < count; i += kLanes) {
     const Floats noisy = load(perturbed + i), below = noisy - largest;
-    const Floats difference = most - noisy + logarithm(1.0f - exponential(below)),
-                 size = difference < 0.0f ? -difference : difference;
+    const Floats difference = most - noisy + logarithm(1.0f - exponential(below));
+    const Floats size = difference < 0.0f ? -difference : difference;
     const Floats softplus = maximum(difference, Floats{}) + log1p(exponential(-size));
     const Floats given = below == 0.0f ? splat(most) : most - softplus;
     store(perturbed + i, noisy == -kInfinity ? noisy : given);
