@@ -38,8 +38,7 @@ def choose_groups(blocks: Tensor, noise: Noise, first_group: int | Tensor) -> _C
     """
     if not _has_kernel(blocks):
         return _choose_groups(blocks, noise, first_group)
-    origin, first = (first_group, 0) if isinstance(first_group, Tensor) else (None, first_group)
-    return _choose_groups_op(blocks, *noise, origin, first)
+    return _choose_groups_op(blocks, *noise, *_as_arguments(first_group))
 
 
 def choose_children(log_mass: Tensor, noise: Noise, level: int, parent: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,8 +63,7 @@ def largest_groups(blocks: Tensor, noise: Noise, first_group: int | Tensor, n: i
     n = min(n, blocks.shape[0])
     if not _has_kernel(blocks):
         return _largest_groups(blocks, noise, first_group, n)
-    origin, first = (first_group, 0) if isinstance(first_group, Tensor) else (None, first_group)
-    return _largest_groups_op(blocks, *noise, origin, first, n)
+    return _largest_groups_op(blocks, *noise, *_as_arguments(first_group), n)
 
 
 def largest_children(
@@ -93,6 +91,15 @@ def largest_children(
 def _has_kernel(log_mass: Tensor) -> bool:
     """Known while a graph is made: where it is not, the operator calls plain torch."""
     return log_mass.device.type == "cpu" and log_mass.dtype == torch.float32
+
+
+def _as_arguments(number: int | Tensor) -> tuple[Tensor | None, int]:
+    """Two of an operator, whose sum is the number: an operator takes no "either"."""
+    return (number, 0) if isinstance(number, Tensor) else (None, number)
+
+
+def _number(origin: Tensor | None, offset: int) -> int:
+    return offset if origin is None else int(origin) + offset
 
 
 def _choose_groups(blocks: Tensor, noise: Noise, first_group: int | Tensor) -> _Chosen:
@@ -153,9 +160,9 @@ def _fake_groups(blocks: Tensor, seed: Tensor, step: Tensor, row: Tensor, *_: An
 
 @operator("choose_groups", fake=_fake_groups)
 def _choose_groups_op(
-    blocks: Tensor, seed: Tensor, step: Tensor, row: Tensor, origin: Tensor | None, first: int
+    blocks: Tensor, seed: Tensor, step: Tensor, row: Tensor, origin: Tensor | None, offset: int
 ) -> _Chosen:
-    first += 0 if origin is None else int(origin)
+    first = _number(origin, offset)
     found = dispatch.choose_groups(blocks, seed, step, row, AMONG_GROUPS, first, _BLOCKS)
     return _choose_groups(blocks, Noise(seed, step, row), first) if found is None else found
 
@@ -180,9 +187,9 @@ def _fake_largest_groups(blocks: Tensor, *arguments: Any) -> tuple[Tensor, Tenso
 
 @operator("largest_groups", fake=_fake_largest_groups)
 def _largest_groups_op(
-    blocks: Tensor, seed: Tensor, step: Tensor, row: Tensor, origin: Tensor | None, first: int, n: int
+    blocks: Tensor, seed: Tensor, step: Tensor, row: Tensor, origin: Tensor | None, offset: int, n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    first += 0 if origin is None else int(origin)
+    first = _number(origin, offset)
     found = dispatch.largest_groups(blocks, seed, step, row, AMONG_GROUPS, first, n)
     return _largest_groups(blocks, Noise(seed, step, row), first, n) if found is None else found
 

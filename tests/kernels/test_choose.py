@@ -16,7 +16,13 @@ from negcache_fn._kernels.blocks import BLOCK, GROUP
 from tests.kernels.test_cpu import configured, needs_kernels
 
 BLOCKS = GROUP // BLOCK
-SEEDS = st.integers(-(2**63), 2**63 - 1)
+NOISE = {"seed": st.integers(-(2**63), 2**63 - 1), "step": st.integers(0, 2**32 - 1)}
+OF_QUERIES = {**NOISE, "queries": st.integers(0, 5), "samples": st.integers(1, 4)}
+MASSES = {
+    "scale": st.sampled_from([0.0, 1.0, 30.0, 1e4]),
+    "empty": st.sampled_from([0.0, 0.5, 1.0]),
+    "wide": st.booleans(),
+}
 
 
 def masses(generator: torch.Generator, *shape: int, scale: float, empty: float) -> Tensor:
@@ -36,15 +42,10 @@ def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 
 @needs_kernels
 @given(
-    seed=SEEDS,
-    step=st.integers(0, 2**32 - 1),
-    queries=st.integers(0, 5),
-    samples=st.integers(1, 4),
+    **OF_QUERIES,
     blocks=st.integers(1, 700),
     first=st.integers(0, 2**22),
-    scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
-    empty=st.sampled_from([0.0, 0.5, 1.0]),
-    wide=st.booleans(),
+    **MASSES,
 )
 def test_groups_are_those_of_plain_torch(
     seed: int, step: int, queries: int, samples: int, blocks: int, first: int, scale: float, empty: float, wide: bool
@@ -62,14 +63,9 @@ def test_groups_are_those_of_plain_torch(
 
 @needs_kernels
 @given(
-    seed=SEEDS,
-    step=st.integers(0, 2**32 - 1),
-    queries=st.integers(0, 5),
-    samples=st.integers(1, 4),
+    **OF_QUERIES,
     children=st.sampled_from([BLOCKS, BLOCK]),
-    scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
-    empty=st.sampled_from([0.0, 0.5, 1.0]),
-    wide=st.booleans(),
+    **MASSES,
 )
 def test_children_are_those_of_plain_torch(
     seed: int, step: int, queries: int, samples: int, children: int, scale: float, empty: float, wide: bool
@@ -85,15 +81,12 @@ def test_children_are_those_of_plain_torch(
 
 @needs_kernels
 @given(
-    seed=SEEDS,
-    step=st.integers(0, 2**32 - 1),
+    **NOISE,
     groups=st.integers(1, 80),
     width=st.sampled_from([1, BLOCKS]),
     first=st.integers(0, 2**22),
-    scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
-    empty=st.sampled_from([0.0, 0.5, 1.0]),
+    **MASSES,
     n=st.integers(1, 90),
-    wide=st.booleans(),
 )
 def test_largest_groups_are_those_of_plain_torch(
     seed: int, step: int, groups: int, width: int, first: int, scale: float, empty: float, n: int, wide: bool
@@ -108,15 +101,12 @@ def test_largest_groups_are_those_of_plain_torch(
 
 @needs_kernels
 @given(
-    seed=SEEDS,
-    step=st.integers(0, 2**32 - 1),
+    **NOISE,
     parents=st.integers(1, 40),
     children=st.sampled_from([BLOCKS, BLOCK]),
-    scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
-    empty=st.sampled_from([0.0, 0.5, 1.0]),
+    **MASSES,
     spread=st.sampled_from([3.0, 300.0]),
     n=st.integers(1, 50),
-    wide=st.booleans(),
 )
 @example(0, 0, 1100, BLOCK, 3.0, 0.1, 3.0, 500, True)  # on all threads
 def test_largest_children_are_those_of_plain_torch(

@@ -96,6 +96,17 @@ def test_what_is_scored_again_has_full_precision(products: str, shape: tuple[int
     check_masses(masses, exact, log_scale, len(weight), bound + 1e-5)
 
 
+@pytest.mark.parametrize("products", ["vectors", "narrow"])
+def test_the_hardest_are_found_by_queries_of_16_bits(products: str) -> None:
+    """At any precision: 8 bits would miss some of them."""
+    given_problem, _ = int8_problem((40, 3000, 96, 0, 0))
+    with configured("high", products=products):
+        expected = cpu.hardest(given_problem, 20)
+    with configured("medium", products=products):
+        found = cpu.hardest(given_problem, 20)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("products", PRODUCTS)
 def test_the_largest_numbers_do_not_overflow(products: str, precision: str) -> None:

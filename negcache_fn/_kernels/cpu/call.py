@@ -115,7 +115,9 @@ def hardest(problem: Problem, n: int) -> tuple[Tensor, Tensor]:
     """The `n` highest scores of each query and their slots, ties by slot; (-inf, -1) if there are fewer."""
     scores = problem.queries.new_empty(problem.queries.shape[0], n)
     slots = torch.empty_like(scores, dtype=torch.int64)
-    _score("negcache_hardest", problem, *_arithmetic(problem), n, scores.data_ptr(), slots.data_ptr())
+    tiles, parts = _arithmetic(problem)
+    parts = parts if tiles else max(parts, 2)  # queries of 8 bits do not rank well enough
+    _score("negcache_hardest", problem, tiles, parts, n, scores.data_ptr(), slots.data_ptr())
     return scores, slots
 
 
@@ -149,7 +151,7 @@ def _arithmetic(problem: Problem) -> tuple[int, int]:
     """Whether to multiply by tiles; of how many parts, see `stream.h`, as `torch.set_float32_matmul_precision` asks."""
     tiles = problem.queries.shape[0] > _FEW_QUERIES and _multiplies_tiles()
     parts = _PARTS[torch.get_float32_matmul_precision()]
-    if not tiles or problem.embeddings.dtype == torch.float16:
+    if problem.embeddings.dtype == torch.float16:
         parts = max(parts, 2)  # one bfloat16 has less precision than the stored numbers
     return int(tiles), parts
 
@@ -157,6 +159,4 @@ def _arithmetic(problem: Problem) -> tuple[int, int]:
 def _arithmetic_of_pass(problem: Problem) -> tuple[int, int]:
     """The same where all of the cache is summed over: two parts, or integers for int8, are enough."""
     tiles, parts = _arithmetic(problem)
-    if problem.embeddings.dtype == torch.int8:
-        return tiles, min(_PARTS[torch.get_float32_matmul_precision()], 2)
-    return tiles, min(parts, 2) if tiles else parts
+    return tiles, min(parts, 2) if tiles or problem.embeddings.dtype == torch.int8 else parts

@@ -34,8 +34,7 @@ inline Floats log1p(Floats x) {
 // the sums are -inf. The noise is of the columns `column ...` of a row.
 template <typename Use>
 inline void perturb(const Level& level, int64_t row, int64_t column, const float* log_mass, int64_t count, Use use) {
-  Ints lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const Ints lane = lane_numbers();
   for (int64_t first = 0; first < count; first += kStrip) {
     const int64_t from = column + first, skipped = from % kQuad, here = std::min(kStrip, count - first);
     float uniforms[kStrip + kQuad + kLanes] = {};
@@ -57,12 +56,11 @@ struct Choice {
 // The place of the largest of the sums of `perturb`, ties to the first, and that sum; 0 and -inf if there is none.
 Choice choose(const Level& level, int64_t row, int64_t column, const float* log_mass, int64_t count) {
   Floats best = splat(-kInfinity);
-  Ints place = {}, lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  Ints place = {};
   perturb(level, row, column, log_mass, count, [&](int64_t first, Floats noisy) {
     const Ints better = noisy > best;
     best = better ? noisy : best;
-    place = better ? lane + (int32_t)first : place;
+    place = better ? lane_numbers() + (int32_t)first : place;
   });
   Choice found{0, -kInfinity};
   for (int i = 0; i < kLanes; ++i)

@@ -1,17 +1,15 @@
-// Scans over one number per slot or row: the lowest keys, the slots of ids, repeated ids, the largest values.
+// Scans over one number per slot or row: the lowest keys, the slots of ids, repeated ids.
 
 #include <omp.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <utility>
 #include <vector>
 
 #include "blocks.h"
 #include "failure.h"
-#include "selection.h"
 
 namespace negcache {
 namespace {

@@ -72,6 +72,13 @@ inline auto load(const T* from, int64_t count) -> decltype(load(from)) {
 
 inline void store(float* to, Floats from) { std::memcpy(to, &from, sizeof(from)); }
 
+// 0, 1, 2, ...
+inline Ints lane_numbers() {
+  Ints numbers;
+  for (int i = 0; i < kLanes; ++i) numbers[i] = i;
+  return numbers;
+}
+
 inline Floats splat(float value) { return value - Floats{}; }
 
 inline Floats maximum(Floats a, Floats b) { return a > b ? a : b; }
