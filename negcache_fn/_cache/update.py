@@ -1,10 +1,10 @@
 """Writing: the next state of the cache.
 
 `update_` writes into the given state and `update` into a copy; they are otherwise the same. Shapes do not depend on the
-data, so that both compile: a row that must not be written repeats the write of one that must.
+data, so that both compile.
 """
 
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -14,11 +14,13 @@ from negcache_fn._cache.arrivals import Arrivals, capacity_of, check_facts
 from negcache_fn._cache.assign import assign_slots
 from negcache_fn._cache.eviction import eviction_key
 from negcache_fn._cache.ids import last_of_each
+from negcache_fn._cache.rows import write_rows_
 from negcache_fn._cache.state import (
     COLUMNS,
     check_state,
     check_writable,
     embedding_columns,
+    feature_leaves,
     lock,
     of_normal_tensors,
     rows_of_cache,
@@ -28,7 +30,7 @@ from negcache_fn._cache.state import (
 )
 from negcache_fn._checks import check_embeddings, check_slots
 from negcache_fn._codec import encode, storable
-from negcache_fn._features import Features, fit_to_slots, in_slots, map_features, moved
+from negcache_fn._features import Features, fit_to_slots, in_slots, leaves
 from negcache_fn._options import Eviction, Placement, StepOptions
 from negcache_fn._ranks.agree import check_ranks_agree, checking_arguments
 from negcache_fn._ranks.group import Shards, ranks_of
@@ -211,9 +213,8 @@ def _refresh_(state: TensorDictBase, slots: Tensor, embeddings: Tensor, shards: 
     wanted = (embedded_at[slots.clamp(min=0)] >= 0) & storable(embeddings, cached.dtype)
     target = torch.where(wanted, slots, -1)
     target = torch.where(last_of_each(target), target, -1)
-    rows = _Rows.of(target)
-    rows.write_embeddings_(state, embeddings)
-    rows.write_(embedded_at, scalar(state, "step").expand_as(target))
+    columns, rows = _as_stored(state, embeddings)
+    write_rows_([*columns, embedded_at], [*rows, scalar(state, "step").expand_as(target)], target)
 
 
 def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, key: Tensor) -> None:
@@ -222,39 +223,16 @@ def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, key: Ten
     wanted = arrivals.cacheable & storable(arrivals.embeddings, cached.dtype) & (log_weights < float("inf"))
     target = assign_slots(state, arrivals.ids, wanted, key, shards)
 
-    rows, now = _Rows.of(target), scalar(state, "step").expand_as(target)
-    map_features(rows.write_, stored_features(state), cast(Features, arrivals.features))
-    rows.write_embeddings_(state, arrivals.embeddings)
-    values = {"ids": arrivals.ids, "log_weights": arrivals.log_weights, "now": now}
-    for name, column in COLUMNS.items():
-        rows.write_(stored(state, name), values[column.arriving])
+    columns, rows = _as_stored(state, arrivals.embeddings)
+    columns += feature_leaves(state)
+    rows += [leaf for _, leaf in leaves(cast(Features, arrivals.features))]
+    facts = {"ids": arrivals.ids, "log_weights": arrivals.log_weights, "now": scalar(state, "step").expand_as(target)}
+    columns += [stored(state, name) for name in COLUMNS]
+    rows += [facts[column.arriving] for column in COLUMNS.values()]
+    write_rows_(columns, rows, target)
 
 
-class _Rows(NamedTuple):
-    """The rows of a batch that are written, and their slots.
-
-    A row without a slot repeats the write of a row with one; if there is none, all rewrite slot 0 as it is.
-    """
-
-    source: Tensor  # [M] rows of the batch
-    slots: Tensor  # [M]
-    any: Tensor  # [] bool: whether any row has a slot
-
-    @classmethod
-    def of(cls, target: Tensor) -> "_Rows":
-        """The rows for the slots `target` [M], which are distinct, except for -1: no slot."""
-        somewhere = target >= 0
-        source = torch.where(somewhere, torch.arange(target.shape[0], device=target.device), target.argmax())
-        return cls(source, target[source].clamp(min=0), somewhere.any())
-
-    def write_(self, stored_rows: Tensor, values: Tensor) -> Tensor:
-        """Writes `values` [M, ...] into rows of the cache [C, ...]."""
-        source, slots, any_ = (moved(part, stored_rows.device) for part in self)
-        new = moved(values, stored_rows.device)[source].to(stored_rows.dtype)
-        return stored_rows.index_copy_(0, slots, torch.where(any_, new, stored_rows[:1]))
-
-    def write_embeddings_(self, state: TensorDictBase, embeddings: Tensor) -> None:
-        """Writes embeddings [M, D] as the cache stores them."""
-        encoded = encode(embeddings, stored(state, "embedding").dtype)
-        for name, column in embedding_columns(state).items():
-            self.write_(column, encoded[name])
+def _as_stored(state: TensorDictBase, embeddings: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The columns of the cache that hold embeddings, and what each holds of the embeddings [M, D]."""
+    encoded, columns = encode(embeddings, stored(state, "embedding").dtype), embedding_columns(state)
+    return list(columns.values()), [encoded[name] for name in columns]

@@ -9,6 +9,7 @@ from torch import Tensor
 from negcache_fn._kernels.blocks import BLOCK
 from negcache_fn._kernels.cpu import call as cpu
 from negcache_fn._kernels.cpu import noise as cpu_noise
+from negcache_fn._kernels.cpu import rows as cpu_rows
 from negcache_fn._kernels.cpu import scans as cpu_scans
 from negcache_fn._kernels.problem import Problem
 from negcache_fn._kernels.triton import call as triton
@@ -33,6 +34,8 @@ __all__ = [
     "score_blocks",
     "slot_masses",
     "sum_of_rows",
+    "write_rows",
+    "writes_rows",
 ]
 
 
@@ -122,6 +125,16 @@ def assign_slots(ids: Tensor, wanted: Tensor, cached: Tensor, embedded_at: Tenso
 def last_of_each(ids: Tensor) -> Tensor | None:
     """[M] bool: whether no later row has the same id."""
     return cpu_scans.last_of_each(ids) if cpu_scans.supports(ids) else None
+
+
+def writes_rows(columns: list[Tensor], values: list[Tensor], slots: Tensor) -> bool:
+    """Whether `write_rows` takes them."""
+    return cpu_rows.supports(columns, values, slots)
+
+
+def write_rows(columns: list[Tensor], values: list[Tensor], slots: Tensor) -> None:
+    """Writes rows [M, ...] into the slots [M] of each of the columns [C, ...], see `negcache_fn._cache.rows`."""
+    cpu_rows.write_rows(columns, values, slots)
 
 
 def gumbel(seed: Tensor, step: Tensor, row: Tensor, quad: Tensor, level: int) -> Tensor | None:

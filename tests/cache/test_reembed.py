@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +21,7 @@ import negcache_fn
 from negcache_fn import distributed
 from negcache_fn._cache.offload import memory_mapped
 from negcache_fn._cache.reembed import reembed, reembed_
+from negcache_fn._kernels.cpu import rows as rows_of_kernel
 from negcache_fn._kernels.cpu import scans
 from tests.support import sharded_training as training
 from tests.support import strategies
@@ -44,8 +46,12 @@ def counted(value: float) -> float:
 
 
 def by_native_code(native: bool) -> Any:
-    """A context in which slots are searched by the CPU kernel, if there is one, or by plain torch."""
-    return patch.object(scans, "supports", scans.supports if native else lambda *_: False)
+    """A context in which slots are searched and written by the CPU kernels, if there are any, or by plain torch."""
+    context = ExitStack()
+    if not native:
+        for kernels in (scans, rows_of_kernel):
+            context.enter_context(patch.object(kernels, "supports", lambda *_: False))
+    return context
 
 
 class PriorityCache(ListCache):

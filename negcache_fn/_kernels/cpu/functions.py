@@ -46,6 +46,7 @@ _ARGUMENTS = {
     "negcache_last_of_each": (_TENSOR, _SIZE, _TENSOR),
     "negcache_bias_without": (_TENSOR, _SIZE, _TENSOR, _TENSOR, _TENSOR, _SIZE, _TENSOR),
     "negcache_assign_slots": (_TENSOR, _TENSOR, _SIZE, _TENSOR, _TENSOR, _TENSOR, _SIZE, _TENSOR),
+    "negcache_write_rows": (_TENSOR, _SIZE, _TENSOR, _SIZE),
     "negcache_uniform": (_SIZE, _SIZE, _TENSOR, _TENSOR, _SIZE, _SIZE, _TENSOR),
     "negcache_choose_groups": (
         *(_SIZE, _SIZE, _SIZE, _TENSOR, _SIZE, _SIZE, _TENSOR, _SIZE, _SIZE, _SIZE),
