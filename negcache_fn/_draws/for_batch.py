@@ -32,8 +32,8 @@ from negcache_fn._kernels.blocks import BLOCK, GROUP
 from negcache_fn._ranks.group import Ranks
 from negcache_fn._ranks.order import sequenced_after
 from negcache_fn._scores.definition import ScoreMatrix
-from negcache_fn._scores.masses import slot_masses, sum_of_rows
-from negcache_fn._scores.stream import Summary, logsumexp, reduce_blocks, summarize
+from negcache_fn._scores.masses import block_masses, slot_masses, sum_of_rows
+from negcache_fn._scores.stream import Summary, logsumexp, summarize
 from negcache_fn._scores.transformed import summarize_transformed
 
 __all__ = [
@@ -50,7 +50,6 @@ __all__ = [
 _BLOCKS = GROUP // BLOCK  # of a group
 _INFINITY = float("inf")
 _NOTHING = (-1, -_INFINITY, -_INFINITY)  # slot, log-mass and perturbed mass where there are fewer
-_SLAB = 2**22  # scores, or numbers of embeddings, of the slots scored again at a time
 
 
 class Pass(NamedTuple):
@@ -71,9 +70,13 @@ class Importance(NamedTuple):
         """[B, n] -> [n]: logarithm of the masses, from scores or their log-sum-exp."""
         return self._of_all_ranks(sum_of_rows(values, self.log_weight))
 
+    def log_mass_of_blocks(self, matrix: ScoreMatrix, groups: Tensor) -> Tensor:
+        """[n, _BLOCKS]: the same for the blocks of the groups [n], scored again, whose numbers ascend."""
+        return self._of_all_ranks(block_masses(matrix, groups, self.log_weight)).view(-1, _BLOCKS)
+
     def log_mass_of_slots(self, matrix: ScoreMatrix, blocks: Tensor, log_mass: Tensor) -> Tensor:
-        """[n * BLOCK]: the same for every slot of the blocks [n], whose numbers ascend; with the masses of these."""
-        return self._of_all_ranks(slot_masses(matrix, blocks, self.log_weight, log_mass))
+        """[n, BLOCK]: the same for the slots of the blocks [n], whose numbers ascend; with the masses of these."""
+        return self._of_all_ranks(slot_masses(matrix, blocks, self.log_weight, log_mass)).view(-1, BLOCK)
 
     def _of_all_ranks(self, mass: Tensor) -> Tensor:
         return self.ranks.by_rank(self.ranks.gather(mass)).logsumexp(0)
@@ -114,9 +117,9 @@ def draw_largest(
     log_mass = importance.log_mass(found.stretches).view(-1, _BLOCKS if found.of_blocks else 1)
     group, perturbed, of_blocks = largest_groups(log_mass, noise, first_group, n)
     if not found.of_blocks:
-        of_blocks = _blocks_of_groups(matrix, group - first_group, importance)
+        of_blocks = importance.log_mass_of_blocks(matrix, group - first_group)
     block, perturbed, log_mass = largest_children(of_blocks, noise, AMONG_BLOCKS, group, perturbed, n)
-    of_slots = _slots_of_blocks(matrix, block - first_block, log_mass, importance)
+    of_slots = importance.log_mass_of_slots(matrix, block - first_block, log_mass)
     slot, perturbed, log_mass = largest_children(of_slots, noise, AMONG_SLOTS, block, perturbed, n)
     return _in_order(Largest(slot, log_mass, perturbed), n)
 
@@ -161,31 +164,6 @@ def _gathered(found: Largest, ranks: Ranks) -> Largest:
     slot, log_mass, perturbed = ranks.gather(sent).unbind(1)
     dtype = found.log_mass.dtype
     return Largest(slot.to(torch.int64), log_mass.to(dtype), perturbed.to(dtype))
-
-
-def _blocks_of_groups(matrix: ScoreMatrix, group: Tensor, importance: Importance) -> Tensor:
-    """[n, _BLOCKS] log-masses of the blocks of some groups [n], scored again."""
-    parts: list[Tensor] = []
-    for some in torch.split(group, _at_a_time(matrix, GROUP)):
-        # Otherwise the compiler may copy the embeddings of all parts at once.
-        some = sequenced_after(some, parts[-1]) if parts else some
-        parts.append(importance.log_mass(reduce_blocks(matrix.of_stretches(some, GROUP), "logsumexp")))
-    return torch.cat(parts).view(-1, _BLOCKS)
-
-
-def _slots_of_blocks(matrix: ScoreMatrix, block: Tensor, log_mass: Tensor, importance: Importance) -> Tensor:
-    """[n, BLOCK] log-masses of the slots of some blocks [n] with their own [n], scored again."""
-    most = _at_a_time(matrix, BLOCK)
-    parts = [
-        importance.log_mass_of_slots(matrix, some, masses)
-        for some, masses in zip(torch.split(block, most), torch.split(log_mass, most), strict=True)
-    ]
-    return torch.cat(parts).view(-1, BLOCK)
-
-
-def _at_a_time(matrix: ScoreMatrix, length: int) -> int:
-    """How many stretches to score again at once."""
-    return _SLAB // max(matrix.queries.shape) // length + 1  # not one stretch less than M + 1 of a round M
 
 
 def _in_order(found: Largest, n: int) -> Largest:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import negcache_fn
 from negcache_fn._cache import select
-from negcache_fn._draws import for_batch as package
+from negcache_fn._scores import masses
 from tests.draws.test_sample import varied
 from tests.support import strategies
 from tests.support.builders import is_close, make_state, unit
@@ -168,12 +168,13 @@ def test_segments_do_not_show(segment: int, exclude: bool, monkeypatch: pytest.M
     assert is_close(gradients[1], gradients[0], 1e-12)
 
 
-@pytest.mark.parametrize("capacity", [65, 2500])
-def test_slabs_do_not_show(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chosen blocks are scored again so many at a time."""
+@pytest.mark.parametrize(("capacity", "segment"), [(65, select._SEGMENT), (2500, select._SEGMENT), (2500, 1024)])
+def test_slabs_do_not_show(capacity: int, segment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen blocks, and chosen groups of a cache of several segments, are scored again so many at a time."""
+    monkeypatch.setattr(select, "_SEGMENT", segment)
     state, queries = varied(capacity, torch.float64), unit(5, 8, 1, torch.float64)
     whole = sample(state, queries, num_draws=20, scale=4.0)
-    monkeypatch.setattr(package, "_SLAB", 512)
+    monkeypatch.setattr(masses, "_SLAB", 512)
     parts = sample(state, queries, num_draws=20, scale=4.0)
     assert torch.equal(whole.slot, parts.slot) and is_close(parts.score, whole.score, 1e-12)
 
