@@ -82,7 +82,7 @@ class StepOptions:
     """An elementwise function of the scaled inner products, the same on all ranks. It should have no parameters to
     train: with draws for the batch they would miss the part of the gradient that comes from the whole cache."""
 
-    hardness: float = 0.0
+    hardness: float = 0
     """Adds `hardness * stop_gradient(q . d)` to the score of every negative, in the batch and in the cache, so that
     negatives count the more the closer they are to the query (Lan et al., 2025, equation 5); the positive's score stays
     as it is. At least 0; without a `score_transform`."""

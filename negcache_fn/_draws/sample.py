@@ -52,7 +52,7 @@ def sample_gumbel(
     draws_per_query: int | None = None,
     scale: float | Tensor = 1.0,
     score_transform: ScoreTransform | None = None,
-    hardness: float = 0.0,
+    hardness: float = 0,
     exclude_ids: Tensor | None = None,
     false_negatives: FalseNegatives = NO_FALSE_NEGATIVES,
     top_k: int | None = None,

@@ -45,7 +45,7 @@ def exact_loss(
     *,
     scale: float | Tensor = 1.0,
     score_transform: ScoreTransform | None = None,
-    hardness: float = 0.0,
+    hardness: float = 0,
     in_batch: InBatch = True,
     ids: Tensor | None = None,
     log_weights: Tensor | None = None,

@@ -45,7 +45,7 @@ class Similarity(NamedTuple):
     dtype: torch.dtype
     scale: float | Tensor
     transform: ScoreTransform | None
-    hardness: float = 0.0
+    hardness: float = 0
 
     @classmethod
     def of(cls, options: StepOptions, scale: float | Tensor, dtype: torch.dtype) -> "Similarity":
@@ -68,12 +68,12 @@ class Similarity(NamedTuple):
     @property
     def weighs_negatives(self) -> bool:
         """Whether the similarity of a positive is another one."""
-        return self.hardness != 0.0
+        return self.hardness != 0
 
     @property
     def of_positives(self) -> "Similarity":
         """The same without hardness, which weights negatives."""
-        return self._replace(hardness=0.0)
+        return self._replace(hardness=0)
 
     def _of(self, product: Callable[[Tensor, Tensor], Tensor], queries: Tensor, documents: Tensor) -> Tensor:
         queries, documents = queries.to(self.dtype), documents.to(self.dtype)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tensordict import TensorDictBase
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import compilation_time_metrics
 
 import negcache_fn
 from tests.support import strategies
@@ -154,7 +155,11 @@ def test_train_step_is_one_frame_and_equals_eager(backend: str, name: str, in_pl
 
 @pytest.mark.parametrize("kind", ["for each query", "for the batch"])
 def test_sizes_may_vary_without_a_new_frame(kind: str) -> None:
-    """`dynamic=True`: every size, the number of draws and `top_k` among them, may change without a new graph."""
+    """`dynamic=True`: every size, the number of draws and `top_k` among them, may change without a new graph.
+
+    That graph is traced once: an option that is a float by default would be a variable at first, then a constant.
+    """
+    compilation_time_metrics.clear()
     counter = CompileCounterWithBackend("aot_eager")
     step = torch.compile(negcache_fn.step_, fullgraph=True, dynamic=True, backend=counter)
     tower, frames = Tower(), []
@@ -179,6 +184,8 @@ def test_sizes_may_vary_without_a_new_frame(kind: str) -> None:
         assert torch.equal(outputs[0].draw.slot, outputs[1].draw.slot)
         frames.append(counter.frame_count)
     assert frames[2] == frames[1] == frames[0]
+    assert "compile_attempt_0" in compilation_time_metrics
+    assert "compile_attempt_1" not in compilation_time_metrics
 
 
 def test_pieces_compile() -> None:

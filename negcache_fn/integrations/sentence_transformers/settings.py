@@ -90,7 +90,7 @@ class Settings:
     @property
     def hardness_of_cache(self) -> float:
         """The strength with which cached documents are weighted."""
-        return self.hardness_strength if self.hardness_mode in ("in_batch_negatives", "all_negatives") else 0.0
+        return self.hardness_strength if self.hardness_mode in ("in_batch_negatives", "all_negatives") else 0
 
     def _check_objective(self) -> None:
         if isinstance(self.directions, list):
