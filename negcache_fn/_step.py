@@ -209,7 +209,7 @@ def take_step_(
     columns = [*feature_leaves(state), stored(state, "embedded_at")]
     if options.for_batch:
         assert known is not None
-        share = partial(log_share_of_cache, known.scores)
+        share = partial(log_share_of_cache, known.scores, known.log_total)
         found = draw_for_batch(state, queries, similarity, exclusions, options, ranks, shards, columns, share)
     else:
         found = draw_for_queries(state, queries, similarity, exclusions, options, ranks, shards, columns)
@@ -228,9 +228,10 @@ def take_step_(
     with torch.no_grad():  # metrics and cached embeddings are constants
         slots, embeddings = _drawn_by_all(draw, fresh.draws, shared, ranks)
         not_written = count_not_storable(state, fresh.all, batch.cacheable, batch.fits, again.slots)
-        log_share, failed = log_share_of_cache(known.scores, draw.log_normalizer), attempts.failures(slots.device)
+        log_share = log_share_of_cache(known.scores, known.log_total, draw.log_normalizer)
+        log_total, failed = torch.logaddexp(known.log_total, draw.log_normalizer), attempts.failures(slots.device)
         metrics, failures = step_metrics(
-            state, draw, terms, log_share, fresh.draws, drawn_at, slots, not_written, failed, ranks
+            state, draw, terms, log_total, log_share, fresh.draws, drawn_at, slots, not_written, failed, ranks
         )
         attempts.raise_if_any(failures)
         if draw.for_batch and shared is not None:
@@ -250,6 +251,7 @@ class _Classes(NamedTuple):
 
     arrivals: Arrivals
     scores: BatchScores
+    log_total: Tensor  # [B] log-sum-exp of the logits; without gradient
 
 
 def _classes(
@@ -266,7 +268,8 @@ def _classes(
     arrivals = arrivals_of(batch, documents, rows, options, stored(state, "embedding").dtype, attempts)
     classes = classes_of(batch, documents, arrivals, rows, options, attempts.ranks)
     with full_precision(queries):
-        return _Classes(arrivals, batch_scores(similarity, queries, classes, options, batch.false_negatives))
+        scores = batch_scores(similarity, queries, classes, options, batch.false_negatives)
+    return _Classes(arrivals, scores, scores.logits.detach().logsumexp(1))
 
 
 def _encoded_first(state: TensorDictBase, batch: Batch, encode: Encoder, options: StepOptions) -> Tensor | None:

@@ -260,14 +260,16 @@ def _no_classes(products: Tensor, own: Tensor, classes: Classes, false_negatives
     ids = classes.ids
     none: list[Tensor] = []
     if ids is not None:
-        of_positives = _ids_of(ids, own)
+        first, rows = classes.first, own.shape[0]
+        of_positives = ids[first : first + rows, None] if classes.targets is None else _ids_of(ids, classes.targets)
         none.append(among(ids, of_positives))
         none.append(~first_of_each(ids)[None])
         if false_negatives.ids is not None:
             none.append(among(ids, false_negatives.ids))
     if classes.labels is not None and false_negatives.labels is not None:
         none.append(among(classes.labels, false_negatives.labels.queries[:, None]))
-    limit = max_score_of(false_negatives, products, products.dtype, products.gather(1, own[:, :1].clamp(min=0))[:, 0])
+    positive = products.gather(1, own[:, :1].clamp(min=0))[:, 0] if needs_positives(false_negatives) else None
+    limit = max_score_of(false_negatives, products, products.dtype, positive)
     if limit is not None:
         none.append(products > limit[:, None])
     if not none:

@@ -45,7 +45,6 @@ __all__ = ["CacheClass", "SharedDraws", "estimate_cache_logit", "gather_draws", 
 
 _INFINITY = float("inf")
 _MORE_THAN_SLOTS = 2**48
-_FAR_BELOW = -40.0
 
 
 class SharedDraws(NamedTuple):
@@ -181,7 +180,8 @@ def _of_queries(
         change = (log_weights_of_draws.exp() * (fresh - fresh.detach())).sum(-1)
         log_importance = log_weights_of_draws
     else:
-        change = (log_weights_of_draws + fresh - stale).logsumexp(-1) - log_weights_of_draws.logsumexp(-1)
+        log_weights_of_draws = log_weights_of_draws.log_softmax(-1)
+        change = (log_weights_of_draws + fresh - stale).logsumexp(-1)
         log_importance = log_weights_of_draws + fresh.detach() - stale
     # A query that drew nothing, and can use no draw of others, keeps the log-normaliser: -inf without documents. If the
     # queries have diverged it is NaN, which must stay visible.
@@ -247,4 +247,4 @@ def _log_inclusion(score: Tensor, threshold: Tensor) -> Tensor:
     """`log(1 - exp(-exp(score - threshold)))`, the probability that score + Gumbel noise is above the threshold."""
     above = score - threshold
     # Far below, the difference itself: the next term of the series is exp(above) / 2.
-    return torch.where(above > _FAR_BELOW, torch.log(-torch.expm1(-torch.exp(above))), above)
+    return torch.where(above > -40, torch.log(-torch.expm1(-torch.exp(above))), above)

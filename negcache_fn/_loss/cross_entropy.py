@@ -61,7 +61,7 @@ def loss(
     *,
     scale: float | Tensor = 1.0,
     score_transform: ScoreTransform | None = None,
-    hardness: float = 0.0,
+    hardness: float = 0,
     in_batch: InBatch = True,
     ids: Tensor | None = None,
     log_weights: Tensor | None = None,
@@ -235,18 +235,18 @@ def _check_gradient_of_draw(draw: Draw) -> None:
 
 def cross_entropy(batch: BatchScores, cache_logit: Tensor) -> Tensor:
     """[B]: the loss of each query, the cache being one class."""
-    if batch.is_target is None:
-        return torch.cat([batch.logits, cache_logit[:, None]], dim=1).logsumexp(1) - batch.positive
-    return mean_of_positives(losses_of_positives(batch, cache_logit), batch)
+    logits = torch.cat([batch.logits, cache_logit[:, None]], dim=1)
+    # Without targets the positive is among the logits, which are not all -inf.
+    log_total = logits.logsumexp(1) if batch.is_target is None else logsumexp(logits)
+    return mean_of_positives(losses_of_positives(batch, log_total), batch)
 
 
-def losses_of_positives(batch: BatchScores, cache_logit: Tensor) -> Tensor:
-    """[B, P]: the loss of each positive, 0 where there is none."""
+def losses_of_positives(batch: BatchScores, log_total: Tensor) -> Tensor:
+    """[B, P]: the loss of each positive, 0 where there is none; `log_total` [B] is the log-sum-exp of all logits."""
     if batch.is_target is None:
-        return cross_entropy(batch, cache_logit)[:, None]
-    negatives = logsumexp(torch.cat([batch.logits, cache_logit[:, None]], dim=1))
-    has_any = negatives != -_INFINITY  # where there are none the loss is 0, with derivatives of every order
-    relative = torch.where(has_any, negatives, 0.0)[:, None] - batch.positive
+        return (log_total - batch.positive)[:, None]
+    has_any = log_total != -_INFINITY  # where there are no negatives the loss is 0, with derivatives of every order
+    relative = torch.where(has_any, log_total, 0.0)[:, None] - batch.positive
     losses = torch.logaddexp(relative, torch.zeros_like(relative))
     return torch.where(batch.is_target & has_any[:, None], losses, 0.0)
 
@@ -258,16 +258,15 @@ def mean_of_positives(values: Tensor, batch: BatchScores) -> Tensor:
     return values.sum(1) / batch.is_target.sum(1).clamp(min=1)
 
 
-def log_share_of_cache(batch: BatchScores, log_normalizer: Tensor) -> Tensor:
+def log_share_of_cache(batch: BatchScores, of_batch: Tensor, log_normalizer: Tensor) -> Tensor:
     """[B]: logarithm of the share of the cached documents in the query's softmax, on average over its positives.
 
-    -inf where it has none. Without gradient.
+    -inf where it has none. `of_batch` [B] is the log-sum-exp of the batch's logits. Without gradient.
     """
-    logits, positive = batch.logits.detach(), batch.positive.detach()
     if batch.is_target is None:
-        return torch.nn.functional.logsigmoid(log_normalizer - logits.logsumexp(1))
-    of_batch = torch.logaddexp(logsumexp(logits)[:, None], positive)
-    shares = torch.nn.functional.logsigmoid(log_normalizer[:, None] - of_batch)
+        return torch.nn.functional.logsigmoid(log_normalizer - of_batch)
+    with_positive = torch.logaddexp(of_batch[:, None], batch.positive.detach())
+    shares = torch.nn.functional.logsigmoid(log_normalizer[:, None] - with_positive)
     mean = logsumexp(torch.where(batch.is_target, shares, -_INFINITY))
     return mean - batch.is_target.sum(1).clamp(min=1).log().to(mean.dtype)
 

@@ -21,6 +21,7 @@ def step_metrics(
     state: TensorDictBase,
     draw: Draw,
     terms: Terms,
+    log_total: Tensor,
     log_share: Tensor,
     fresh: Tensor,
     drawn_at: Tensor,
@@ -35,6 +36,7 @@ def step_metrics(
         state: the cache.
         draw: the draws for this rank's queries.
         terms: the classes of the queries.
+        log_total: [B] log-sum-exp of all scores, of batch and cache.
         log_share: [B] see `log_share_of_cache`.
         fresh: [M, D] the drawn documents, encoded again.
         drawn_at: [M] the step of their stale embeddings.
@@ -46,7 +48,7 @@ def step_metrics(
     Returns:
         0-d tensors by their names; [] the failures of all ranks.
     """
-    each = losses_of_positives(terms.batch, draw.log_normalizer)
+    each = losses_of_positives(terms.batch, log_total)
     exact = mean_of_positives(each, terms.batch)
     probability = (-each).exp()
     trains = terms.batch.trains
@@ -63,7 +65,7 @@ def step_metrics(
     difference = fresh - draw.embedding.flatten(0, 1)
     drift = difference.square().sum(-1) / fresh.square().sum(-1).clamp(min=torch.finfo(fresh.dtype).tiny)
     log_importance = terms.cache.log_importance
-    sample_size = (2 * log_importance.logsumexp(-1) - (2 * log_importance).logsumexp(-1)).exp()
+    sample_size = log_importance.softmax(-1).square().sum(-1).reciprocal()
     sample_size = sample_size.masked_fill((log_importance == -_INFINITY).all(-1), 0.0)
     drawn_by_any = drawn_by_all >= 0
     queries = capacity.new_full((), exact.shape[0]) if trains is None else trains.sum()
