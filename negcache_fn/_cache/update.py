@@ -233,6 +233,6 @@ def _insert_(state: TensorDictBase, arrivals: Arrivals, shards: Shards, key: Ten
 
 
 def _as_stored(state: TensorDictBase, embeddings: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The columns of the cache that hold embeddings, and what each holds of the embeddings [M, D]."""
+    """The columns of the cache that hold embeddings, and the rows that they hold of the embeddings [M, D]."""
     encoded, columns = encode(embeddings, stored(state, "embedding").dtype), embedding_columns(state)
     return list(columns.values()), [encoded[name] for name in columns]
