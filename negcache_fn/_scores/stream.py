@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _CHUNK = 2048  # slots scored at a time; a multiple of BLOCK
+_CHUNKS_IN_GRAPH = 4  # at a time in a graph, which has a part for each time
 _GATHER_BYTES = 2**23
 _INFINITY = float("inf")
 
@@ -94,14 +95,16 @@ def logsumexp(values: Tensor) -> Tensor:
     return values.masked_fill(empty[..., None], 0.0).logsumexp(-1).masked_fill(empty, -_INFINITY)
 
 
-def _chunk(matrix: ScoreMatrix, start: int) -> ScoreMatrix:
-    return matrix.of_slots(start, start + _CHUNK)
+def _chunks(matrix: ScoreMatrix) -> list[tuple[int, int]]:
+    """First and last slot (exclusive) of the columns that are scored at a time."""
+    size = _CHUNK * _CHUNKS_IN_GRAPH if torch.compiler.is_compiling() else _CHUNK
+    return [(start, start + size) for start in range(0, matrix.embeddings.shape[0], size)]
 
 
 def _reduce_blocks(matrix: ScoreMatrix, by: str) -> Tensor:
     parts: list[Tensor] = []
-    for start in range(0, matrix.embeddings.shape[0], _CHUNK):
-        blocks = _chunk(matrix, start).scores()
+    for chunk in _chunks(matrix):
+        blocks = matrix.of_slots(*chunk).scores()
         blocks = blocks.view(blocks.shape[0], -1, BLOCK)
         parts.append(blocks.amax(-1) if by == "max" else blocks.logsumexp(-1))
     return torch.cat(parts, dim=1)
@@ -110,14 +113,14 @@ def _reduce_blocks(matrix: ScoreMatrix, by: str) -> Tensor:
 def _summarize_transformed(matrix: ScoreMatrix) -> tuple[Tensor, Tensor]:
     """Recomputes in the backward pass, as a transform may have parameters, whose gradients are exact too."""
 
-    def summarize_chunk(start: int, *fields: Any) -> tuple[Tensor, Tensor]:
-        scores = _chunk(ScoreMatrix(*fields), start).scores()
+    def summarize_chunk(chunk: tuple[int, int], *fields: Any) -> tuple[Tensor, Tensor]:
+        scores = ScoreMatrix(*fields).of_slots(*chunk).scores()
         # Not the log-sum-exp of the blocks: of padded scores, Inductor gets the gradient of that wrong.
         return scores.detach().view(scores.shape[0], -1, BLOCK).logsumexp(-1), logsumexp(scores)
 
     parts = [
-        cast("tuple[Tensor, Tensor]", checkpoint(summarize_chunk, start, *matrix, use_reentrant=False))
-        for start in range(0, matrix.embeddings.shape[0], _CHUNK)
+        cast("tuple[Tensor, Tensor]", checkpoint(summarize_chunk, chunk, *matrix, use_reentrant=False))
+        for chunk in _chunks(matrix)
     ]
     blocks, log_normalizers = zip(*parts, strict=True)
     return torch.cat(blocks, dim=1), logsumexp(torch.stack(log_normalizers, dim=-1))
@@ -140,8 +143,8 @@ def _blocks_and_sums(matrix: ScoreMatrix) -> tuple[Tensor, Tensor, Tensor]:
     parts: list[Tensor] = []
     total = torch.zeros_like(matrix.queries)
     log_scale = torch.full_like(total[:, 0], -_INFINITY)
-    for start in range(0, matrix.embeddings.shape[0], _CHUNK):
-        chunk = _chunk(matrix, start)
+    for first, end in _chunks(matrix):
+        chunk = matrix.of_slots(first, end)
         scores = chunk.scores()
         parts.append(scores.view(scores.shape[0], -1, BLOCK).logsumexp(-1))
         larger = torch.maximum(log_scale, parts[-1].amax(-1))
