@@ -39,6 +39,10 @@ _CHUNK = 2048  # slots scored at a time; a multiple of BLOCK
 _CHUNKS_IN_GRAPH = 4  # at a time in a graph, which has a part for each time
 _GATHER_BYTES = 2**23
 _INFINITY = float("inf")
+# Of a row's weights, whose sum is at least 1: smaller ones are zeros. A CPU takes up to a hundred times as long for
+# numbers at the end of float32's range as for others.
+_NOTHING = 1e-25
+_LEAST_EXPONENT = -80.0  # whose exponential is less, and not at that end
 
 
 def reduce_blocks(matrix: ScoreMatrix, by: str) -> Tensor:
@@ -150,7 +154,8 @@ def _blocks_and_sums(matrix: ScoreMatrix) -> tuple[Tensor, Tensor, Tensor]:
         larger = torch.maximum(log_scale, parts[-1].amax(-1))
         # While a row is empty, any finite stand-in gives its slots the weight 0.
         shift = larger.masked_fill(larger == -_INFINITY, 0.0)
-        weights = (scores[:, : chunk.bias.shape[0]] - shift[:, None]).exp_()
+        exponents = (scores[:, : chunk.bias.shape[0]] - shift[:, None]).clamp_(min=_LEAST_EXPONENT)
+        weights = torch.threshold_(exponents.exp_(), _NOTHING, 0.0)
         if chunk.transform is not None:
             weights.mul_(chunk.slopes())
         total.mul_((log_scale - shift).exp_()[:, None]).add_(chunk.pull_back(weights))

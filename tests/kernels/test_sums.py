@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import platform
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from tests.kernels.test_cpu import (
 
 # Largest error of the weights of a block, relative to their sum: in float32, and as 16-bit integers.
 EXACT, ROUNDED = 2.0**-20, 2.0**-10
+_DENORMAL = 2 | 16  # an operand is denormal, or a result
 
 pytestmark = needs_kernels
 
@@ -150,3 +153,25 @@ def test_mass_spread_over_many_blocks_is_not_skipped() -> None:
 def test_blocks_below_rounding_are_skipped() -> None:
     """Together as well; nothing else could keep such a coordinate from the mean."""
     assert skipping(30.0, 1e30) == 0.0
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flag is one of x86")
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("spread", [30.0, 88.0, 130.0])
+def test_no_number_is_at_the_end_of_the_range(storage: torch.dtype, spread: float) -> None:
+    """Where scores differ by 88 and more, a weight, or its product, takes a hundred times as long if it is denormal.
+
+    The CPU notes that it has met such a number. One thread: each has flags of its own.
+    """
+    queries, embeddings, bias, excluded = problem(20, 1000, 33, storage, 1, 0)
+    bias = bias.clone().uniform_(-spread, 0, generator=torch.Generator().manual_seed(1))
+    arguments = (queries, embeddings, bias, excluded)
+    library, threads = ctypes.CDLL(None), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        library.feclearexcept(_DENORMAL)
+        cpu.blocks_and_sums(Problem(*arguments, None))
+        assert library.fetestexcept(_DENORMAL) == 0
+    finally:
+        torch.set_num_threads(threads)
+    check(arguments, exact_scores(*arguments), bound_of_pass(arguments, "highest", "vectors"))

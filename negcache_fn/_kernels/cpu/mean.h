@@ -20,6 +20,9 @@ namespace negcache {
 constexpr int kSumRows = kLanes == 16 ? 8 : 4;  // times kSumVectors: as many sums as fit into the registers
 constexpr int kSumVectors = 2;
 constexpr float kHeadroom = 40.0f;  // exp of it, times the number of slots, is far from overflow
+// Of a sum of weights, which is at least about 1: smaller ones are zeros. A product that is near the end of float32's
+// range takes a CPU a hundred times as long as another.
+constexpr float kNothing = 1e-25f;
 
 // Adds the products of the weights [count][kLanes rows] and some columns of embeddings to sums of kSumRows rows.
 template <int kVectorsHere, typename Load>
@@ -157,7 +160,8 @@ struct WeightedSums {
     Floats log_scale = load(log_scales.data() + row);
     uint32_t overflowing = lanes_above(logsumexp, log_scale + kHeadroom) & rows;
     if (overflowing) {
-      const Floats factor = exponential(log_scale - logsumexp);
+      Floats factor = exponential(log_scale - logsumexp);
+      factor = factor < kNothing ? Floats{} : factor;
       for (; overflowing; overflowing &= overflowing - 1) {
         const int i = __builtin_ctz(overflowing);
         log_scale[i] = logsumexp[i];
@@ -167,9 +171,11 @@ struct WeightedSums {
       store(log_scales.data() + row, log_scale);
     }
     const Floats scale = top == -kInfinity ? splat(0.0f) : exponential(top - log_scale);
+    const Floats least_counted = kNothing / scale;
     const int64_t count = std::min(kBlock, capacity - block * kBlock);
     for (int64_t j = 0; j < count; ++j) {
-      const Floats weight = load(exponentials + j * kLanes) * scale;
+      const Floats exponential = load(exponentials + j * kLanes);
+      const Floats weight = (exponential < least_counted ? Floats{} : exponential) * scale;
       store(exponentials + j * kLanes, row_scale ? weight * row_scale[block * kBlock + j] : weight);
     }
     multiply(block, exponentials, sums.data() + row * stride);
@@ -212,6 +218,7 @@ void merge_sums(const std::vector<std::optional<WeightedSums<T>>>& of_threads, c
     for (const auto& theirs : of_threads) {
       if (!theirs || theirs->log_scales[row] == -kInfinity) continue;
       const float factor = std::exp(theirs->log_scales[row] - log_scale[row]);
+      if (factor < kNothing) continue;
       const float* from = theirs->sums.data() + row * theirs->stride;
       for (int64_t d = 0; d < problem.dim; ++d) to[d] += factor * from[d];
     }
