@@ -26,7 +26,7 @@ def operator(
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Decorates a function: it becomes the operator `negcache_fn::name`, which is called like it.
 
-    The function changes no argument, and no result shares memory with one.
+    The function changes no argument, unless the schema says so, and no result shares memory with one.
 
     Args:
         name: of the operator.

@@ -82,3 +82,9 @@ def test_the_kernel_takes_a_cache_on_the_cpu() -> None:
     assert kernel.supports([column], [column[:1]], slots) == (kernel.library() is not None)
     assert not kernel.supports([column.t()], [column[:, :1].t()], slots)
     assert not kernel.supports([column.to("meta")], [column[:1]], slots)
+
+
+def test_the_operator_writes_what_its_schema_says() -> None:
+    columns, values = [torch.zeros(6, 3), torch.zeros(6)], [torch.ones(2, 3), torch.ones(2)]
+    found = torch.library.opcheck(torch.ops.negcache_fn.write_rows.default, (columns, values, torch.tensor([4, -1])))
+    assert set(found.values()) == {"SUCCESS"}
