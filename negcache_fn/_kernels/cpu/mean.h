@@ -174,8 +174,8 @@ struct WeightedSums {
     const Floats least_counted = kNothing / scale;
     const int64_t count = std::min(kBlock, capacity - block * kBlock);
     for (int64_t j = 0; j < count; ++j) {
-      const Floats exponential = load(exponentials + j * kLanes);
-      const Floats weight = (exponential < least_counted ? Floats{} : exponential) * scale;
+      const Floats relative = load(exponentials + j * kLanes);
+      const Floats weight = (relative < least_counted ? Floats{} : relative) * scale;
       store(exponentials + j * kLanes, row_scale ? weight * row_scale[block * kBlock + j] : weight);
     }
     multiply(block, exponentials, sums.data() + row * stride);
