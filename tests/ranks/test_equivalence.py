@@ -69,11 +69,9 @@ def alone() -> dict[str, Record]:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_any_number_of_ranks(world: int, alone: dict[str, Record], tmp_path: Path) -> None:
-    """The long runs on 1, 2 and 4."""
     cases = {
         name: (train, options | ({"refresh_stalest": 12 // world} if "refresh_stalest" in options else {}))
         for name, options in CONFIGURATIONS.items()
-        if world != 3 or options["steps"] < 50
     }
     for name, of_ranks in run_ranks(world, cases, tmp_path).items():
         if name not in alone:
